@@ -1,0 +1,84 @@
+"""biasmap_fast: attribution maps of concepts in text-to-image models, and their overlap.
+
+The method is BiasMap (arXiv 2509.13496, KDD 2026). ``import biasmap_fast as bm`` needs torch only;
+everything else is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import ops, presets, reference, testbed
+    from ._version import version as __version__
+    from .attribution import AttributionMaps, Recorder, attribute
+    from .audit import AuditPlan, AuditResult, load_audit, run_audit
+    from .concepts import AttributionPrompt
+    from .entanglement import (
+        chance_iou,
+        corrected_iou,
+        iou,
+        pairwise_iou,
+        soft_iou,
+        soft_topk,
+    )
+
+# public name -> module that defines it; a name that is a module maps to itself
+_EXPORTS = {
+    "AttributionMaps": "attribution",
+    "AttributionPrompt": "concepts",
+    "AuditPlan": "audit",
+    "AuditResult": "audit",
+    "Recorder": "attribution",
+    "attribute": "attribution",
+    "chance_iou": "entanglement",
+    "corrected_iou": "entanglement",
+    "iou": "entanglement",
+    "load_audit": "audit",
+    "ops": "ops",
+    "pairwise_iou": "entanglement",
+    "presets": "presets",
+    "reference": "reference",
+    "run_audit": "audit",
+    "soft_iou": "entanglement",
+    "soft_topk": "entanglement",
+    "testbed": "testbed",
+}
+
+__all__ = [
+    "AttributionMaps",
+    "AttributionPrompt",
+    "AuditPlan",
+    "AuditResult",
+    "Recorder",
+    "__version__",
+    "attribute",
+    "chance_iou",
+    "corrected_iou",
+    "iou",
+    "load_audit",
+    "ops",
+    "pairwise_iou",
+    "presets",
+    "reference",
+    "run_audit",
+    "soft_iou",
+    "soft_topk",
+    "testbed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("._version", __name__).version
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_EXPORTS[name]}", __name__)
+    value = module if _EXPORTS[name] == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
