@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops, presets, reference, testbed
     from ._version import version as __version__
-    from .attribution import AttributionMaps, Recorder, attribute
+    from .attribution import Recorder, attribute
     from .audit import AuditPlan, AuditResult, load_audit, run_audit
     from .concepts import AttributionPrompt
     from .entanglement import (
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
         soft_iou,
         soft_topk,
     )
+    from .maps import AttributionMaps
 
 # public name -> module that defines it; a name that is a module maps to itself
 _EXPORTS = {
-    "AttributionMaps": "attribution",
+    "AttributionMaps": "maps",
     "AttributionPrompt": "concepts",
     "AuditPlan": "audit",
     "AuditResult": "audit",

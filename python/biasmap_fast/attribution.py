@@ -1,0 +1,409 @@
+"""Attribution maps of concepts, recorded while a diffusers pipeline draws.
+
+Per UNet call and cross-attention layer l with query q_l and the attribution prompt's keys k'_l,
+``A = softmax(q_l k'_l^T / sqrt(d))`` over the T' tokens; a concept's column is the sum over its
+pieces; columns are summed over heads, calls and layers (BiasMap, arXiv 2509.13496, after OVAM).
+Sums and bilinear resizing are linear, so the recorder adds per resolution, in place, and resizes
+once at the end: what it holds does not grow with steps or layers.
+
+The query is seen by a forward hook on each layer's ``to_q``, whatever attention processor runs.
+The hook changes nothing, so pictures stay bit-identical.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from .concepts import AttributionPrompt, TokenizedPrompt, encode, text_encoders, tokenize
+from .layers import CrossAttention, cross_attention_layers
+from .maps import AttributionMaps, resize
+from .reference import concept_map
+
+Branch = Literal["cond", "uncond"]
+By = Literal["total", "block", "layer", "step", "head"]
+
+logger = logging.getLogger(__name__)
+
+
+def attribute(
+    pipe: Any,
+    prompts: AttributionPrompt | Sequence[AttributionPrompt],
+    *,
+    branch: Branch = "cond",
+    layers: Sequence[str] | None = None,
+    by: By = "total",
+    size: int | tuple[int, int] | None = None,
+    chunks: int | None = None,
+) -> Recorder:
+    """Records attribution maps of every picture drawn inside a ``with`` block.
+
+    Args:
+        pipe: any diffusers pipeline with a UNet and CLIP text encoders (Stable Diffusion 1.x, 2.x,
+            SDXL, and their img2img, inpainting and ControlNet forms).
+        prompts: one attribution prompt, or several; several share the UNet's queries, so each
+            more costs little. They need not be the prompts that draw the pictures.
+        branch: the part of the classifier-free-guidance batch whose queries count: ``"cond"``, or
+            ``"uncond"`` as in the published code.
+        layers: names or name prefixes of cross-attention layers (``"up_blocks"``,
+            ``"down_blocks.1.attentions.0"``); default every one of the down and up blocks, without
+            the mid block.
+        by: what to keep apart beside the total: nothing (``"total"``), UNet blocks, layers, heads
+            of each layer, or UNet calls (``"step"``: the one choice whose memory grows with steps).
+        size: height and width of the maps (an int for a square); default the largest layer's.
+        chunks: how many guidance chunks the UNet's batch has; default asks the pipeline. Needed
+            where the pipeline does not say (semantic guidance), or where the UNet is called by
+            hand.
+
+    Returns:
+        A context manager; `Recorder.maps` gives the result, also after the block has ended.
+
+    Raises:
+        TypeError: ``pipe`` has no UNet or no CLIP text encoder.
+        ValueError: an unknown ``branch``, ``by`` or layer, a layer that cannot be handled, two
+            prompts of one name, a concept that is not in its prompt.
+
+    Example:
+        >>> import torch, biasmap_fast as bm
+        >>> pipe = bm.testbed.pipeline()
+        >>> prompt = bm.AttributionPrompt("a photo of a doctor and woman", ("doctor", "woman"))
+        >>> with bm.attribute(pipe, prompt) as recorder:
+        ...     images = pipe("a photo of a doctor", num_inference_steps=2).images
+        >>> recorder.maps().values.shape
+        torch.Size([1, 2, 16, 16])
+    """
+    return Recorder(pipe, prompts, branch=branch, layers=layers, by=by, size=size, chunks=chunks)
+
+
+@dataclass
+class _Run:
+    """The sums of one pipeline call."""
+
+    images: int  # B
+    calls: int = 0
+    # (index of the prompt, part) -> (h, w) -> sum [B, K, h, w], float32
+    sums: dict[tuple[int, str], dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Attributed:
+    """One prompt, ready to meet queries."""
+
+    tokenized: TokenizedPrompt
+    weights: torch.Tensor  # [K, T'] float32, on the UNet's device
+    keys: Mapping[str, torch.Tensor]  # layer -> [heads, T', d] float32, times 1 / sqrt(d)
+
+
+class Recorder:
+    """Records attribution maps between ``__enter__`` and ``__exit__``; made by `attribute`.
+
+    Several pipeline calls inside one block are stacked along the batch in the order they drew.
+    Entering again after the block starts afresh. Recorders may be nested on one pipeline.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: AttributionPrompt | Sequence[AttributionPrompt],
+        *,
+        branch: Branch = "cond",
+        layers: Sequence[str] | None = None,
+        by: By = "total",
+        size: int | tuple[int, int] | None = None,
+        chunks: int | None = None,
+    ) -> None:
+        if branch not in ("cond", "uncond"):
+            raise ValueError(f"`branch` must be 'cond' or 'uncond', got {branch!r}")
+        if by not in ("total", "block", "layer", "step", "head"):
+            raise ValueError(
+                f"`by` must be 'total', 'block', 'layer', 'step' or 'head', got {by!r}"
+            )
+        if chunks is not None and chunks < 1:
+            raise ValueError(f"`chunks` must be at least 1, got {chunks}")
+        self._single = isinstance(prompts, AttributionPrompt)
+        self._prompts = (prompts,) if isinstance(prompts, AttributionPrompt) else tuple(prompts)
+        _check_prompts(self._prompts)
+        self._pipe = pipe
+        self._layers = cross_attention_layers(pipe, layers)
+        self._branch = branch
+        self._by = by
+        self._size = _checked_size(size)
+        self._chunks = chunks
+        self._tokenized = [
+            [tokenize(prompt, tokenizer) for tokenizer, _ in text_encoders(pipe)]
+            for prompt in self._prompts
+        ]
+        self._attributed: list[_Attributed] = []
+        self._handles: list[Any] = []
+        self._runs: list[_Run] = []
+        self._interrupted: str | None = None
+        self._timesteps: Any = None
+        self._batch = 0
+        self._rows = slice(0)
+        self._resolutions: dict[int, tuple[int, int]] = {}
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise RuntimeError("this recorder is already recording; make another to nest them")
+        self._runs, self._interrupted, self._timesteps = [], None, None
+        self._attributed = [self._keys(tokenized) for tokenized in self._tokenized]
+        unet = self._pipe.unet
+        self._handles.append(unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
+        for layer in self._layers:
+            self._handles.append(layer.module.to_q.register_forward_hook(self._query_hook(layer)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._attributed.clear()
+        self._timesteps = None
+        if kind is not None:
+            self._interrupted = kind.__name__
+
+    def maps(self) -> AttributionMaps | dict[str, AttributionMaps]:
+        """The maps of every picture drawn so far.
+
+        Returns:
+            One `AttributionMaps` where one prompt was given, else a dict keyed by prompt name.
+
+        Raises:
+            RuntimeError: nothing was drawn, or an exception ended the block, so that the maps
+                would be those of unfinished pictures.
+            ValueError: calls of different map sizes, and no ``size`` to bring them to.
+        """
+        if self._interrupted is not None:
+            raise RuntimeError(
+                f"the block ended with {self._interrupted}: its maps are incomplete and not given"
+            )
+        if not self._runs:
+            raise RuntimeError("no UNet call was recorded: draw inside the `with` block first")
+        results = [self._result(index) for index in range(len(self._prompts))]
+        if self._single:
+            return results[0]
+        return {prompt.name: maps for prompt, maps in zip(self._prompts, results, strict=True)}
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the recorded layers."""
+        return tuple(layer.name for layer in self._layers)
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held now: ``"maps"`` (per image, independent of steps unless by step), ``"keys"``.
+
+        The keys depend on the prompts and the model alone and are freed at the end of the block.
+        """
+        sums = [t for run in self._runs for part in run.sums.values() for t in part.values()]
+        keys = [key for attributed in self._attributed for key in attributed.keys.values()]
+        return {"maps": sum(t.nbytes for t in sums), "keys": sum(t.nbytes for t in keys)}
+
+    def _keys(self, tokenized: list[TokenizedPrompt]) -> _Attributed:
+        """Attribution keys of every layer: computed once, k' = to_k(X') / sqrt(d)."""
+        device = getattr(self._pipe, "_execution_device", None) or self._pipe.unet.device
+        weights = tokenized[0].weights
+        if any(not torch.equal(weights, other.weights) for other in tokenized[1:]):
+            pieces = [list(tokens.pieces) for tokens in tokenized]
+            raise ValueError(
+                f"the pipeline's tokenizers split the prompt differently: {pieces}"
+            )
+        states = encode(tokenized, self._pipe, device).to(self._pipe.unet.dtype)  # [1, T', D]
+        with torch.no_grad():
+            keys = {layer.name: layer.keys(states) for layer in self._layers}
+        return _Attributed(tokenized[0], weights.to(device), keys)
+
+    def _before_call(self, unet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Notes the latents' size and the guided batch's layout before each UNet call."""
+        sample = args[0] if args else kwargs["sample"]  # [chunks * B, C, H, W]
+        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+        # `set_timesteps` makes a new tensor in every pipeline call.
+        begins = not self._runs or timesteps is not self._timesteps
+        if begins or sample.shape[0] != self._batch:
+            chunks = self._chunks or _guidance_chunks(self._pipe)
+            self._rows = _branch_rows(sample, chunks, self._branch)
+            self._batch = sample.shape[0]
+        images = self._rows.stop - self._rows.start
+        if begins:
+            self._timesteps = timesteps
+            self._runs.append(_Run(images))
+        run = self._runs[-1]
+        if images != run.images:
+            raise RuntimeError(
+                f"the number of images changed from {run.images} to {images} in the middle of a "
+                "run; record UNet calls of different batches in separate `with` blocks"
+            )
+        self._resolutions = _resolutions(sample.shape[-2], sample.shape[-1])
+        run.calls += 1
+
+    def _query_hook(self, layer: CrossAttention) -> Any:
+        def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
+            self._add(layer, query)
+
+        return hook
+
+    @torch.no_grad()
+    def _add(self, layer: CrossAttention, query: torch.Tensor) -> None:
+        """Adds one layer's concept maps of the attributed branch: query ``[chunks * B, n, C]``."""
+        pixels = query.shape[1]
+        if pixels not in self._resolutions:
+            raise RuntimeError(
+                f"layer {layer.name} saw {pixels} queries; the latents, halved, have "
+                f"{sorted(self._resolutions, reverse=True)}. Token merging and similar changes of "
+                "the sequence cannot be attributed to pixels"
+            )
+        run = self._runs[-1]
+        split = query.view(*query.shape[:2], layer.heads, -1)[self._rows]
+        rows = split.transpose(1, 2)  # [B, heads, n, d]
+        for index, attributed in enumerate(self._attributed):
+            key = attributed.keys[layer.name]
+            # Image by image on the CPU: half the time at batch 4, as the scores stay in cache.
+            step = 1 if query.device.type == "cpu" else run.images
+            for start in range(0, run.images, step):
+                images = slice(start, start + step)
+                found = concept_map(
+                    rows[images], key, attributed.weights, per_head=self._by == "head"
+                )
+                for part, values in self._parts(layer, run, found):
+                    target = self._sum(run, (index, part), self._resolutions[pixels], values)
+                    target[images] += values.view(target[images].shape)
+
+    def _parts(
+        self, layer: CrossAttention, run: _Run, found: torch.Tensor
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """Splits one layer's maps into the named parts that are kept apart."""
+        if self._by == "head":  # found [b, heads, K, n]
+            return [(f"{layer.name}:{head}", found[:, head]) for head in range(layer.heads)]
+        names = {
+            "total": "",
+            "block": layer.block,
+            "layer": layer.name,
+            "step": str(run.calls - 1),
+        }
+        return [(names[self._by], found)]
+
+    def _sum(
+        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], like: torch.Tensor
+    ) -> torch.Tensor:
+        by_resolution = run.sums.setdefault(part, {})
+        if resolution not in by_resolution:
+            shape = (run.images, like.shape[1], *resolution)
+            by_resolution[resolution] = torch.zeros(shape, device=like.device)
+        return by_resolution[resolution]
+
+    def _result(self, index: int) -> AttributionMaps:
+        sizes = {self._map_size(run) for run in self._runs}
+        if len(sizes) > 1 and self._size is None:
+            raise ValueError(
+                f"the recorded pipeline calls have maps of different sizes {sorted(sizes)}; "
+                "give attribute(..., size=) one to bring them to"
+            )
+        names: dict[str, None] = {}
+        for run in self._runs:
+            names.update({part: None for prompt, part in run.sums if prompt == index})
+        parts = {
+            name: torch.cat([self._resized(run, (index, name)) for run in self._runs])
+            for name in names
+        }
+        total = torch.stack(list(parts.values())).sum(0)  # [B, K, H, W]
+        prompt = self._prompts[index]
+        return AttributionMaps(
+            values=total,
+            concepts=prompt.concepts,
+            prompt=prompt.text,
+            branch=self._branch,
+            layers=self.layers,
+            by=self._by,
+            parts={} if self._by == "total" else parts,
+        )
+
+    def _map_size(self, run: _Run) -> tuple[int, int]:
+        return max(size for part in run.sums.values() for size in part)
+
+    def _resized(self, run: _Run, part: tuple[int, str]) -> torch.Tensor:
+        """Sum over resolutions, each resized to the largest; then to ``size``: [B, K, H, W]."""
+        if part not in run.sums:
+            raise ValueError(
+                f"pipeline calls with different numbers of steps have no common part {part[1]!r}; "
+                "record them separately to keep steps apart"
+            )
+        largest = self._map_size(run)
+        total = torch.stack([resize(sums, largest) for sums in run.sums[part].values()]).sum(0)
+        return resize(total, self._size or largest)
+
+
+def _check_prompts(prompts: tuple[AttributionPrompt, ...]) -> None:
+    if not prompts:
+        raise ValueError("expected at least one attribution prompt, got an empty sequence")
+    for prompt in prompts:
+        if not isinstance(prompt, AttributionPrompt):
+            raise TypeError(
+                f"expected an AttributionPrompt, got {type(prompt).__name__} {prompt!r}; write "
+                'AttributionPrompt("text", concepts=("word", ...))'
+            )
+    names = [prompt.name for prompt in prompts]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"two attribution prompts have the same name {repeated}; give each its own `name`"
+        )
+
+
+def _checked_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"`size` must be positive, got {size}")
+    return height, width
+
+
+def _guidance_chunks(pipe: Any) -> int:
+    """How many copies of the latents the pipeline puts into one UNet batch."""
+    try:
+        guided = pipe.do_classifier_free_guidance
+    except AttributeError:
+        raise ValueError(
+            f"{type(pipe).__name__} does not say whether its UNet batch is guided (unconditional "
+            "chunk first); pass attribute(..., chunks=1) without guidance, 2 with it"
+        ) from None
+    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
+    return 1 + bool(guided) + bool(perturbed)
+
+
+def _branch_rows(sample: torch.Tensor, chunks: int, branch: Branch) -> slice:
+    """Rows of the branch in a batch laid out [unconditional, conditional, ...]."""
+    batch = sample.shape[0]
+    copies = sample.chunk(chunks) if batch % chunks == 0 else ()
+    if not copies or any(not torch.equal(copies[0], copy) for copy in copies[1:]):
+        raise ValueError(
+            f"expected a UNet batch of {chunks} copies of the same latents (guidance chunks), got "
+            f"a batch of {batch} that is not; pass attribute(..., chunks=) if the layout differs"
+        )
+    if branch == "uncond" and chunks == 1:
+        raise ValueError(
+            "branch='uncond' needs classifier-free guidance (guidance_scale > 1), got a UNet "
+            "batch without an unconditional chunk"
+        )
+    images = batch // chunks
+    first = images if branch == "cond" and chunks > 1 else 0
+    return slice(first, first + images)
+
+
+def _resolutions(height: int, width: int) -> dict[int, tuple[int, int]]:
+    """Number of queries -> (h, w), for the latents' size halved, rounded up, down to one pixel."""
+    found = {height * width: (height, width)}
+    while height > 1 or width > 1:
+        height, width = (height + 1) // 2, (width + 1) // 2
+        found.setdefault(height * width, (height, width))
+    return found

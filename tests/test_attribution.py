@@ -1,0 +1,617 @@
+"""Attribution maps against an independent reference, and what a recorder must not do."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import biasmap_fast as bm
+from biasmap_fast import AttributionMaps, AttributionPrompt
+
+DOCTOR = AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
+WOMAN = AttributionPrompt("a woman in a photo", ("photo", "woman", "a"))
+STEPS = 3
+
+
+def draw(pipe, prompt="a photo of a doctor", seeds=(1, 2), **options):
+    prompts = [prompt] * len(seeds) if isinstance(prompt, str) else prompt
+    settings = {"num_inference_steps": STEPS, "height": 32, "width": 32, "output_type": "np"}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(prompts, generator=generators, **(settings | options)).images
+
+
+class Reference:
+    """The maps written from the formulas: whole attention matrices, step by step, layer by layer.
+
+    It keeps every call's hidden states (an attention processor sees them, no hook), and evaluates
+    afterwards in float64, resizing each layer's map of each step on its own.
+    """
+
+    def __init__(self, pipe, mid_block=False):
+        self.pipe = pipe
+        self.seen = []  # (layer, hidden states)
+        reference = self
+
+        class Processor:
+            def __init__(self, name, inner):
+                self.name, self.inner = name, inner
+
+            def __call__(
+                self,
+                attn,
+                hidden_states,
+                encoder_hidden_states=None,
+                attention_mask=None,
+                temb=None,
+            ):
+                if encoder_hidden_states is not None:
+                    reference.seen.append((self.name, hidden_states.detach().clone()))
+                return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+        names = pipe.unet.attn_processors
+        pipe.unet.set_attn_processor(
+            {name: Processor(name.removesuffix(".processor"), p) for name, p in names.items()}
+        )
+        self.mid_block = mid_block
+
+    def states(self, prompt):
+        pipe = self.pipe
+        ids = pipe.tokenizer(prompt.text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            if getattr(pipe, "text_encoder_2", None) is None:
+                return ids[0], pipe.text_encoder(ids)[0]
+            encoders = (pipe.text_encoder, pipe.text_encoder_2)
+            hidden = [e(ids, output_hidden_states=True).hidden_states[-2] for e in encoders]
+            return ids[0], torch.cat(hidden, -1)
+
+    def columns(self, ids, concept):
+        wanted = self.pipe.tokenizer(concept, add_special_tokens=False).input_ids
+        starts = [i for i in range(len(ids)) if ids[i : i + len(wanted)].tolist() == wanted]
+        return [i for start in starts for i in range(start, start + len(wanted))]
+
+    @torch.no_grad()
+    def maps(
+        self, prompt, latents, rows, layers=None, keep=lambda name, head, call: True, size=None
+    ):
+        ids, states = self.states(prompt)
+        calls, pieces = {}, []
+        sizes = {}
+        for name, hidden in self.seen:
+            if layers is None and name.startswith("mid_block"):
+                continue
+            if layers is not None and not any(name.startswith(layer) for layer in layers):
+                continue
+            call = calls[name] = calls.get(name, -1) + 1
+            attn = self.pipe.unet.get_submodule(name)
+            h, w = latents
+            while h * w != hidden.shape[1]:
+                h, w = -(-h // 2), -(-w // 2)
+            sizes[h * w] = (h, w)
+            query = attn.to_q(hidden[rows]).double()
+            key = attn.to_k(states.to(hidden.dtype))[0].double()
+            dim = query.shape[-1] // attn.heads
+            for head in range(attn.heads):
+                channels = slice(head * dim, (head + 1) * dim)
+                matrix = query[..., channels] @ key[:, channels].T / dim**0.5  # [B, n, T']
+                matrix = matrix.softmax(-1)
+                if not keep(name, head, call):
+                    matrix = matrix * 0
+                for k, concept in enumerate(prompt.concepts):
+                    column = matrix[..., self.columns(ids, concept)].sum(-1)
+                    pieces.append((k, column.reshape(-1, 1, h, w)))
+        largest = sizes[max(sizes)]
+        total = torch.zeros(len(pieces[0][1]), len(prompt.concepts), *largest, dtype=torch.float64)
+        for k, piece in pieces:
+            total[:, k] += torch.nn.functional.interpolate(
+                piece, size=largest, mode="bilinear", align_corners=False
+            )[:, 0]
+        if size is not None:
+            total = torch.nn.functional.interpolate(total, size=size, mode="bilinear")
+        return total
+
+
+def assert_maps(maps, expected, tolerance=1e-5):
+    assert maps.dtype == torch.float32
+    assert maps.shape == expected.shape
+    relative = (maps.double() - expected).abs().max() / expected.abs().max()
+    assert relative < tolerance, f"relative difference {relative:.2e}"
+
+
+COND, UNCOND = slice(2, 4), slice(0, 2)
+
+
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+@pytest.mark.parametrize("layers", [None, ("up_blocks.1", "mid_block"), ("down_blocks",)])
+def test_maps_equal_the_reference(sd_pipe, branch, layers):
+    reference = Reference(sd_pipe)
+    with bm.attribute(sd_pipe, DOCTOR, branch=branch, layers=layers) as recorder:
+        draw(sd_pipe)
+    rows = COND if branch == "cond" else UNCOND
+    assert_maps(recorder.maps().values, reference.maps(DOCTOR, (16, 16), rows, layers))
+
+
+def test_default_layers_are_all_but_the_mid_block(sd_pipe):
+    with bm.attribute(sd_pipe, DOCTOR) as recorder:
+        pass
+    assert len(recorder.layers) == 6
+    assert not any("mid_block" in name for name in recorder.layers)
+    every = ("down_blocks", "mid_block", "up_blocks")
+    with bm.attribute(sd_pipe, DOCTOR, layers=every) as recorder:
+        pass
+    assert len(recorder.layers) == 7
+
+
+def test_without_guidance_the_whole_batch_is_conditional(sd_pipe):
+    reference = Reference(sd_pipe)
+    with bm.attribute(sd_pipe, DOCTOR) as recorder:
+        draw(sd_pipe, guidance_scale=1.0)
+    assert_maps(recorder.maps().values, reference.maps(DOCTOR, (16, 16), slice(None)))
+
+
+@pytest.mark.parametrize("height_width", [(32, 48), (24, 64), (40, 40), (56, 40)])
+def test_non_square_and_odd_latents(sd_pipe, height_width):
+    height, width = height_width
+    reference = Reference(sd_pipe)
+    with bm.attribute(sd_pipe, DOCTOR) as recorder:
+        draw(sd_pipe, height=height, width=width)
+    latents = (height // 2, width // 2)
+    assert recorder.maps().values.shape[-2:] == latents
+    assert_maps(recorder.maps().values, reference.maps(DOCTOR, latents, COND))
+
+
+def test_size_resizes_the_sum(sd_pipe):
+    reference = Reference(sd_pipe)
+    with bm.attribute(sd_pipe, DOCTOR, size=(64, 40)) as recorder:
+        draw(sd_pipe)
+    assert_maps(recorder.maps().values, reference.maps(DOCTOR, (16, 16), COND, size=(64, 40)))
+
+
+def test_sdxl(sdxl_pipe):
+    reference = Reference(sdxl_pipe)
+    with bm.attribute(sdxl_pipe, DOCTOR, by="head") as recorder:
+        draw(sdxl_pipe)
+    maps = recorder.maps()
+    assert_maps(maps.values, reference.maps(DOCTOR, (16, 16), COND))
+    assert {
+        len([n for n in maps.by_head if n.startswith(layer + ":")]) for layer in maps.layers
+    } == {4}
+
+
+def test_sd2_with_heads_that_differ_by_block_and_v_prediction(make_sd):
+    config = {"attention_head_dim": (1, 2, 4), "use_linear_projection": True}
+    pipe = make_sd(unet_config=config, prediction_type="v_prediction")
+    reference = Reference(pipe)
+    with bm.attribute(pipe, DOCTOR, by="head") as recorder:
+        draw(pipe)
+    assert_maps(recorder.maps().values, reference.maps(DOCTOR, (16, 16), COND))
+    heads = [name.split(":")[1] for name in recorder.maps().by_head if name.startswith("down")]
+    assert heads == ["0", "0", "1"]
+
+
+@pytest.mark.parametrize("by", ["block", "layer", "step", "head"])
+def test_parts_equal_the_reference_and_sum_to_the_total(sd_pipe, by):
+    reference = Reference(sd_pipe)
+    with bm.attribute(sd_pipe, DOCTOR, by=by) as recorder:
+        draw(sd_pipe)
+    maps = recorder.maps()
+    parts = getattr(maps, f"by_{by}")
+    assert_maps(maps.values, reference.maps(DOCTOR, (16, 16), COND))
+    torch.testing.assert_close(torch.stack(list(parts.values())).sum(0), maps.values)
+    keep = {
+        "block": lambda part: lambda name, head, call: name.startswith(part + "."),
+        "layer": lambda part: lambda name, head, call: name == part,
+        "step": lambda part: lambda name, head, call: call == int(part),
+        "head": lambda part: lambda name, head, call: f"{name}:{head}" == part,
+    }[by]
+    expected_count = {"block": 4, "layer": 6, "step": STEPS, "head": 12}[by]
+    assert len(parts) == expected_count
+    for part, values in parts.items():
+        assert_maps(values, reference.maps(DOCTOR, (16, 16), COND, keep=keep(part)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_are_summed_in_float32(sd_pipe, dtype):
+    sd_pipe.unet.to(dtype)
+    sd_pipe.text_encoder.to(dtype)
+    sd_pipe.vae.to(dtype)
+    reference = Reference(sd_pipe)
+    with bm.attribute(sd_pipe, DOCTOR) as recorder:
+        draw(sd_pipe, num_inference_steps=6)
+    # the queries and keys are the half-precision network's; everything after is float32
+    assert_maps(recorder.maps().values, reference.maps(DOCTOR, (16, 16), COND))
+
+
+def test_two_prompts_share_one_pass(sd_pipe):
+    reference = Reference(sd_pipe)
+    with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
+        draw(sd_pipe)
+    maps = recorder.maps()
+    assert list(maps) == [DOCTOR.name, WOMAN.name]
+    for prompt in (DOCTOR, WOMAN):
+        assert_maps(maps[prompt.name].values, reference.maps(prompt, (16, 16), COND))
+
+
+def test_nested_recorders_do_not_see_each_other(sd_pipe):
+    with bm.attribute(sd_pipe, DOCTOR) as alone:
+        draw(sd_pipe)
+    with (
+        bm.attribute(sd_pipe, WOMAN) as outer,
+        bm.attribute(sd_pipe, DOCTOR, branch="uncond") as other,
+        bm.attribute(sd_pipe, DOCTOR) as inner,
+    ):
+        draw(sd_pipe)
+    assert torch.equal(alone.maps().values, inner.maps().values)
+    assert not torch.equal(alone.maps().values, other.maps().values)
+    assert outer.maps().concepts == WOMAN.concepts
+
+
+def test_several_calls_are_stacked(sd_pipe):
+    with bm.attribute(sd_pipe, DOCTOR, by="block") as recorder:
+        draw(sd_pipe, seeds=(1, 2))
+        draw(sd_pipe, seeds=(3,), num_inference_steps=1)
+        draw(sd_pipe, seeds=(3,), num_inference_steps=1)
+    maps = recorder.maps()
+    assert len(maps) == 4
+    assert torch.equal(maps.values[2], maps.values[3])
+    with bm.attribute(sd_pipe, DOCTOR) as single:
+        draw(sd_pipe, seeds=(3,), num_inference_steps=1)
+    torch.testing.assert_close(single.maps().values[0], maps.values[2])
+
+
+def test_calls_of_different_sizes_need_a_size(sd_pipe):
+    for size in (None, 16):
+        with bm.attribute(sd_pipe, DOCTOR, size=size) as recorder:
+            draw(sd_pipe)
+            draw(sd_pipe, width=48)
+        if size is None:
+            with pytest.raises(ValueError, match=r"different sizes \[\(16, 16\), \(16, 24\)\]"):
+                recorder.maps()
+        else:
+            assert recorder.maps().values.shape == (4, 2, 16, 16)
+
+
+def test_entering_again_starts_afresh(sd_pipe):
+    recorder = bm.attribute(sd_pipe, DOCTOR)
+    results = []
+    for _ in range(2):
+        with recorder:
+            draw(sd_pipe)
+        results.append(recorder.maps().values)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "HeunDiscreteScheduler", "DDIMScheduler"])
+def test_schedulers_that_call_the_unet_more_than_once_a_step(make_sd, kind):
+    options = {"skip_prk_steps": True} if kind == "PNDMScheduler" else {}
+    pipe = make_sd(kind=kind, **options)
+    reference = Reference(pipe)
+    with bm.attribute(pipe, DOCTOR) as recorder:
+        draw(pipe)
+    maps = recorder.maps()
+    assert len(maps) == 2
+    assert_maps(maps.values, reference.maps(DOCTOR, (16, 16), COND))
+
+
+def test_batch_equals_single_runs_for_mixed_prompts(sd_pipe):
+    texts = ["a photo of a doctor", "a man", "a woman and a doctor", "photo"] * 2
+    seeds = tuple(range(8))
+    with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
+        draw(sd_pipe, texts, seeds)
+    batched = recorder.maps()
+    for index, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
+        with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
+            draw(sd_pipe, [text], (seed,))
+        for name, maps in recorder.maps().items():
+            torch.testing.assert_close(
+                maps.values[0], batched[name].values[index], rtol=1e-4, atol=1e-4
+            )
+
+
+def test_several_images_per_prompt(sd_pipe):
+    with bm.attribute(sd_pipe, DOCTOR) as recorder:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        sd_pipe(
+            ["a doctor", "a man"],
+            num_images_per_prompt=2,
+            generator=generators,
+            num_inference_steps=2,
+            height=32,
+            width=32,
+        )
+    batched = recorder.maps()
+    with bm.attribute(sd_pipe, DOCTOR) as recorder:
+        draw(sd_pipe, "a man", (3,), num_inference_steps=2)
+    torch.testing.assert_close(recorder.maps().values[0], batched.values[3], rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_are_bit_identical_and_hooks_are_gone(sd_pipe, sdxl_pipe):
+    for pipe in (sd_pipe, sdxl_pipe):
+        processors = dict(pipe.unet.attn_processors)
+        before = draw(pipe)
+        with bm.attribute(pipe, [DOCTOR, WOMAN], by="head"):
+            during = draw(pipe)
+        assert (before == during).all()
+        assert (before == draw(pipe)).all()
+        assert all(pipe.unet.attn_processors[name] is p for name, p in processors.items())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+def test_exception_inside_the_block(sd_pipe):
+    recorder = bm.attribute(sd_pipe, DOCTOR)
+    with pytest.raises(KeyError), recorder:
+        draw(sd_pipe)
+        raise KeyError("stop")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in sd_pipe.unet.modules())
+    with pytest.raises(RuntimeError, match="block ended with KeyError: its maps are incomplete"):
+        recorder.maps()
+    with recorder:
+        draw(sd_pipe)
+    assert len(recorder.maps()) == 2
+
+
+def test_memory_does_not_grow_with_steps(sd_pipe):
+    held = []
+    for steps in (1, 2, 8):
+        with bm.attribute(sd_pipe, DOCTOR) as recorder:
+            draw(sd_pipe, num_inference_steps=steps)
+            held.append(recorder.nbytes)
+    assert held[0] == held[1] == held[2]
+    pixels = 16 * 16 + 8 * 8
+    assert held[0]["maps"] == 2 * 2 * pixels * 4  # images x concepts x pixels x float32
+
+
+def test_nothing_keeps_queries_alive(sd_pipe):
+    alive = []
+
+    def watch(module, args, query):
+        alive.append(weakref.ref(query))
+
+    handle = sd_pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_q
+    hook = handle.register_forward_hook(watch)
+    with bm.attribute(sd_pipe, DOCTOR):
+        draw(sd_pipe)
+        gc.collect()
+        assert len(alive) == STEPS
+        assert all(reference() is None for reference in alive)
+    hook.remove()
+
+
+def test_guidance_switched_off_during_the_run(sd_pipe):
+    def stop_guidance(pipe, step, timestep, kwargs):
+        if step == 0:
+            pipe._guidance_scale = 1.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    options = {
+        "callback_on_step_end": stop_guidance,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    with bm.attribute(sd_pipe, DOCTOR, by="step") as recorder:
+        draw(sd_pipe, **options)
+    assert recorder.maps().values.shape == (2, 2, 16, 16)
+    assert all(bool((part > 0).all()) for part in recorder.maps().by_step.values())
+
+
+def test_other_processors_leave_maps_as_they_are(sd_pipe):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    with bm.attribute(sd_pipe, DOCTOR) as recorder:
+        draw(sd_pipe)
+    expected = recorder.maps().values
+    for change in (
+        lambda: sd_pipe.unet.set_attn_processor(AttnProcessor()),
+        lambda: sd_pipe.enable_attention_slicing(1),
+        lambda: sd_pipe.fuse_qkv_projections(vae=False),
+    ):
+        change()
+        with bm.attribute(sd_pipe, DOCTOR) as recorder:
+            draw(sd_pipe)
+        torch.testing.assert_close(recorder.maps().values, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_refused_layers_are_named(sd_pipe):
+    first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    attention = sd_pipe.unet.get_submodule(first)
+    attention.norm_q = torch.nn.LayerNorm(8)
+    with pytest.raises(ValueError, match=f"cannot attribute layer {first}: it normalises"):
+        bm.attribute(sd_pipe, DOCTOR)
+    assert bm.attribute(sd_pipe, DOCTOR, layers=("up_blocks",)).layers
+    attention.norm_q, attention.added_kv_proj_dim = None, 8
+    with pytest.raises(ValueError, match=f"{first}: it attends to added keys"):
+        bm.attribute(sd_pipe, DOCTOR)
+    attention.added_kv_proj_dim = None
+    attention.processor.to_k_custom_diffusion = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r"its processor AttnProcessor2_0 has keys of its own"):
+        bm.attribute(sd_pipe, DOCTOR)
+    sd_pipe.unet.register_to_config(encoder_hid_dim_type="text_proj")
+    with pytest.raises(ValueError, match="projects its text states .*'text_proj'; expected none"):
+        bm.attribute(sd_pipe, DOCTOR, layers=("up_blocks",))
+
+
+def test_sequence_that_is_no_halved_image_is_refused_by_name(sd_pipe):
+    with bm.attribute(sd_pipe, DOCTOR):
+        layer = sd_pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+        with pytest.raises(RuntimeError, match=r"layer down_blocks.0.*saw 7 queries.*\[256, 64"):
+            draw(sd_pipe, callback_on_step_end=lambda *a: layer.to_q(torch.zeros(4, 7, 16)))
+
+
+class Flux:
+    transformer = object()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"branch": "both"}, ValueError, "`branch` must be 'cond' or 'uncond', got 'both'"),
+        ({"by": "pixel"}, ValueError, "`by` must be 'total', 'block'.*got 'pixel'"),
+        (
+            {"layers": ("up_blocks.7",)},
+            ValueError,
+            "no cross-attention layer matches 'up_blocks.7'; there are: down",
+        ),
+        ({"layers": "up_blocks"}, TypeError, "sequence of names or prefixes, got the string"),
+        ({"layers": ()}, ValueError, "at least one layer, got none"),
+        ({"size": 0}, ValueError, "`size` must be positive, got 0"),
+        ({"chunks": 0}, ValueError, "`chunks` must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(sd_pipe, options, error, message):
+    with pytest.raises(error, match=message):
+        bm.attribute(sd_pipe, DOCTOR, **options)
+
+
+def test_bad_prompts(sd_pipe):
+    with pytest.raises(ValueError, match="two attribution prompts have the same name"):
+        bm.attribute(sd_pipe, [DOCTOR, DOCTOR])
+    with pytest.raises(ValueError, match="got an empty sequence"):
+        bm.attribute(sd_pipe, [])
+    with pytest.raises(TypeError, match=r"expected an AttributionPrompt, got str 'a doctor'"):
+        bm.attribute(sd_pipe, ["a doctor"])
+    with pytest.raises(ValueError, match="'gender' is not in the attribution prompt"):
+        bm.attribute(sd_pipe, AttributionPrompt("a doctor", ("gender",)))
+
+
+def test_bad_pipelines():
+    with pytest.raises(TypeError, match="expected a diffusers pipeline with a UNet, got Flux"):
+        bm.attribute(Flux(), DOCTOR)
+
+
+def test_uncond_needs_guidance(sd_pipe):
+    with (
+        pytest.raises(ValueError, match="needs classifier-free guidance"),
+        bm.attribute(sd_pipe, DOCTOR, branch="uncond"),
+    ):
+        draw(sd_pipe, guidance_scale=1.0)
+
+
+def test_unet_called_by_hand_needs_chunks(sd_pipe):
+    latents, states = torch.randn(3, 4, 16, 16), torch.randn(3, 5, 32)
+    with (
+        pytest.raises(ValueError, match=r"does not say whether.*chunks=1"),
+        bm.attribute(sd_pipe, DOCTOR),
+        torch.no_grad(),
+    ):
+        sd_pipe.unet(latents, 10, states)
+    with bm.attribute(sd_pipe, DOCTOR, chunks=1) as recorder:
+        sd_pipe.unet(latents, 10, states)
+    assert recorder.maps().values.shape == (3, 2, 16, 16)
+    assert not recorder.maps().values.requires_grad
+    with (
+        pytest.raises(ValueError, match="3 copies of the same latents"),
+        bm.attribute(sd_pipe, DOCTOR, chunks=3),
+        torch.no_grad(),
+    ):
+        sd_pipe.unet(latents, 10, states)
+
+
+def test_nothing_recorded_and_double_entry(sd_pipe):
+    recorder = bm.attribute(sd_pipe, DOCTOR)
+    with recorder:
+        with pytest.raises(RuntimeError, match="already recording"):
+            recorder.__enter__()
+        with pytest.raises(RuntimeError, match="no UNet call was recorded"):
+            recorder.maps()
+
+
+class TestAttributionMaps:
+    @pytest.fixture
+    def maps(self):
+        values = torch.rand(3, 2, 8, 6, generator=torch.Generator().manual_seed(0))
+        parts = {"up_blocks.0": values / 4, "down_blocks.0": values * 3 / 4}
+        return AttributionMaps(
+            values, ("doctor", "man"), "a doctor and man", "uncond", ("x", "y"), "block", parts
+        )
+
+    def test_indexing(self, maps):
+        assert torch.equal(maps["man"], maps.values[:, 1])
+        assert len(maps) == 3
+        with pytest.raises(KeyError, match=r"no concept 'nurse'; there are \['doctor', 'man'\]"):
+            maps["nurse"]
+
+    def test_parts_are_those_recorded(self, maps):
+        assert list(maps.by_block) == ["up_blocks.0", "down_blocks.0"]
+        with pytest.raises(ValueError, match="recorded by='block'; record with by='step'"):
+            _ = maps.by_step
+
+    def test_shape_is_checked(self):
+        with pytest.raises(ValueError, match=r"must be \[B, 1, H, W\].*got \[3, 2, 4, 4\]"):
+            AttributionMaps(torch.zeros(3, 2, 4, 4), ("doctor",))
+
+    def test_save_and_load(self, maps, tmp_path):
+        path = tmp_path / "maps.safetensors"
+        maps.save(path)
+        back = AttributionMaps.load(path)
+        assert torch.equal(back.values, maps.values)
+        assert list(back.parts) == list(maps.parts)
+        assert all(torch.equal(back.parts[name], part) for name, part in maps.parts.items())
+        for field in ("concepts", "prompt", "branch", "layers", "by"):
+            assert getattr(back, field) == getattr(maps, field)
+        assert [file.name for file in tmp_path.iterdir()] == ["maps.safetensors"]
+
+    def test_load_refuses_other_files(self, maps, tmp_path):
+        from safetensors.torch import save_file
+
+        other = tmp_path / "other.safetensors"
+        save_file({"x": torch.zeros(2)}, other)
+        with pytest.raises(ValueError, match="holds no attribution maps: expected the format"):
+            AttributionMaps.load(other)
+        maps.save(other)
+        other.write_bytes(other.read_bytes()[:-40])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            AttributionMaps.load(other)
+        with pytest.raises(FileNotFoundError):
+            AttributionMaps.load(tmp_path / "none.safetensors")
+
+    def test_save_into_a_missing_folder_leaves_nothing(self, maps, tmp_path):
+        with pytest.raises(OSError, match="No such file or directory"):
+            maps.save(tmp_path / "missing" / "maps.safetensors")
+        assert not list(tmp_path.iterdir())
+
+    def test_resize_and_to(self, maps):
+        resized = maps.resize((16, 12)).to("cpu")
+        assert resized.values.shape == (3, 2, 16, 12)
+        assert resized.by_block["up_blocks.0"].shape == (3, 2, 16, 12)
+
+    def test_overlay(self):
+        import numpy as np
+        from PIL import Image
+
+        values = torch.zeros(1, 1, 8, 8)
+        values[..., :4, :] = 2.0
+        maps = AttributionMaps(values, ("doctor",))
+        grey = Image.new("RGB", (64, 64), (100, 100, 100))
+        shown = np.asarray(maps.overlay(grey, "doctor"))
+        assert (shown[-8:] == 100).all()  # cold: untouched
+        assert shown[:8, :, 0].min() > 180  # hot: bright
+        assert shown[:8, :, 2].max() < 200
+        dimmer = np.asarray(maps.overlay(grey, "doctor", value_range=(0.0, 4.0)))
+        assert dimmer[:8, :, 0].max() < shown[:8, :, 0].min()
+
+    def test_overlay_of_many(self, maps):
+        from PIL import Image
+
+        pictures = [Image.new("L", (24, 32), 10 * i) for i in range(3)]
+        shown = maps.overlay(pictures, "man")
+        assert [picture.size for picture in shown] == [(24, 32)] * 3
+        one = maps.overlay(pictures[1], "man", index=1)
+        assert one.tobytes() == shown[1].tobytes()
+        with pytest.raises(ValueError, match="one picture for 3 maps: say which"):
+            maps.overlay(pictures[0], "man")
+        with pytest.raises(ValueError, match="expected 3 pictures for the maps, got 2"):
+            maps.overlay(pictures[:2], "man")
+        with pytest.raises(ValueError, match="between 0 and 1, got 3"):
+            maps.overlay(pictures, "man", strength=3)
+
+    def test_overlay_of_a_constant_and_a_broken_map(self):
+        from PIL import Image
+
+        grey = Image.new("RGB", (8, 8), (9, 9, 9))
+        constant = AttributionMaps(torch.ones(1, 1, 4, 4), ("doctor",))
+        assert constant.overlay(grey, "doctor").tobytes() == grey.tobytes()
+        broken = AttributionMaps(torch.full((1, 1, 4, 4), torch.nan), ("doctor",))
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            broken.overlay(grey, "doctor")
