@@ -105,14 +105,16 @@ def unet(width, seed, **config):
     return model
 
 
-def build_sd(tokenizer, *, unet_config=None, kind="DDIMScheduler", **scheduler_config):
+def build_sd(
+    tokenizer, *, unet_config=None, text_width=32, kind="DDIMScheduler", **scheduler_config
+):
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline(
         vae=vae(1),
-        text_encoder=text_encoder(tokenizer, 32, 2),
+        text_encoder=text_encoder(tokenizer, text_width, 2),
         tokenizer=tokenizer,
-        unet=unet(32, 3, **(unet_config or {})),
+        unet=unet(text_width, 3, **(unet_config or {})),
         scheduler=scheduler(kind, **scheduler_config),
         safety_checker=None,
         feature_extractor=None,

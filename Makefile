@@ -1,0 +1,53 @@
+# Linux, Python >= 3.11 with venv, a C++17 compiler. Everything lands in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+CXX_FILES := $(filter %.h %.cpp %.cu,$(wildcard csrc/*))
+
+.PHONY: help demo test lint format bench testbed clean
+
+help:
+	@echo "make demo     audit the embedded model and write runs/first/report.html"
+	@echo "make test     the test suite"
+	@echo "make lint     ruff, mypy --strict, clang-format"
+	@echo "make bench    the CPU benchmarks, into benchmarks/results/"
+	@echo "make testbed  train the embedded model again (under an hour on two cores)"
+
+demo: $(VENV)/.installed
+	$(BIN)/biasmap audit --model testbed --out runs/first
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/overlap.py
+
+testbed: $(VENV)/.installed
+	$(BIN)/python -m biasmap_fast.testbed.train --out runs/testbed
+
+clean:
+	rm -rf build $(VENV)
+
+# The pin first: an open requirement of torch may bring gigabytes that nothing here needs.
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[audit]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	touch $@
