@@ -7,11 +7,11 @@ everything else is imported where it is used.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops, presets, reference, testbed
-    from ._version import version as __version__
     from .attribution import Recorder, attribute
     from .audit import AuditPlan, AuditResult, load_audit, run_audit
     from .concepts import AttributionPrompt
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
         soft_iou,
         soft_topk,
     )
+    from .guidance import Guidance, LedgerRow, guide
     from .maps import AttributionMaps
+
+    __version__: str
 
 # public name -> module that defines it; a name that is a module maps to itself
 _EXPORTS = {
@@ -31,10 +34,13 @@ _EXPORTS = {
     "AttributionPrompt": "concepts",
     "AuditPlan": "audit",
     "AuditResult": "audit",
+    "Guidance": "guidance",
+    "LedgerRow": "guidance",
     "Recorder": "attribution",
     "attribute": "attribution",
     "chance_iou": "entanglement",
     "corrected_iou": "entanglement",
+    "guide": "guidance",
     "iou": "entanglement",
     "load_audit": "audit",
     "ops": "ops",
@@ -52,11 +58,14 @@ __all__ = [
     "AttributionPrompt",
     "AuditPlan",
     "AuditResult",
+    "Guidance",
+    "LedgerRow",
     "Recorder",
     "__version__",
     "attribute",
     "chance_iou",
     "corrected_iou",
+    "guide",
     "iou",
     "load_audit",
     "ops",
@@ -72,7 +81,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.import_module("._version", __name__).version
+        return importlib.metadata.version("biasmap-fast")
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_EXPORTS[name]}", __name__)

@@ -1,0 +1,180 @@
+// A view of a torch tensor through DLPack's C exchange table: no libtorch, 0.1 us a tensor.
+// The structs restate the ABI of the DLPack 1.3 specification (dmlc/dlpack, dlpack.h).
+#pragma once
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include <pybind11/gil_safe_call_once.h>
+#include <pybind11/pybind11.h>
+
+namespace biasmap {
+
+namespace dlpack {
+
+struct Device {
+    int32_t type, id;
+};
+struct DataType {
+    uint8_t code, bits;
+    uint16_t lanes;
+};
+struct Tensor {
+    void *data;
+    Device device;
+    int32_t ndim;
+    DataType dtype;
+    int64_t *shape;
+    int64_t *strides; // in elements
+    uint64_t byte_offset;
+};
+struct ExchangeApi {
+    uint32_t major, minor;
+    void *prev_api;
+    void *managed_tensor_allocator;
+    void *managed_tensor_from_py_object_no_sync;
+    void *managed_tensor_to_py_object_no_sync;
+    int (*dltensor_from_py_object_no_sync)(void *py_object, Tensor *out);
+    int (*current_work_stream)(int32_t device_type, int32_t device_id, void **out_stream);
+};
+
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6;
+
+} // namespace dlpack
+
+template <typename T> constexpr dlpack::DataType dtype_of();
+template <> constexpr dlpack::DataType dtype_of<float>() { return {dlpack::kFloat, 32, 1}; }
+template <> constexpr dlpack::DataType dtype_of<int32_t>() { return {dlpack::kInt, 32, 1}; }
+template <> constexpr dlpack::DataType dtype_of<int64_t>() { return {dlpack::kInt, 64, 1}; }
+
+inline std::string to_string(dlpack::DataType dtype) {
+    const std::string bits = std::to_string(dtype.bits);
+    switch (dtype.code) {
+    case dlpack::kInt:
+        return "int" + bits;
+    case dlpack::kUInt:
+        return "uint" + bits;
+    case dlpack::kFloat:
+        return "float" + bits;
+    case dlpack::kBfloat:
+        return "bfloat" + bits;
+    case dlpack::kComplex:
+        return "complex" + bits;
+    case dlpack::kBool:
+        return "bool";
+    default:
+        return "an unsupported dtype";
+    }
+}
+
+constexpr int64_t kAny = -1;
+
+class TensorView {
+public:
+    // The data as T*, null if empty, after checking everything a kernel relies on. `shape` may hold
+    // kAny; `layout` names the dimensions in the error text.
+    template <typename T>
+    T *data(const char *name, const char *layout, std::initializer_list<int64_t> shape) const {
+        constexpr dlpack::DataType want = dtype_of<T>();
+        bool good = view_.device.type == dlpack::kCpu && is_contiguous() &&
+                    view_.dtype.code == want.code && view_.dtype.bits == want.bits &&
+                    view_.ndim == static_cast<int32_t>(shape.size());
+        const int64_t *dim = view_.shape;
+        for (auto it = shape.begin(); good && it != shape.end(); ++it, ++dim)
+            good = *it == kAny || *it == *dim;
+        if (!good)
+            throw std::invalid_argument(std::string("`") + name + "` must be " +
+                                        expected(layout, shape) + " " + to_string(want) +
+                                        " contiguous on the CPU, got " + describe());
+        return reinterpret_cast<T *>(static_cast<char *>(view_.data) + view_.byte_offset);
+    }
+
+    int64_t size(int32_t dim) const { return view_.shape[dim]; }
+
+private:
+    friend struct pybind11::detail::type_caster<TensorView>;
+
+    bool is_contiguous() const {
+        int64_t stride = 1, count = 1;
+        bool packed = true;
+        for (int32_t d = view_.ndim - 1; d >= 0; --d) {
+            packed = packed && (view_.shape[d] == 1 || view_.strides[d] == stride);
+            stride *= view_.shape[d];
+            count *= view_.shape[d];
+        }
+        return packed || count == 0;
+    }
+
+    static std::string expected(const char *layout, std::initializer_list<int64_t> shape) {
+        std::string sizes;
+        bool known = true;
+        for (const int64_t size : shape) {
+            sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+            known = known && size != kAny;
+        }
+        return known ? std::string(layout) + " = [" + sizes + "]" : std::string(layout);
+    }
+
+    std::string describe() const {
+        std::string text = "[";
+        for (int32_t d = 0; d < view_.ndim; ++d)
+            text += (d ? ", " : "") + std::to_string(view_.shape[d]);
+        text += "] " + to_string(view_.dtype);
+        if (!is_contiguous())
+            text += ", not contiguous";
+        if (view_.device.type != dlpack::kCpu)
+            text += ", on another device";
+        return text;
+    }
+
+    dlpack::Tensor view_{};
+};
+
+struct TorchTensorType {
+    PyObject *type; // torch.Tensor, held for the life of the process
+    const dlpack::ExchangeApi *api;
+
+    static const TorchTensorType &get() {
+        static pybind11::gil_safe_call_once_and_store<TorchTensorType> storage;
+        return storage.call_once_and_store_result(load).get_stored();
+    }
+
+private:
+    static TorchTensorType load() {
+        pybind11::object type = pybind11::module_::import("torch").attr("Tensor");
+        pybind11::object capsule =
+            pybind11::getattr(type, "__dlpack_c_exchange_api__", pybind11::none());
+        const auto *api = static_cast<const dlpack::ExchangeApi *>(
+            PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        if (api == nullptr || api->major != 1) {
+            PyErr_Clear();
+            throw pybind11::import_error(
+                "torch >= 2.11 required: this torch.Tensor has no DLPack 1.x C exchange table");
+        }
+        return {type.release().ptr(), api};
+    }
+};
+
+} // namespace biasmap
+
+namespace pybind11::detail {
+
+template <> struct type_caster<biasmap::TensorView> {
+    PYBIND11_TYPE_CASTER(biasmap::TensorView, const_name("torch.Tensor"));
+
+    bool load(handle source, bool) {
+        const auto &torch = biasmap::TorchTensorType::get();
+        const std::string name = Py_TYPE(source.ptr())->tp_name;
+        if (PyObject_TypeCheck(source.ptr(), reinterpret_cast<PyTypeObject *>(torch.type)) == 0)
+            throw type_error("expected a torch tensor, got " + name);
+        if (torch.api->dltensor_from_py_object_no_sync(source.ptr(), &value.view_) != 0) {
+            PyErr_Clear();
+            throw type_error("expected a dense torch tensor with its own memory, got " + name);
+        }
+        return true;
+    }
+};
+
+} // namespace pybind11::detail

@@ -1,0 +1,307 @@
+"""Overlap of attribution maps: hard and soft IoU, and the level that chance alone gives.
+
+Equations: BiasMap (arXiv 2509.13496). The chance level and the correction are this package's own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from . import ops
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Number = TypeVar("Number", float, "np.ndarray", torch.Tensor)
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Finer than this, float32 maps no longer resolve the edge of the mask.
+_MIN_TEMPERATURE = 1e-6
+
+
+def iou(a: torch.Tensor, b: torch.Tensor, *, percentile: float = 70.0) -> torch.Tensor:
+    """Hard IoU of two maps: each mask is what lies strictly above the map's own percentile.
+
+    ``mask = map > percentile(map)``, ``IoU = |A and B| / |A or B|``. The percentile interpolates
+    linearly between order statistics and equals ``numpy.percentile`` to the last bit. A constant
+    map has an empty mask; two of them have IoU 0 (`iou_with_flags` tells such zeros apart).
+
+    Args:
+        a: ``[B, H, W]`` or ``[H, W]``, float16, bfloat16, float32 or float64, finite.
+        b: like ``a``.
+        percentile: in [0, 100); 70 keeps the top 30 %.
+
+    Returns:
+        ``[B]`` (or a scalar), float32; float64 for float64 maps. Carries no gradient.
+
+    Raises:
+        TypeError: not tensors of floats.
+        ValueError: shapes, dtypes or devices differ, a map has no pixels or a value is not finite,
+            or ``percentile`` is out of range.
+
+    Example:
+        >>> a = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> float(iou(a, a.flip(1), percentile=50))
+        1.0
+        >>> float(iou(a, a.flip(0), percentile=50))
+        0.0
+    """
+    return iou_with_flags(a, b, percentile=percentile)[0]
+
+
+def pairwise_iou(maps: torch.Tensor, *, percentile: float = 70.0) -> torch.Tensor:
+    """Hard IoU of every pair of concepts, see `iou`.
+
+    Args:
+        maps: ``[B, K, H, W]``, float16, bfloat16, float32 or float64, finite.
+        percentile: in [0, 100).
+
+    Returns:
+        ``[B, K, K]``, symmetric; 1 on the diagonal, or 0 where that map's mask is empty.
+
+    Raises:
+        TypeError: not a tensor of floats.
+        ValueError: wrong shape, a value that is not finite, or ``percentile`` out of range.
+
+    Example:
+        >>> maps = torch.arange(8.0).reshape(1, 2, 2, 2)
+        >>> pairwise_iou(maps, percentile=50).tolist()
+        [[[1.0, 1.0], [1.0, 1.0]]]
+    """
+    _check_maps(maps)
+    _check_percentile(percentile)
+    batch, concepts = maps.shape[:2]
+    every = torch.arange(concepts)
+    flat = maps.flatten(2)  # [B, K, N]
+    found = ops.pairs_iou(flat, torch.cartesian_prod(every, every), percentile)
+    _check_finite(found.area < 0, flat)
+    return found.iou.reshape(batch, concepts, concepts)
+
+
+def iou_with_flags(
+    a: torch.Tensor, b: torch.Tensor, *, percentile: float = 70.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`iou`, and where it says nothing because both masks are empty.
+
+    Args:
+        a: ``[B, H, W]`` or ``[H, W]``, float16, bfloat16, float32 or float64, finite.
+        b: like ``a``.
+        percentile: in [0, 100).
+
+    Returns:
+        IoU ``[B]`` and bool ``[B]`` (or scalars): True where the union is empty and the IoU 0.
+
+    Raises:
+        TypeError: as `iou`.
+        ValueError: as `iou`.
+
+    Example:
+        >>> value, empty = iou_with_flags(torch.ones(4, 4), torch.ones(4, 4))
+        >>> float(value), bool(empty)
+        (0.0, True)
+    """
+    maps = _stack(a, b)
+    _check_percentile(percentile)
+    found = ops.pairs_iou(maps, torch.tensor([[0, 1]]), percentile)
+    _check_finite(found.area < 0, maps, ("a", "b"))
+    return found.iou.reshape(a.shape[:-2]), (found.union == 0).reshape(a.shape[:-2])
+
+
+def soft_iou(
+    a: torch.Tensor, b: torch.Tensor, *, fraction: float = 0.3, temperature: float = 0.01
+) -> torch.Tensor:
+    """Differentiable IoU of two maps' soft top-k masks.
+
+    ``SoftIoU = sum(ab) / (sum a + sum b - sum(ab))`` with the masks of `soft_topk` over each whole
+    map. Unchanged when a map is shifted or scaled by a positive number.
+
+    Args:
+        a: ``[B, H, W]`` or ``[H, W]``, float16, bfloat16, float32 or float64, finite.
+        b: like ``a``.
+        fraction: share of the pixels in a mask, in (0, 1).
+        temperature: width of the masks' edges in units of each map's range, at least 1e-6.
+
+    Returns:
+        ``[B]`` (or a scalar), float32; float64 for float64 maps. Differentiable in both maps.
+
+    Raises:
+        TypeError: not tensors of floats.
+        ValueError: shapes, dtypes or devices differ, a map has no pixels or a value is not finite,
+            or a setting is out of range.
+
+    Example:
+        >>> a = torch.rand(3, 16, 16)
+        >>> torch.allclose(soft_iou(a, a * 7 + 1), soft_iou(a, a), atol=1e-5)
+        True
+    """
+    maps = _stack(a, b)
+    check_soft(fraction, temperature)
+    found = ops.soft_iou(maps, torch.tensor([[0, 1]]), fraction, temperature)
+    _check_finite(found.isnan(), maps, ("a", "b"))
+    return found.reshape(a.shape[:-2])
+
+
+def soft_topk(
+    x: torch.Tensor,
+    *,
+    fraction: float = 0.3,
+    temperature: float = 0.01,
+    dim: int | tuple[int, int] = -1,
+) -> torch.Tensor:
+    """The exact soft top-k mask: entropic transport of the values onto {0, 1}, solved not iterated.
+
+    ``m = sigmoid((2 x - tau) / gamma)``, the one ``tau`` with ``mean(m) = fraction``, and ``gamma =
+    temperature * (max x - min x)``. The gradient is implicit, the range a constant of it.
+
+    Give ``dim=(-2, -1)`` for maps. With ``dim=-1`` every *row* of a map gets its own top-k, which
+    is what the published code does, and not what its paper says.
+
+    Args:
+        x: ``[..., N]``, or ``[..., H, W]`` with ``dim=(-2, -1)``; float16, bfloat16, float32 or
+            float64, finite.
+        fraction: mean of the mask, in (0, 1).
+        temperature: width of the mask's edge in units of the range of x, at least 1e-6.
+        dim: -1, or (-2, -1) for a map's last two dimensions together.
+
+    Returns:
+        Like ``x``, float32 (float64 for float64). Where x is constant: ``fraction``, gradient 0.
+
+    Raises:
+        TypeError: not a tensor of floats.
+        ValueError: another ``dim``, no values along it, a value that is not finite, or a setting
+            out of range.
+
+    Example:
+        >>> mask = soft_topk(torch.linspace(0, 1, 100).reshape(10, 10), dim=(-2, -1))
+        >>> round(float(mask.mean()), 5), bool(mask[0, 0] < 1e-6), bool(mask[-1, -1] > 1 - 1e-6)
+        (0.3, True, True)
+    """
+    _check_tensor("x", x)
+    check_soft(fraction, temperature)
+    dims = {-1: 1, (-1,): 1, (-2, -1): 2}.get(dim)
+    if dims is None:
+        raise ValueError(f"`dim` must be -1 or (-2, -1), got {dim!r}")
+    if x.ndim < dims or 0 in x.shape[-dims:]:
+        raise ValueError(f"`x` must have values along `dim` = {dim!r}, got {_shown(x)}")
+    rows = x.reshape(-1, math.prod(x.shape[-dims:]))
+    mask = ops.soft_topk(rows, fraction, temperature)
+    _check_finite(mask[:, :1].isnan(), rows.unsqueeze(1), ("x",))
+    return mask.reshape(x.shape)
+
+
+def chance_iou(fraction: Number) -> Number:
+    """IoU of two unrelated masks that each keep ``fraction`` of the pixels: ``p / (2 - p)``.
+
+    Args:
+        fraction: in (0, 1); a float, numpy array or tensor. A percentile q keeps (100 - q) / 100.
+
+    Returns:
+        Like ``fraction``.
+
+    Raises:
+        ValueError: ``fraction`` outside (0, 1).
+
+    Example:
+        >>> round(chance_iou(0.3), 4)
+        0.1765
+    """
+    inside = (fraction > 0) & (fraction < 1)
+    if not (inside if isinstance(inside, bool) else bool(inside.all())):
+        raise ValueError(f"`fraction` must be in (0, 1), got {fraction}")
+    level: Number = fraction / (2 - fraction)
+    return level
+
+
+def corrected_iou(iou: Number, *, fraction: float) -> Number:
+    """IoU on a scale where chance is 0 and identity is 1: ``(IoU - IoU0) / (1 - IoU0)``.
+
+    Negative where two masks avoid one another.
+
+    Args:
+        iou: a float, numpy array or tensor.
+        fraction: share of the pixels in each mask, in (0, 1).
+
+    Returns:
+        Like ``iou``.
+
+    Raises:
+        ValueError: ``fraction`` outside (0, 1).
+
+    Example:
+        >>> round(corrected_iou(0.1765, fraction=0.3), 3), corrected_iou(1.0, fraction=0.3)
+        (0.0, 1.0)
+    """
+    chance = chance_iou(fraction)
+    return (iou - chance) / (1 - chance)
+
+
+def _shown(x: torch.Tensor) -> str:
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def _check_tensor(name: str, x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"`{name}` must be a torch tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"`{name}` must be float16, bfloat16, float32 or float64, got {_shown(x)}")
+
+
+def _check_maps(maps: torch.Tensor) -> None:
+    _check_tensor("maps", maps)
+    if maps.ndim != 4 or 0 in maps.shape[2:]:
+        raise ValueError(f"`maps` must be [B, K, H, W] with H, W >= 1, got {_shown(maps)}")
+
+
+def _stack(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Two maps ``[B, H, W]`` or ``[H, W]`` as ``[B, 2, N]``."""
+    for name, x in (("a", a), ("b", b)):
+        _check_tensor(name, x)
+        if x.ndim not in (2, 3) or 0 in x.shape[-2:]:
+            raise ValueError(
+                f"`{name}` must be [B, H, W] or [H, W] with H, W >= 1, got {_shown(x)}"
+            )
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"`a` and `b` must be alike, got {_shown(a)} and {_shown(b)}")
+    if a.device != b.device:
+        raise ValueError(f"`a` and `b` must be on one device, got {a.device} and {b.device}")
+    batch = a.shape[0] if a.ndim == 3 else 1
+    return torch.stack((a, b), dim=-3).reshape(batch, 2, a.shape[-2] * a.shape[-1])
+
+
+def _check_percentile(percentile: float) -> None:
+    if not 0.0 <= percentile < 100.0:
+        raise ValueError(f"`percentile` must be in [0, 100), got {percentile}")
+
+
+def check_soft(fraction: float, temperature: float) -> None:
+    """Refuses settings of a soft mask that are out of range, by a ValueError."""
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"`fraction` must be in (0, 1), got {fraction}")
+    if not _MIN_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"`temperature` must be at least {_MIN_TEMPERATURE} and finite, got {temperature}"
+        )
+
+
+def _check_finite(
+    suspect: torch.Tensor, maps: torch.Tensor, names: tuple[str, ...] | None = None
+) -> None:
+    """Refuses maps ``[B, K, N]`` with values that are not finite.
+
+    The ops mark such maps in their results, so that good maps are not read a second time.
+    """
+    if torch.compiler.is_compiling() or not bool(suspect.any()):
+        return
+    counts = (~maps.isfinite()).sum(dim=-1)  # [B, K]
+    if not bool(counts.any()):
+        raise ValueError(f"a map's range is more than {maps.dtype} holds")
+    index, concept = counts.nonzero()[0].tolist()
+    name = names[concept] if names else "maps"
+    where = f"batch index {index}" if names else f"batch index {index}, concept {concept}"
+    raise ValueError(
+        f"`{name}` must be finite: {int(counts[index, concept])} of {maps.shape[-1]} values at "
+        f"{where} are NaN or infinite"
+    )
