@@ -170,5 +170,97 @@ def sdxl_pipe(tokenizer):
     return pipe
 
 
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+class Reference:
+    """The maps written from the formulas: whole attention matrices, step by step, layer by layer.
+
+    It keeps every call's hidden states (an attention processor sees them, no hook), and evaluates
+    afterwards in float64, resizing each layer's map of each step on its own.
+    """
+
+    def __init__(self, pipe, mid_block=False):
+        self.pipe = pipe
+        self.seen = []  # (layer, hidden states)
+        reference = self
+
+        class Processor:
+            def __init__(self, name, inner):
+                self.name, self.inner = name, inner
+
+            def __call__(
+                self,
+                attn,
+                hidden_states,
+                encoder_hidden_states=None,
+                attention_mask=None,
+                temb=None,
+            ):
+                if encoder_hidden_states is not None:
+                    reference.seen.append((self.name, hidden_states.detach().clone()))
+                return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+        names = pipe.unet.attn_processors
+        pipe.unet.set_attn_processor(
+            {name: Processor(name.removesuffix(".processor"), p) for name, p in names.items()}
+        )
+        self.mid_block = mid_block
+
+    def states(self, prompt):
+        pipe = self.pipe
+        ids = pipe.tokenizer(prompt.text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            if getattr(pipe, "text_encoder_2", None) is None:
+                return ids[0], pipe.text_encoder(ids)[0]
+            encoders = (pipe.text_encoder, pipe.text_encoder_2)
+            hidden = [e(ids, output_hidden_states=True).hidden_states[-2] for e in encoders]
+            return ids[0], torch.cat(hidden, -1)
+
+    def columns(self, ids, concept):
+        wanted = self.pipe.tokenizer(concept, add_special_tokens=False).input_ids
+        starts = [i for i in range(len(ids)) if ids[i : i + len(wanted)].tolist() == wanted]
+        return [i for start in starts for i in range(start, start + len(wanted))]
+
+    @torch.no_grad()
+    def maps(
+        self, prompt, latents, rows, layers=None, keep=lambda name, head, call: True, size=None
+    ):
+        ids, states = self.states(prompt)
+        calls, pieces = {}, []
+        sizes = {}
+        for name, hidden in self.seen:
+            if layers is None and name.startswith("mid_block"):
+                continue
+            if layers is not None and not any(name.startswith(layer) for layer in layers):
+                continue
+            call = calls[name] = calls.get(name, -1) + 1
+            attn = self.pipe.unet.get_submodule(name)
+            h, w = latents
+            while h * w != hidden.shape[1]:
+                h, w = -(-h // 2), -(-w // 2)
+            sizes[h * w] = (h, w)
+            query = attn.to_q(hidden[rows]).double()
+            key = attn.to_k(states.to(hidden.dtype))[0].double()
+            dim = query.shape[-1] // attn.heads
+            for head in range(attn.heads):
+                channels = slice(head * dim, (head + 1) * dim)
+                matrix = query[..., channels] @ key[:, channels].T / dim**0.5  # [B, n, T']
+                matrix = matrix.softmax(-1)
+                if not keep(name, head, call):
+                    matrix = matrix * 0
+                for k, concept in enumerate(prompt.concepts):
+                    column = matrix[..., self.columns(ids, concept)].sum(-1)
+                    pieces.append((k, column.reshape(-1, 1, h, w)))
+        largest = sizes[max(sizes)]
+        total = torch.zeros(len(pieces[0][1]), len(prompt.concepts), *largest, dtype=torch.float64)
+        for k, piece in pieces:
+            total[:, k] += torch.nn.functional.interpolate(
+                piece, size=largest, mode="bilinear", align_corners=False
+            )[:, 0]
+        if size is not None:
+            total = torch.nn.functional.interpolate(total, size=size, mode="bilinear")
+        return total
+
+
+@pytest.fixture
+def reference_of():
+    """``reference_of(pipe)``: the independent reference of a pipeline's maps."""
+    return Reference

@@ -23,96 +23,6 @@ def draw(pipe, prompt="a photo of a doctor", seeds=(1, 2), **options):
     return pipe(prompts, generator=generators, **(settings | options)).images
 
 
-class Reference:
-    """The maps written from the formulas: whole attention matrices, step by step, layer by layer.
-
-    It keeps every call's hidden states (an attention processor sees them, no hook), and evaluates
-    afterwards in float64, resizing each layer's map of each step on its own.
-    """
-
-    def __init__(self, pipe, mid_block=False):
-        self.pipe = pipe
-        self.seen = []  # (layer, hidden states)
-        reference = self
-
-        class Processor:
-            def __init__(self, name, inner):
-                self.name, self.inner = name, inner
-
-            def __call__(
-                self,
-                attn,
-                hidden_states,
-                encoder_hidden_states=None,
-                attention_mask=None,
-                temb=None,
-            ):
-                if encoder_hidden_states is not None:
-                    reference.seen.append((self.name, hidden_states.detach().clone()))
-                return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-
-        names = pipe.unet.attn_processors
-        pipe.unet.set_attn_processor(
-            {name: Processor(name.removesuffix(".processor"), p) for name, p in names.items()}
-        )
-        self.mid_block = mid_block
-
-    def states(self, prompt):
-        pipe = self.pipe
-        ids = pipe.tokenizer(prompt.text, return_tensors="pt").input_ids
-        with torch.no_grad():
-            if getattr(pipe, "text_encoder_2", None) is None:
-                return ids[0], pipe.text_encoder(ids)[0]
-            encoders = (pipe.text_encoder, pipe.text_encoder_2)
-            hidden = [e(ids, output_hidden_states=True).hidden_states[-2] for e in encoders]
-            return ids[0], torch.cat(hidden, -1)
-
-    def columns(self, ids, concept):
-        wanted = self.pipe.tokenizer(concept, add_special_tokens=False).input_ids
-        starts = [i for i in range(len(ids)) if ids[i : i + len(wanted)].tolist() == wanted]
-        return [i for start in starts for i in range(start, start + len(wanted))]
-
-    @torch.no_grad()
-    def maps(
-        self, prompt, latents, rows, layers=None, keep=lambda name, head, call: True, size=None
-    ):
-        ids, states = self.states(prompt)
-        calls, pieces = {}, []
-        sizes = {}
-        for name, hidden in self.seen:
-            if layers is None and name.startswith("mid_block"):
-                continue
-            if layers is not None and not any(name.startswith(layer) for layer in layers):
-                continue
-            call = calls[name] = calls.get(name, -1) + 1
-            attn = self.pipe.unet.get_submodule(name)
-            h, w = latents
-            while h * w != hidden.shape[1]:
-                h, w = -(-h // 2), -(-w // 2)
-            sizes[h * w] = (h, w)
-            query = attn.to_q(hidden[rows]).double()
-            key = attn.to_k(states.to(hidden.dtype))[0].double()
-            dim = query.shape[-1] // attn.heads
-            for head in range(attn.heads):
-                channels = slice(head * dim, (head + 1) * dim)
-                matrix = query[..., channels] @ key[:, channels].T / dim**0.5  # [B, n, T']
-                matrix = matrix.softmax(-1)
-                if not keep(name, head, call):
-                    matrix = matrix * 0
-                for k, concept in enumerate(prompt.concepts):
-                    column = matrix[..., self.columns(ids, concept)].sum(-1)
-                    pieces.append((k, column.reshape(-1, 1, h, w)))
-        largest = sizes[max(sizes)]
-        total = torch.zeros(len(pieces[0][1]), len(prompt.concepts), *largest, dtype=torch.float64)
-        for k, piece in pieces:
-            total[:, k] += torch.nn.functional.interpolate(
-                piece, size=largest, mode="bilinear", align_corners=False
-            )[:, 0]
-        if size is not None:
-            total = torch.nn.functional.interpolate(total, size=size, mode="bilinear")
-        return total
-
-
 def assert_maps(maps, expected, tolerance=1e-5):
     assert maps.dtype == torch.float32
     assert maps.shape == expected.shape
@@ -125,8 +35,8 @@ COND, UNCOND = slice(2, 4), slice(0, 2)
 
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
 @pytest.mark.parametrize("layers", [None, ("up_blocks.1", "mid_block"), ("down_blocks",)])
-def test_maps_equal_the_reference(sd_pipe, branch, layers):
-    reference = Reference(sd_pipe)
+def test_maps_equal_the_reference(sd_pipe, branch, layers, reference_of):
+    reference = reference_of(sd_pipe)
     with bm.attribute(sd_pipe, DOCTOR, branch=branch, layers=layers) as recorder:
         draw(sd_pipe)
     rows = COND if branch == "cond" else UNCOND
@@ -144,17 +54,17 @@ def test_default_layers_are_all_but_the_mid_block(sd_pipe):
     assert len(recorder.layers) == 7
 
 
-def test_without_guidance_the_whole_batch_is_conditional(sd_pipe):
-    reference = Reference(sd_pipe)
+def test_without_guidance_the_whole_batch_is_conditional(sd_pipe, reference_of):
+    reference = reference_of(sd_pipe)
     with bm.attribute(sd_pipe, DOCTOR) as recorder:
         draw(sd_pipe, guidance_scale=1.0)
     assert_maps(recorder.maps().values, reference.maps(DOCTOR, (16, 16), slice(None)))
 
 
 @pytest.mark.parametrize("height_width", [(32, 48), (24, 64), (40, 40), (56, 40)])
-def test_non_square_and_odd_latents(sd_pipe, height_width):
+def test_non_square_and_odd_latents(sd_pipe, height_width, reference_of):
     height, width = height_width
-    reference = Reference(sd_pipe)
+    reference = reference_of(sd_pipe)
     with bm.attribute(sd_pipe, DOCTOR) as recorder:
         draw(sd_pipe, height=height, width=width)
     latents = (height // 2, width // 2)
@@ -162,15 +72,15 @@ def test_non_square_and_odd_latents(sd_pipe, height_width):
     assert_maps(recorder.maps().values, reference.maps(DOCTOR, latents, COND))
 
 
-def test_size_resizes_the_sum(sd_pipe):
-    reference = Reference(sd_pipe)
+def test_size_resizes_the_sum(sd_pipe, reference_of):
+    reference = reference_of(sd_pipe)
     with bm.attribute(sd_pipe, DOCTOR, size=(64, 40)) as recorder:
         draw(sd_pipe)
     assert_maps(recorder.maps().values, reference.maps(DOCTOR, (16, 16), COND, size=(64, 40)))
 
 
-def test_sdxl(sdxl_pipe):
-    reference = Reference(sdxl_pipe)
+def test_sdxl(sdxl_pipe, reference_of):
+    reference = reference_of(sdxl_pipe)
     with bm.attribute(sdxl_pipe, DOCTOR, by="head") as recorder:
         draw(sdxl_pipe)
     maps = recorder.maps()
@@ -180,10 +90,10 @@ def test_sdxl(sdxl_pipe):
     } == {4}
 
 
-def test_sd2_with_heads_that_differ_by_block_and_v_prediction(make_sd):
+def test_sd2_with_heads_that_differ_by_block_and_v_prediction(make_sd, reference_of):
     config = {"attention_head_dim": (1, 2, 4), "use_linear_projection": True}
     pipe = make_sd(unet_config=config, prediction_type="v_prediction")
-    reference = Reference(pipe)
+    reference = reference_of(pipe)
     with bm.attribute(pipe, DOCTOR, by="head") as recorder:
         draw(pipe)
     assert_maps(recorder.maps().values, reference.maps(DOCTOR, (16, 16), COND))
@@ -192,8 +102,8 @@ def test_sd2_with_heads_that_differ_by_block_and_v_prediction(make_sd):
 
 
 @pytest.mark.parametrize("by", ["block", "layer", "step", "head"])
-def test_parts_equal_the_reference_and_sum_to_the_total(sd_pipe, by):
-    reference = Reference(sd_pipe)
+def test_parts_equal_the_reference_and_sum_to_the_total(sd_pipe, by, reference_of):
+    reference = reference_of(sd_pipe)
     with bm.attribute(sd_pipe, DOCTOR, by=by) as recorder:
         draw(sd_pipe)
     maps = recorder.maps()
@@ -213,19 +123,19 @@ def test_parts_equal_the_reference_and_sum_to_the_total(sd_pipe, by):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_weights_are_summed_in_float32(sd_pipe, dtype):
+def test_half_weights_are_summed_in_float32(sd_pipe, dtype, reference_of):
     sd_pipe.unet.to(dtype)
     sd_pipe.text_encoder.to(dtype)
     sd_pipe.vae.to(dtype)
-    reference = Reference(sd_pipe)
+    reference = reference_of(sd_pipe)
     with bm.attribute(sd_pipe, DOCTOR) as recorder:
         draw(sd_pipe, num_inference_steps=6)
     # the queries and keys are the half-precision network's; everything after is float32
     assert_maps(recorder.maps().values, reference.maps(DOCTOR, (16, 16), COND))
 
 
-def test_two_prompts_share_one_pass(sd_pipe):
-    reference = Reference(sd_pipe)
+def test_two_prompts_share_one_pass(sd_pipe, reference_of):
+    reference = reference_of(sd_pipe)
     with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
         draw(sd_pipe)
     maps = recorder.maps()
@@ -284,10 +194,10 @@ def test_entering_again_starts_afresh(sd_pipe):
 
 
 @pytest.mark.parametrize("kind", ["PNDMScheduler", "HeunDiscreteScheduler", "DDIMScheduler"])
-def test_schedulers_that_call_the_unet_more_than_once_a_step(make_sd, kind):
+def test_schedulers_that_call_the_unet_more_than_once_a_step(make_sd, kind, reference_of):
     options = {"skip_prk_steps": True} if kind == "PNDMScheduler" else {}
     pipe = make_sd(kind=kind, **options)
-    reference = Reference(pipe)
+    reference = reference_of(pipe)
     with bm.attribute(pipe, DOCTOR) as recorder:
         draw(pipe)
     maps = recorder.maps()

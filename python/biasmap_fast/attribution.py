@@ -12,7 +12,6 @@ The hook changes nothing, so pictures stay bit-identical.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,15 +19,20 @@ from typing import Any, Literal, Self
 
 import torch
 
-from .concepts import AttributionPrompt, TokenizedPrompt, encode, text_encoders, tokenize
-from .layers import CrossAttention, cross_attention_layers
+from .concepts import AttributionPrompt, TokenizedPrompt, encode, tokenize_all
 from .maps import AttributionMaps, resize
 from .reference import concept_map
+from .unet import (
+    CrossAttention,
+    branch_rows,
+    cross_attention_layers,
+    guidance_chunks,
+    resolutions,
+    rows_here,
+)
 
 Branch = Literal["cond", "uncond"]
 By = Literal["total", "block", "layer", "step", "head"]
-
-logger = logging.getLogger(__name__)
 
 
 def attribute(
@@ -91,12 +95,36 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Attributed:
-    """One prompt, ready to meet queries."""
+class AttributionKeys:
+    """One prompt, ready to meet the queries of a UNet."""
 
-    tokenized: TokenizedPrompt
-    weights: torch.Tensor  # [K, T'] float32, on the UNet's device
-    keys: Mapping[str, torch.Tensor]  # layer -> [heads, T', d] float32, times 1 / sqrt(d)
+    weights: torch.Tensor  # [K, T'], on the UNet's device
+    by_layer: Mapping[str, torch.Tensor]  # [heads, T', d] >= float32, times 1 / sqrt(d)
+
+
+@torch.no_grad()
+def attribution_keys(
+    pipe: Any, layers: Sequence[CrossAttention], tokenized: Sequence[TokenizedPrompt]
+) -> AttributionKeys:
+    """Attribution keys of every layer, k' = to_k(X') / sqrt(d): needed once, whatever the steps.
+
+    Args:
+        pipe: the pipeline whose text encoders and UNet are used.
+        layers: the layers wanted.
+        tokenized: the prompt as each of the pipeline's tokenizers sees it.
+
+    Raises:
+        ValueError: the tokenizers split the prompt differently.
+    """
+    weights = tokenized[0].weights
+    if any(not torch.equal(weights, other.weights) for other in tokenized[1:]):
+        pieces = [list(tokens.pieces) for tokens in tokenized]
+        raise ValueError(f"the pipeline's tokenizers split the prompt differently: {pieces}")
+    device = getattr(pipe, "_execution_device", None) or pipe.unet.device
+    states = encode(tokenized, pipe, device).to(pipe.unet.dtype)  # [1, T', D]
+    by_layer = {layer.name: layer.keys(states) for layer in layers}
+    precision = torch.promote_types(states.dtype, torch.float32)
+    return AttributionKeys(weights.to(device, precision), by_layer)
 
 
 class Recorder:
@@ -134,24 +162,25 @@ class Recorder:
         self._by = by
         self._size = _checked_size(size)
         self._chunks = chunks
-        self._tokenized = [
-            [tokenize(prompt, tokenizer) for tokenizer, _ in text_encoders(pipe)]
-            for prompt in self._prompts
-        ]
-        self._attributed: list[_Attributed] = []
+        self._tokenized = [tokenize_all(prompt, pipe) for prompt in self._prompts]
+        self._attributed: list[AttributionKeys] = []
         self._handles: list[Any] = []
         self._runs: list[_Run] = []
         self._interrupted: str | None = None
         self._timesteps: Any = None
         self._batch = 0
-        self._rows = slice(0)
+        self._rows = slice(0, 0)
+        # (layer, image) of this call: recomputation under checkpointing must not count twice
+        self._seen: set[tuple[str, int]] = set()
         self._resolutions: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         if self._handles:
             raise RuntimeError("this recorder is already recording; make another to nest them")
         self._runs, self._interrupted, self._timesteps = [], None, None
-        self._attributed = [self._keys(tokenized) for tokenized in self._tokenized]
+        self._attributed = [
+            attribution_keys(self._pipe, self._layers, tokens) for tokens in self._tokenized
+        ]
         unet = self._pipe.unet
         self._handles.append(unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
         for layer in self._layers:
@@ -206,22 +235,8 @@ class Recorder:
         The keys depend on the prompts and the model alone and are freed at the end of the block.
         """
         sums = [t for run in self._runs for part in run.sums.values() for t in part.values()]
-        keys = [key for attributed in self._attributed for key in attributed.keys.values()]
+        keys = [key for attributed in self._attributed for key in attributed.by_layer.values()]
         return {"maps": sum(t.nbytes for t in sums), "keys": sum(t.nbytes for t in keys)}
-
-    def _keys(self, tokenized: list[TokenizedPrompt]) -> _Attributed:
-        """Attribution keys of every layer: computed once, k' = to_k(X') / sqrt(d)."""
-        device = getattr(self._pipe, "_execution_device", None) or self._pipe.unet.device
-        weights = tokenized[0].weights
-        if any(not torch.equal(weights, other.weights) for other in tokenized[1:]):
-            pieces = [list(tokens.pieces) for tokens in tokenized]
-            raise ValueError(
-                f"the pipeline's tokenizers split the prompt differently: {pieces}"
-            )
-        states = encode(tokenized, self._pipe, device).to(self._pipe.unet.dtype)  # [1, T', D]
-        with torch.no_grad():
-            keys = {layer.name: layer.keys(states) for layer in self._layers}
-        return _Attributed(tokenized[0], weights.to(device), keys)
 
     def _before_call(self, unet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes the latents' size and the guided batch's layout before each UNet call."""
@@ -230,8 +245,8 @@ class Recorder:
         # `set_timesteps` makes a new tensor in every pipeline call.
         begins = not self._runs or timesteps is not self._timesteps
         if begins or sample.shape[0] != self._batch:
-            chunks = self._chunks or _guidance_chunks(self._pipe)
-            self._rows = _branch_rows(sample, chunks, self._branch)
+            chunks = self._chunks or guidance_chunks(self._pipe)
+            self._rows = branch_rows(sample, chunks, self._branch)
             self._batch = sample.shape[0]
         images = self._rows.stop - self._rows.start
         if begins:
@@ -243,7 +258,8 @@ class Recorder:
                 f"the number of images changed from {run.images} to {images} in the middle of a "
                 "run; record UNet calls of different batches in separate `with` blocks"
             )
-        self._resolutions = _resolutions(sample.shape[-2], sample.shape[-1])
+        self._resolutions = resolutions(sample.shape[-2], sample.shape[-1])
+        self._seen.clear()
         run.calls += 1
 
     def _query_hook(self, layer: CrossAttention) -> Any:
@@ -254,29 +270,30 @@ class Recorder:
 
     @torch.no_grad()
     def _add(self, layer: CrossAttention, query: torch.Tensor) -> None:
-        """Adds one layer's concept maps of the attributed branch: query ``[chunks * B, n, C]``."""
-        pixels = query.shape[1]
-        if pixels not in self._resolutions:
-            raise RuntimeError(
-                f"layer {layer.name} saw {pixels} queries; the latents, halved, have "
-                f"{sorted(self._resolutions, reverse=True)}. Token merging and similar changes of "
-                "the sequence cannot be attributed to pixels"
-            )
+        """Adds one layer's concept maps of the attributed branch: query ``[rows, n, C]``."""
+        size = layer.resolution(query, self._resolutions)
         run = self._runs[-1]
-        split = query.view(*query.shape[:2], layer.heads, -1)[self._rows]
-        rows = split.transpose(1, 2)  # [B, heads, n, d]
-        for index, attributed in enumerate(self._attributed):
-            key = attributed.keys[layer.name]
-            # Image by image on the CPU: half the time at batch 4, as the scores stay in cache.
-            step = 1 if query.device.type == "cpu" else run.images
-            for start in range(0, run.images, step):
-                images = slice(start, start + step)
+        places, images = rows_here(self._rows, self._batch)
+        found_here = zip(places, images, strict=True)
+        fresh = [(p, i) for p, i in found_here if (layer.name, i) not in self._seen]
+        if not fresh:
+            return
+        self._seen.update((layer.name, image) for _, image in fresh)
+        rows = layer.split_heads(query)  # [rows, heads, n, d]
+        # Image by image on the CPU: half the time at batch 4, as the scores stay in cache.
+        step = 1 if query.device.type == "cpu" else len(fresh)
+        for start in range(0, len(fresh), step):
+            taken, images = (list(part) for part in zip(*fresh[start : start + step], strict=True))
+            for index, attributed in enumerate(self._attributed):
                 found = concept_map(
-                    rows[images], key, attributed.weights, per_head=self._by == "head"
+                    rows[taken],
+                    attributed.by_layer[layer.name],
+                    attributed.weights,
+                    per_head=self._by == "head",
                 )
                 for part, values in self._parts(layer, run, found):
-                    target = self._sum(run, (index, part), self._resolutions[pixels], values)
-                    target[images] += values.view(target[images].shape)
+                    target = self._sum(run, (index, part), size, values)
+                    target[images] += values.view(len(images), -1, *size)
 
     def _parts(
         self, layer: CrossAttention, run: _Run, found: torch.Tensor
@@ -366,44 +383,3 @@ def _checked_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if height < 1 or width < 1:
         raise ValueError(f"`size` must be positive, got {size}")
     return height, width
-
-
-def _guidance_chunks(pipe: Any) -> int:
-    """How many copies of the latents the pipeline puts into one UNet batch."""
-    try:
-        guided = pipe.do_classifier_free_guidance
-    except AttributeError:
-        raise ValueError(
-            f"{type(pipe).__name__} does not say whether its UNet batch is guided (unconditional "
-            "chunk first); pass attribute(..., chunks=1) without guidance, 2 with it"
-        ) from None
-    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
-    return 1 + bool(guided) + bool(perturbed)
-
-
-def _branch_rows(sample: torch.Tensor, chunks: int, branch: Branch) -> slice:
-    """Rows of the branch in a batch laid out [unconditional, conditional, ...]."""
-    batch = sample.shape[0]
-    copies = sample.chunk(chunks) if batch % chunks == 0 else ()
-    if not copies or any(not torch.equal(copies[0], copy) for copy in copies[1:]):
-        raise ValueError(
-            f"expected a UNet batch of {chunks} copies of the same latents (guidance chunks), got "
-            f"a batch of {batch} that is not; pass attribute(..., chunks=) if the layout differs"
-        )
-    if branch == "uncond" and chunks == 1:
-        raise ValueError(
-            "branch='uncond' needs classifier-free guidance (guidance_scale > 1), got a UNet "
-            "batch without an unconditional chunk"
-        )
-    images = batch // chunks
-    first = images if branch == "cond" and chunks > 1 else 0
-    return slice(first, first + images)
-
-
-def _resolutions(height: int, width: int) -> dict[int, tuple[int, int]]:
-    """Number of queries -> (h, w), for the latents' size halved, rounded up, down to one pixel."""
-    found = {height * width: (height, width)}
-    while height > 1 or width > 1:
-        height, width = (height + 1) // 2, (width + 1) // 2
-        found.setdefault(height * width, (height, width))
-    return found

@@ -7,6 +7,7 @@ by BiasMap, arXiv 2509.13496). It is encoded *without padding*: start token, pie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +130,12 @@ def tokenize(prompt: AttributionPrompt, tokenizer: Any) -> TokenizedPrompt:
     return TokenizedPrompt(prompt, ids, pieces, weights)
 
 
-def encode(tokenized: list[TokenizedPrompt], pipe: Any, device: torch.device) -> torch.Tensor:
+def tokenize_all(prompt: AttributionPrompt, pipe: Any) -> list[TokenizedPrompt]:
+    """`tokenize` with each of the pipeline's tokenizers (one, or two for SDXL)."""
+    return [tokenize(prompt, tokenizer) for tokenizer, _ in text_encoders(pipe)]
+
+
+def encode(tokenized: Sequence[TokenizedPrompt], pipe: Any, device: torch.device) -> torch.Tensor:
     """Runs the pipeline's text encoders on one unpadded attribution prompt.
 
     Args:

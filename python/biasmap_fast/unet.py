@@ -1,12 +1,17 @@
-"""The cross-attention layers of a diffusers UNet, and which of them can be attributed."""
+"""A diffusers UNet from outside: its cross-attention layers, and the layout of what goes in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+# Rows of the pipeline's UNet batch that the forward pass now running holds; None is all of them.
+_PRESENT: ContextVar[Sequence[int] | None] = ContextVar("present_rows", default=None)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,30 @@ class CrossAttention:
         """Number of attention heads."""
         return int(self.module.heads)
 
+    def resolution(
+        self, query: torch.Tensor, sizes: Mapping[int, tuple[int, int]]
+    ) -> tuple[int, int]:
+        """Height and width behind the queries ``[rows, n, heads * d]``.
+
+        Args:
+            query: what ``to_q`` returned.
+            sizes: `resolutions` of the latents.
+
+        Raises:
+            RuntimeError: n is none of them.
+        """
+        if query.shape[1] not in sizes:
+            raise RuntimeError(
+                f"layer {self.name} saw {query.shape[1]} queries; the latents, halved, have "
+                f"{sorted(sizes, reverse=True)}. Token merging and similar changes of the "
+                "sequence cannot be attributed to pixels"
+            )
+        return sizes[query.shape[1]]
+
+    def split_heads(self, query: torch.Tensor) -> torch.Tensor:
+        """``[rows, n, heads * d]`` as ``[rows, heads, n, d]``, a view."""
+        return query.view(*query.shape[:2], self.heads, -1).transpose(1, 2)
+
     def keys(self, states: torch.Tensor) -> torch.Tensor:
         """Attribution keys of encoded text.
 
@@ -34,11 +63,13 @@ class CrossAttention:
             states: ``[1, T', D]`` hidden states of the attribution prompt.
 
         Returns:
-            ``[heads, T', d]`` float32, already times the layer's scale 1 / sqrt(d).
+            ``[heads, T', d]``, float32 for half-precision weights, already times the layer's scale
+            1 / sqrt(d).
         """
         if self.module.norm_cross is not None:
             states = self.module.norm_encoder_hidden_states(states)
-        keys: torch.Tensor = self.module.to_k(states)[0].float()  # [T', heads * d]
+        keys: torch.Tensor = self.module.to_k(states)[0]  # [T', heads * d]
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         split = keys.view(keys.shape[0], self.heads, -1).transpose(0, 1)  # [heads, T', d]
         return (split * float(self.module.scale)).contiguous()
 
@@ -111,3 +142,70 @@ def _unsupported(module: Any) -> str | None:
     if hasattr(module.processor, "to_k_custom_diffusion"):
         return f"its processor {type(module.processor).__name__} has keys of its own"
     return None
+
+
+def guidance_chunks(pipe: Any) -> int:
+    """How many copies of the latents the pipeline puts into one UNet batch."""
+    try:
+        guided = pipe.do_classifier_free_guidance
+    except AttributeError:
+        raise ValueError(
+            f"{type(pipe).__name__} does not say whether its UNet batch is guided (unconditional "
+            "chunk first); pass attribute(..., chunks=1) without guidance, 2 with it"
+        ) from None
+    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
+    return 1 + bool(guided) + bool(perturbed)
+
+
+def branch_rows(sample: torch.Tensor, chunks: int, branch: str) -> slice:
+    """Rows of the branch in a batch laid out [unconditional, conditional, ...]."""
+    batch = sample.shape[0]
+    copies = sample.chunk(chunks) if batch % chunks == 0 else ()
+    if not copies or any(not torch.equal(copies[0], copy) for copy in copies[1:]):
+        raise ValueError(
+            f"expected a UNet batch of {chunks} copies of the same latents (guidance chunks), got "
+            f"a batch of {batch} that is not; pass attribute(..., chunks=) if the layout differs"
+        )
+    if branch == "uncond" and chunks == 1:
+        raise ValueError(
+            "branch='uncond' needs classifier-free guidance (guidance_scale > 1), got a UNet "
+            "batch without an unconditional chunk"
+        )
+    images = batch // chunks
+    first = images if branch == "cond" and chunks > 1 else 0
+    return slice(first, first + images)
+
+
+def resolutions(height: int, width: int) -> dict[int, tuple[int, int]]:
+    """Number of queries -> (h, w), for the latents' size halved, rounded up, down to one pixel."""
+    found = {height * width: (height, width)}
+    while height > 1 or width > 1:
+        height, width = (height + 1) // 2, (width + 1) // 2
+        found.setdefault(height * width, (height, width))
+    return found
+
+
+@contextmanager
+def present_rows(rows: Sequence[int]) -> Iterator[None]:
+    """Says that forward passes inside the block hold only these rows of the pipeline's batch."""
+    token = _PRESENT.set(rows)
+    try:
+        yield
+    finally:
+        _PRESENT.reset(token)
+
+
+def rows_here(wanted: slice, batch: int) -> tuple[list[int], list[int]]:
+    """Where the wanted rows of a batch are in the forward pass now running.
+
+    Args:
+        wanted: rows of the pipeline's batch.
+        batch: its size.
+
+    Returns:
+        Positions in the running pass, and the same rows' positions within ``wanted``.
+    """
+    present = _PRESENT.get()
+    everyone: Sequence[int] = range(batch) if present is None else present
+    inside = [place for place, row in enumerate(everyone) if wanted.start <= row < wanted.stop]
+    return inside, [everyone[place] - wanted.start for place in inside]
