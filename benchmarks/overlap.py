@@ -1,23 +1,12 @@
 """Overlap of attribution maps: this package against the published code, numpy and plain torch.
 
-    python benchmarks/overlap.py [--out DIR] [--threads N] [--rounds N]
-
-Every variant of a group runs once a round, in turn, in this process, after a warm-up: a slow minute
-of the machine then falls on all of them. Medians with quartiles; the error stands beside the time.
+python benchmarks/overlap.py [--out DIR] [--threads N] [--rounds N]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import re
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +14,11 @@ import numpy as np
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast import _C, ops, presets, reference
+from biasmap_fast import ops, presets, reference
+from harness import Variant, device_name, measure, save, show
 
 CONCEPTS, SIDE = 8, 64
 PAIRS = torch.combinations(torch.arange(CONCEPTS))  # [28, 2]
-
-
-@dataclass
-class Row:
-    group: str
-    name: str
-    sets: int
-    median_ms: float
-    quartiles_ms: tuple[float, float]
-    speedup: float  # over the group's first row
-    error: float | None  # greatest difference from the exact value
-    note: str = ""
-
-
-@dataclass
-class Variant:
-    name: str
-    run: Callable[[], Any]
-    error: Callable[[Any], float]
-    note: str = ""
 
 
 def attribution_like(sets: int) -> torch.Tensor:
@@ -59,23 +29,8 @@ def attribution_like(sets: int) -> torch.Tensor:
     return (maps + 0.05 * torch.rand(maps.shape, generator=generator)) * 5
 
 
-def measure(group: str, sets: int, variants: list[Variant], rounds: int) -> list[Row]:
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    results = {variant.name: variant.run() for variant in variants}  # warm-up
-    for _ in range(rounds):
-        for variant in variants:
-            start = time.perf_counter()
-            variant.run()
-            times[variant.name].append((time.perf_counter() - start) * 1e3)
-    base = statistics.median(times[variants[0].name])
-    rows = []
-    for variant in variants:
-        low, median, high = statistics.quantiles(times[variant.name], n=4, method="inclusive")
-        error = variant.error(results[variant.name])
-        rows.append(
-            Row(group, variant.name, sets, median, (low, high), base / median, error, variant.note)
-        )
-    return rows
+def workload(maps: torch.Tensor) -> str:
+    return f"{len(maps)} sets of {CONCEPTS} concepts at {SIDE} x {SIDE}"
 
 
 def published_iou(maps: np.ndarray) -> np.ndarray:
@@ -165,51 +120,6 @@ def soft_variants(maps: torch.Tensor, compiled: bool) -> list[Variant]:
     return [*variants, Variant("soft_iou", native, error)]
 
 
-def device_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
-def save(rows: list[Row], folder: Path, threads: int) -> Path:
-    record = {
-        "schema": 1,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "biasmap_fast": bm.__version__,
-        },
-        "build": _C.build_info(),
-        "rows": [asdict(row) for row in rows],
-    }
-    target = folder / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") / "overlap.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(target)
-    return target
-
-
-def show(rows: list[Row]) -> None:
-    group = ""
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            print(f"\n{group}: {row.sets} sets of {CONCEPTS} concepts at {SIDE} x {SIDE}")
-            print(f"{'':36}{'median ms':>10}{'quartiles':>20}{'speed-up':>10}{'error':>10}")
-        low, high = row.quartiles_ms
-        error = "" if row.error is None else f"{row.error:.1e}"
-        print(
-            f"{row.name:36}{row.median_ms:10.2f}{f'{low:.2f} to {high:.2f}':>20}"
-            f"{row.speedup:9.1f}x{error:>10}  {row.note}"
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -224,11 +134,11 @@ def main() -> None:
     maps = attribution_like(options.sets)
     few = maps[: options.soft_sets].clone()
     hard, soft = "hard IoU", "SoftIoU with gradient"
-    rows = measure(hard, len(maps), hard_variants(maps), options.rounds)
-    rows += measure(soft, len(few), soft_variants(few, not options.no_compile), options.rounds)
-    rows += measure(f"{soft}, all", len(maps), soft_variants(maps, False)[-1:], options.rounds)
+    rows = measure(hard, workload(maps), hard_variants(maps), options.rounds)
+    rows += measure(soft, workload(few), soft_variants(few, not options.no_compile), options.rounds)
+    rows += measure(f"{soft}, all", workload(maps), soft_variants(maps, False)[-1:], options.rounds)
     show(rows)
-    saved = save(rows, options.out, options.threads)
+    saved = save(rows, options.out, options.threads, "overlap")
     print(f"\n{device_name()}, {options.threads} thread(s): {saved}")
 
 
