@@ -263,6 +263,8 @@ class Recorder:
         run.calls += 1
 
     def _query_hook(self, layer: CrossAttention) -> Any:
+        # Opaque to torch.compile: the sums are state that a compiled graph must not bake in.
+        @torch.compiler.disable
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
             self._add(layer, query)
 

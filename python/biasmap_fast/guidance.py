@@ -466,6 +466,7 @@ class Guidance:
             self._capture = None
 
     def _query_hook(self, layer: CrossAttention) -> Any:
+        @torch.compiler.disable
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
             if self._capture is not None:
                 self._capture.add(layer, query)

@@ -91,9 +91,10 @@ def cross_attention_layers(pipe: Any, selection: Sequence[str] | None) -> list[C
             f"expected a diffusers pipeline with a UNet, got {type(pipe).__name__}; transformer "
             "models (SD3, FLUX) are not supported"
         )
+    # torch.compile wraps the module, and its names
     layers = [
         CrossAttention(name, module)
-        for name, module in unet.named_modules()
+        for name, module in getattr(unet, "_orig_mod", unet).named_modules()
         if getattr(module, "is_cross_attention", False)
     ]
     if not layers:
