@@ -1,0 +1,26 @@
+"""The audit: plan, run folder, statistics, report. Needs the extra ``audit``."""
+
+from __future__ import annotations
+
+_EXTRA = ("jinja2", "matplotlib", "pyarrow", "pydantic", "scipy", "yaml")
+
+try:
+    from .plan import AuditPlan
+    from .records import RecordError
+    from .run import AuditError, AuditResult, load_audit, render, run_audit
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+        raise
+    raise ImportError(
+        f'an audit needs {error.name}: pip install "biasmap-fast[audit]"', name=error.name
+    ) from error
+
+__all__ = [
+    "AuditError",
+    "AuditPlan",
+    "AuditResult",
+    "RecordError",
+    "load_audit",
+    "render",
+    "run_audit",
+]

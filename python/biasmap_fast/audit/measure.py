@@ -1,0 +1,394 @@
+"""One chunk of an audit: pictures drawn together, their maps, their records.
+
+A picture or map that cannot be measured becomes a row with a status, a reason and nulls. Nothing
+here writes files or knows about other chunks, so chunks can be measured anywhere, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import entanglement, presets
+from ..attribution import attribute
+from ..maps import resize
+from .records import OK, to_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from PIL.Image import Image
+
+    from ..maps import AttributionMaps
+    from .plan import AuditPlan, Pair, Unit
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a classifier reads in one picture.
+
+    Attributes:
+        profession: the profession, or ``None`` where it cannot be told.
+        demographic: the demographic word, or ``None``.
+        score: how much the picture looks like what was read, 0 to 1.
+    """
+
+    profession: str | None
+    demographic: str | None
+    score: float
+
+
+Reader = Callable[[Sequence["Image"]], Sequence[Reading]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The result of one chunk.
+
+    Attributes:
+        table: its records.
+        pictures: file stem -> picture, those that the plan keeps.
+        maps: file stem -> tensor name -> ``[H, W]`` map, those that the plan keeps.
+    """
+
+    table: pa.Table
+    pictures: dict[str, Image]
+    maps: dict[str, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One concept pair on one picture, before masks and percentiles."""
+
+    image: int
+    unit: Unit
+    pair: Pair
+
+
+def stem(plan: AuditPlan, unit: Unit) -> str:
+    """File name, without ending, of a picture and its maps.
+
+    Example:
+        >>> from .plan import AuditPlan, Unit
+        >>> plan = AuditPlan(professions=["doctor", "police officer"])
+        >>> stem(plan, Unit("police officer", 7))
+        '001-police-officer-7'
+    """
+    word = "".join(c if c.isalnum() and c.isascii() else "-" for c in unit.profession)
+    return f"{plan.professions.index(unit.profession):03d}-{word}-{unit.seed}"
+
+
+def kept(choice: str, plan: AuditPlan, unit: Unit) -> bool:
+    """Whether ``choice`` ("none", "sample", "all") keeps what belongs to ``unit``."""
+    return choice == "all" or (choice == "sample" and unit.seed == plan.seeds[0])
+
+
+def measure_chunk(
+    pipe: Any, plan: AuditPlan, units: Sequence[Unit], read: Reader | None = None
+) -> Chunk:
+    """Draws the pictures of ``units`` in one batch and measures every concept pair on each.
+
+    Args:
+        pipe: the pipeline, with the plan's scheduler, type and device.
+        plan: what to draw and measure.
+        units: the pictures.
+        read: reads profession and demographic from pictures, where there is a classifier.
+
+    Returns:
+        Records, and the pictures and maps that the plan keeps.
+
+    Raises:
+        ValueError: a concept is not in its attribution prompt, or the prompt is too long.
+    """
+    cells = [
+        _Cell(image, unit, pair)
+        for image, unit in enumerate(units)
+        for pair in plan.pairs(unit.profession)
+    ]
+    arrays, filtered, maps = _draw(pipe, plan, units, cells)
+    faults = [
+        _picture_fault(array, blocked) for array, blocked in zip(arrays, filtered, strict=True)
+    ]
+    pictures = [None if fault else _to_picture(a) for a, fault in zip(arrays, faults, strict=True)]
+    readings = _read(read, pictures)
+    height, width = arrays.shape[1:3]
+    rows: list[dict[str, Any]] = []
+    for measured, cell in zip(_measured(plan, cells, maps, faults), cells, strict=True):
+        common = _settings(pipe, plan, cell, (height, width))
+        reading = _reading_fields(readings[cell.image], cell.pair, plan)
+        rows.extend({**common, **reading, **values} for values in measured)
+    return Chunk(
+        table=to_table(rows),
+        pictures={
+            stem(plan, unit): picture
+            for unit, picture in zip(units, pictures, strict=True)
+            if picture is not None and kept(plan.save_pictures, plan, unit)
+        },
+        maps=_kept_maps(plan, cells, maps),
+    )
+
+
+def reader_for_testbed() -> Reader:
+    """The testbed's own classifier."""
+    from .. import testbed
+
+    def read(pictures: Sequence[Image]) -> list[Reading]:
+        return [
+            Reading(
+                found.profession,
+                # Of noise the classifier still says which word is nearer: that is no reading.
+                found.demographic if found.plausibility >= testbed.PLAUSIBLE else None,
+                float(found.plausibility),
+            )
+            for found in testbed.classify(list(pictures))
+        ]
+
+    return read
+
+
+def _draw(
+    pipe: Any, plan: AuditPlan, units: Sequence[Unit], cells: Sequence[_Cell]
+) -> tuple[np.ndarray[Any, Any], list[bool], dict[str, AttributionMaps]]:
+    """Pictures ``[B, H, W, 3]`` in [0, 1], which of them a safety checker blanked, and the maps."""
+    prompts = {
+        prompt.name: prompt
+        for cell in cells
+        for prompt in (cell.pair.semantic_prompt, cell.pair.demographic_prompt)
+    }
+    settings: dict[str, Any] = {
+        "prompt": [plan.prompt(unit.profession) for unit in units],
+        # One CPU generator an image: the picture depends on its seed, not on its batch.
+        "generator": [torch.Generator("cpu").manual_seed(unit.seed) for unit in units],
+        "num_inference_steps": plan.steps,
+        "guidance_scale": plan.guidance_scale,
+        "height": plan.height,
+        "width": plan.width,
+        "output_type": "np",
+    }
+    if plan.negative_prompt is not None:
+        settings["negative_prompt"] = [plan.negative_prompt] * len(units)
+    with attribute(
+        pipe,
+        list(prompts.values()),
+        branch=plan.branch,
+        layers=plan.layers,
+        by="block",
+    ) as recorder:
+        output = pipe(**settings)
+    maps = recorder.maps()
+    if not isinstance(maps, dict):
+        raise TypeError(f"expected maps by prompt name, got {type(maps).__name__}")
+    filtered = getattr(output, "nsfw_content_detected", None) or [False] * len(units)
+    return np.asarray(output.images), [bool(blocked) for blocked in filtered], maps
+
+
+def _picture_fault(array: np.ndarray[Any, Any], filtered: bool) -> tuple[str, str] | None:
+    if not np.isfinite(array).all():
+        count = int((~np.isfinite(array)).sum())
+        return "non_finite_picture", f"{count} of the decoded picture's values are not finite"
+    if filtered:
+        return "filtered_picture", "the pipeline's safety checker blanked the picture"
+    if np.ptp(array) == 0:
+        return "blank_picture", f"every value of the picture is {array.flat[0]:g}"
+    return None
+
+
+def _map_fault(values: torch.Tensor, concept: str) -> tuple[str, str] | None:
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        count = int((~finite).sum())
+        return "non_finite_map", f"{count} of the values of the map of {concept!r} are not finite"
+    if bool(values.max() == values.min()):
+        return "constant_map", f"every value of the map of {concept!r} is {float(values.max()):g}"
+    return None
+
+
+def _measured(
+    plan: AuditPlan,
+    cells: Sequence[_Cell],
+    maps: dict[str, AttributionMaps],
+    faults: Sequence[tuple[str, str] | None],
+) -> list[list[dict[str, Any]]]:
+    """For every cell, one dict of measured columns a percentile."""
+    chances = {q: float(entanglement.chance_iou(1 - q / 100)) for q in plan.percentiles}
+    values: list[list[dict[str, Any]]] = []
+    good: list[int] = []
+    for index, cell in enumerate(cells):
+        semantic, demographic = _pair_maps(cell, maps)  # [H, W]
+        fault = (
+            faults[cell.image]
+            or _map_fault(semantic, cell.unit.profession)
+            or _map_fault(demographic, cell.pair.demographic)
+        )
+        status, reason = fault or (OK, None)
+        values.append(
+            [
+                {"percentile": q, "chance": chances[q], "status": status, "reason": reason}
+                for q in plan.percentiles
+            ]
+        )
+        if fault is None:
+            good.append(index)
+    if not good:
+        return values
+    stacked = [_pair_maps(cells[index], maps) for index in good]
+    a, b = (torch.stack(side).float().cpu() for side in zip(*stacked, strict=True))  # [R, H, W]
+    blocks = _block_pairs([cells[index] for index in good], maps)
+    for position, q in enumerate(plan.percentiles):
+        columns = _overlaps(plan, a, b, blocks, q)
+        for row, index in enumerate(good):
+            values[index][position].update({name: x[row] for name, x in columns.items()})
+    return values
+
+
+def _overlaps(
+    plan: AuditPlan,
+    a: torch.Tensor,  # [R, H, W]
+    b: torch.Tensor,  # [R, H, W]
+    blocks: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    percentile: float,
+) -> dict[str, list[Any]]:
+    """Measured columns of R rows at one percentile."""
+    fraction = 1 - percentile / 100
+    found, empty = _hard(plan, a, b, percentile)
+    if plan.soft_mask == "paper":
+        soft = presets.paper_soft_iou(a, b)
+    else:
+        soft = entanglement.soft_iou(a, b, fraction=fraction, temperature=plan.temperature)
+    by_block: list[dict[str, float | None]] = [{} for _ in range(a.shape[0])]
+    for name, (block_a, block_b) in blocks.items():
+        for row, (value, no_union) in enumerate(
+            zip(*_hard(plan, block_a, block_b, percentile), strict=True)
+        ):
+            by_block[row][name] = None if no_union else value
+    return {
+        "iou": found,
+        "corrected": [entanglement.corrected_iou(x, fraction=fraction) for x in found],
+        "soft_iou": soft.tolist(),
+        "empty_union": empty,
+        "block_iou": [list(row.items()) for row in by_block],
+        **_ranges("semantic", a),
+        **_ranges("demographic", b),
+    }
+
+
+def _hard(
+    plan: AuditPlan, a: torch.Tensor, b: torch.Tensor, percentile: float
+) -> tuple[list[float], list[bool]]:
+    """IoU of R map pairs ``[R, H, W]``, and whether both masks are empty."""
+    if plan.evaluation_size is not None:
+        size = (plan.evaluation_size, plan.evaluation_size)
+        a, b = resize(a[:, None], size)[:, 0], resize(b[:, None], size)[:, 0]
+    found, empty = entanglement.iou_with_flags(a, b, percentile=percentile)  # [R], [R]
+    return found.tolist(), empty.tolist()
+
+
+def _ranges(side: str, maps: torch.Tensor) -> dict[str, list[Any]]:
+    flat = maps.flatten(1).double()  # [R, H * W]
+    return {
+        f"{side}_low": flat.amin(1).tolist(),
+        f"{side}_high": flat.amax(1).tolist(),
+        f"{side}_mass": flat.mean(1).tolist(),
+    }
+
+
+def _pair_maps(
+    cell: _Cell, maps: dict[str, AttributionMaps]
+) -> tuple[torch.Tensor, torch.Tensor]:  # [H, W], [H, W]
+    pair = cell.pair
+    semantic = maps[pair.semantic_prompt.name][cell.unit.profession][cell.image]
+    return semantic, maps[pair.demographic_prompt.name][pair.demographic][cell.image]
+
+
+def _block_pairs(
+    cells: Sequence[_Cell], maps: dict[str, AttributionMaps]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """UNet block -> its maps of the profession and of the demographic word, ``[R, H, W]`` each."""
+    found = {}
+    for name in next(iter(maps.values())).by_block:
+        sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for cell in cells:
+            pair = cell.pair
+            for side, prompt, concept in (
+                (sides[0], pair.semantic_prompt, cell.unit.profession),
+                (sides[1], pair.demographic_prompt, pair.demographic),
+            ):
+                values = maps[prompt.name].by_block[name]  # [B, K, H, W]
+                side.append(values[cell.image, prompt.concepts.index(concept)])
+        found[name] = (torch.stack(sides[0]).float().cpu(), torch.stack(sides[1]).float().cpu())
+    return found
+
+
+def _settings(pipe: Any, plan: AuditPlan, cell: _Cell, size: tuple[int, int]) -> dict[str, Any]:
+    """The columns that say what was asked for: enough to draw the picture again."""
+    return {
+        "condition": "plain",
+        "model": plan.model,
+        "revision": plan.revision,
+        "semantic": cell.unit.profession,
+        "axis": cell.pair.axis,
+        "demographic": cell.pair.demographic,
+        "template": plan.prompt_template,
+        "prompt": plan.prompt(cell.unit.profession),
+        "negative_prompt": plan.negative_prompt,
+        "attribution_prompts": cell.pair.texts,
+        "seed": cell.unit.seed,
+        "steps": plan.steps,
+        "guidance_scale": plan.guidance_scale,
+        "scheduler": type(pipe.scheduler).__name__,
+        "height": size[0],
+        "width": size[1],
+        "dtype": plan.dtype,
+        "branch": plan.branch,
+        "layers": None if plan.layers is None else list(plan.layers),
+        "evaluation_size": plan.evaluation_size,
+        "soft_mask": plan.soft_mask,
+        "temperature": plan.temperature,
+    }
+
+
+def _read(read: Reader | None, pictures: Sequence[Image | None]) -> list[Reading | None]:
+    readings: list[Reading | None] = [None] * len(pictures)
+    present = [index for index, picture in enumerate(pictures) if picture is not None]
+    if read is None or not present:
+        return readings
+    found = read([picture for picture in pictures if picture is not None])
+    for index, reading in zip(present, found, strict=True):
+        readings[index] = reading
+    return readings
+
+
+def _reading_fields(reading: Reading | None, pair: Pair, plan: AuditPlan) -> dict[str, Any]:
+    if reading is None:
+        return {}
+    # A label belongs to the axis that has it among its words.
+    own = reading.demographic if reading.demographic in plan.axes[pair.axis] else None
+    return {
+        "semantic_label": reading.profession,
+        "attribute_label": own,
+        "attribute_score": reading.score,
+    }
+
+
+def _to_picture(array: np.ndarray[Any, Any]) -> Image:
+    from PIL import Image as PILImage
+
+    return PILImage.fromarray((array * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def _kept_maps(
+    plan: AuditPlan, cells: Sequence[_Cell], maps: dict[str, AttributionMaps]
+) -> dict[str, dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for cell in cells:
+        if not kept(plan.save_maps, plan, cell.unit):
+            continue
+        semantic, demographic = _pair_maps(cell, maps)
+        tensors = found.setdefault(stem(plan, cell.unit), {})
+        name = f"{cell.pair.axis}/{cell.pair.demographic}"
+        tensors[f"{name}/semantic"] = semantic.float().cpu().clone()
+        tensors[f"{name}/demographic"] = demographic.float().cpu().clone()
+    return found

@@ -1,0 +1,414 @@
+"""The plan of an audit: what is drawn, what is measured, with every default written out."""
+
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .. import presets
+from ..concepts import AttributionPrompt
+from ..pipelines import TESTBED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from collections.abc import Set as AbstractSet
+
+# What the published scripts fix (design, section 2): a conflicting setting is refused.
+_PAPER: dict[str, Any] = {
+    "branch": presets.PAPER.branch,
+    "evaluation_size": presets.PAPER.size,
+    "percentiles": (presets.PAPER.percentile,),
+    "soft_mask": "paper",
+}
+# What they run with: defaults of the preset that a plan may change.
+_PAPER_DEFAULTS: dict[str, Any] = {
+    "seeds": tuple(range(100)),
+    "steps": presets.PAPER.steps,
+    "guidance_scale": presets.PAPER.guidance_scale,
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One concept pair that is measured on every picture of a profession.
+
+    Attributes:
+        axis: name of the demographic axis.
+        demographic: the axis' word.
+        semantic_prompt: where the profession's map comes from.
+        demographic_prompt: where the word's map comes from; the same prompt in the joint form.
+    """
+
+    axis: str
+    demographic: str
+    semantic_prompt: AttributionPrompt
+    demographic_prompt: AttributionPrompt
+
+    @property
+    def texts(self) -> list[str]:
+        """The attribution prompts' texts, without repetition."""
+        return list(dict.fromkeys([self.semantic_prompt.text, self.demographic_prompt.text]))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One picture to draw: a profession and the seed of its generator."""
+
+    profession: str
+    seed: int
+
+
+class AuditPlan(BaseModel):
+    """Everything that decides the records of an audit; immutable, and complete once made.
+
+    Attributes:
+        model: ``"testbed"``, a directory in diffusers' layout, or a model id of the hub.
+        revision: commit, tag or branch of a hub model.
+        dtype: of the weights.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` becomes one of them.
+        scheduler: class name in diffusers; ``None`` for the checkpoint's own.
+        professions: the semantic words, or the name of a list in `presets.PROFESSIONS`; default
+            the testbed's own, else the published scripts'.
+        axes: axis -> its demographic words; a name or a list of names in `presets.AXES` is looked
+            up. All axes are measured on the same pictures.
+        prompt_template: text that draws the picture; ``{profession}`` comes with its article.
+        attribution_template: one text with ``{profession}`` and ``{demographic}`` (the joint form
+            of the published code), or two, the first with ``{profession}``, the second with
+            ``{demographic}``, so that the words do not share one softmax. ``{a_demographic}``
+            comes with an article.
+        negative_prompt: what not to draw.
+        seeds: one picture a profession and seed.
+        steps: inference steps.
+        guidance_scale: classifier-free guidance; 1 for none. Default 7.5, on the testbed 1.
+        height: of the pictures in pixels; ``None`` for the model's default.
+        width: of the pictures in pixels; ``None`` for the model's default.
+        batch_size: pictures drawn at once.
+        percentiles: of the masks; each gives its own records.
+        temperature: of the soft mask, in units of a map's range.
+        branch: guidance branch whose queries are attributed.
+        layers: layer names or prefixes; ``None`` for the default.
+        evaluation_size: the hard masks are taken of maps resized to this square, as in the
+            published evaluation; ``None`` for the largest layer's size.
+        soft_mask: ``"exact"``, or ``"paper"`` for the published row-wise 20 iterations.
+        preset: ``"default"``, or ``"paper"`` to reproduce the published scripts' settings.
+        save_pictures: keep none, the first seed of each profession, or all.
+        save_maps: the same for attribution maps.
+
+    Raises:
+        pydantic.ValidationError: a setting is out of range, unknown or contradicts another.
+
+    Example:
+        >>> plan = AuditPlan(professions=["doctor", "architect"], axes="gender", seeds=[0, 1])
+        >>> plan.prompt("architect")
+        'A photo of the face of an architect'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(TESTBED, min_length=1)
+    revision: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"
+    scheduler: str | None = None
+    professions: tuple[str, ...] = Field(default_factory=tuple)
+    axes: dict[str, tuple[str, ...]] = Field(default_factory=lambda: _axes("gender"))
+    prompt_template: str = presets.PROMPT_TEMPLATE
+    attribution_template: str | tuple[str, str] = presets.ATTRIBUTION_TEMPLATE
+    negative_prompt: str | None = None
+    seeds: tuple[int, ...] = tuple(range(20))
+    steps: int = Field(25, ge=1)
+    guidance_scale: float = Field(7.5, ge=0, allow_inf_nan=False)
+    height: int | None = Field(None, ge=8)
+    width: int | None = Field(None, ge=8)
+    batch_size: int = Field(8, ge=1)
+    percentiles: tuple[float, ...] = (70.0,)
+    temperature: float = Field(0.01, ge=1e-6, allow_inf_nan=False)
+    branch: Literal["cond", "uncond"] = "cond"
+    layers: tuple[str, ...] | None = None
+    evaluation_size: int | None = Field(None, ge=2)
+    soft_mask: Literal["exact", "paper"] = "exact"
+    preset: Literal["default", "paper"] = "default"
+    save_pictures: Literal["none", "sample", "all"] = "sample"
+    save_maps: Literal["none", "sample", "all"] = "sample"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """Writes out the defaults that depend on other settings."""
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        testbed = filled.get("model", TESTBED) == TESTBED
+        filled["professions"] = _professions(filled.get("professions"), testbed=testbed)
+        filled["axes"] = _axes(filled.get("axes", "gender"))
+        filled["device"] = _device(filled.get("device", "auto"))
+        # The testbed reproduces its planted shares without guidance, and guidance amplifies them.
+        if filled.get("preset") == "paper":
+            filled = {**_PAPER, **_PAPER_DEFAULTS, **filled}
+        filled.setdefault("guidance_scale", 1.0 if testbed else 7.5)
+        return filled
+
+    @field_validator("professions", "seeds", "percentiles")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not values:
+            raise ValueError("expected at least one, got none")
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(f"expected each one once, got {repeated} more than once")
+        return values
+
+    @field_validator("professions")
+    @classmethod
+    def _words(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if blank := [value for value in values if not value.strip()]:
+            raise ValueError(f"expected words, got {blank}")
+        return values
+
+    @field_validator("axes")
+    @classmethod
+    def _axis_words(cls, axes: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        if not axes:
+            raise ValueError("expected at least one demographic axis, got none")
+        for name, words in axes.items():
+            if not words or any(not word.strip() for word in words):
+                raise ValueError(f"axis {name!r} needs at least one word, got {list(words)}")
+            if len(set(words)) != len(words):
+                raise ValueError(f"axis {name!r} must name each word once, got {list(words)}")
+        return axes
+
+    @field_validator("seeds")
+    @classmethod
+    def _seed_range(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
+            raise ValueError(f"seeds must lie between 0 and 2**63 - 1, got {wrong}")
+        return seeds
+
+    @field_validator("percentiles")
+    @classmethod
+    def _percentile_range(cls, percentiles: tuple[float, ...]) -> tuple[float, ...]:
+        if wrong := [q for q in percentiles if not 0 < q < 100]:
+            raise ValueError(f"percentiles must lie between 0 and 100, both excluded, got {wrong}")
+        return percentiles
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _prompt_placeholder(cls, template: str) -> str:
+        return _checked_template(template, {"profession"}, {"profession"})
+
+    @field_validator("attribution_template")
+    @classmethod
+    def _attribution_placeholders(cls, template: str | tuple[str, str]) -> str | tuple[str, str]:
+        word = {"demographic", "a_demographic"}
+        if isinstance(template, str):
+            return _checked_template(template, {"profession"}, {"profession"} | word, one_of=word)
+        first = _checked_template(template[0], {"profession"}, {"profession"})
+        return first, _checked_template(template[1], set(), word, one_of=word)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.preset == "paper":
+            for name, value in _PAPER.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"preset 'paper' means {name}={value!r}, got {getattr(self, name)!r}; "
+                        "leave it out or use preset 'default'"
+                    )
+        if self.branch == "uncond" and self.guidance_scale <= 1:
+            raise ValueError(
+                "branch 'uncond' needs classifier-free guidance: expected guidance_scale > 1, "
+                f"got {self.guidance_scale:g}"
+            )
+        if self.revision is not None and self.model == TESTBED:
+            raise ValueError(f"the testbed has no revisions, got {self.revision!r}")
+        for profession in self.professions:
+            for pair in self.pairs(profession):
+                for prompt in (pair.semantic_prompt, pair.demographic_prompt):
+                    _check_single(prompt)
+        return self
+
+    def prompt(self, profession: str) -> str:
+        """The text that draws a picture of ``profession``."""
+        return self.prompt_template.format(profession=presets.with_article(profession))
+
+    def pairs(self, profession: str) -> list[Pair]:
+        """Every concept pair measured on the pictures of ``profession``."""
+        return [
+            self._pair(profession, axis, word)
+            for axis, words in self.axes.items()
+            for word in words
+        ]
+
+    def units(self) -> Iterator[Unit]:
+        """The pictures in canonical order: by profession, then by seed, as the plan lists them."""
+        for profession in self.professions:
+            for seed in self.seeds:
+                yield Unit(profession, seed)
+
+    def chunks(self) -> list[list[Unit]]:
+        """The pictures in the batches they are drawn in; the plan alone decides, not the past."""
+        units = list(self.units())
+        return [units[i : i + self.batch_size] for i in range(0, len(units), self.batch_size)]
+
+    def differences(self, other: AuditPlan) -> list[str]:
+        """Fields in which two plans differ, each as ``"name: mine, theirs"``."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return [f"{k}: {mine[k]!r}, {theirs[k]!r}" for k in mine if mine[k] != theirs[k]]
+
+    def to_yaml(self) -> str:
+        """The complete plan as YAML; `from_yaml` reads it back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> AuditPlan:
+        """Reads a plan, complete or partial, from a YAML file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no YAML mapping, or a setting is wrong.
+        """
+        return cls(**read_settings(path))
+
+    def _pair(self, profession: str, axis: str, word: str) -> Pair:
+        noun = presets.with_article(profession)
+        words = {"demographic": word, "a_demographic": presets.with_article(word)}
+        if isinstance(self.attribution_template, str):
+            text = self.attribution_template.format(profession=noun, **words)
+            joint = AttributionPrompt(text, (profession, word), f"{text} [{profession}, {word}]")
+            return Pair(axis, word, joint, joint)
+        texts = self.attribution_template
+        semantic = texts[0].format(profession=noun)
+        demographic = texts[1].format(**words)
+        return Pair(
+            axis,
+            word,
+            AttributionPrompt(semantic, (profession,), f"{semantic} [{profession}]"),
+            AttributionPrompt(demographic, (word,), f"{demographic} [{word}]"),
+        )
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, not yet checked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no YAML mapping.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path} must hold a mapping of plan settings, got {type(settings).__name__}"
+        )
+    return settings
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error as one line: the setting, what was expected, what came."""
+    lines = []
+    for detail in error.errors():
+        where = ".".join(str(part) for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        got = "" if "got" in message else f", got {detail['input']!r}"
+        lines.append(f"{where}: {message}{got}" if where else message)
+    return "; ".join(lines)
+
+
+def _professions(given: Any, *, testbed: bool) -> Any:
+    if given is None or given == () or given == "testbed":
+        if testbed:
+            from .. import testbed as bed
+
+            return tuple(row.profession for row in bed.truth())
+        given = "biasmap"
+    if not isinstance(given, str):
+        return given
+    if given in presets.PROFESSIONS:
+        return tuple(presets.PROFESSIONS[given])
+    words = tuple(word.strip() for word in given.split(",") if word.strip())
+    if "," in given or not words:
+        return words
+    raise ValueError(
+        f"professions: expected a list of words or one of the lists {sorted(presets.PROFESSIONS)}, "
+        f"got {given!r}; write {given + ','!r} for that one profession"
+    )
+
+
+def _axes(given: Any) -> Any:
+    """Axis names, lists of them and ``"name=word,word"`` become a mapping to words."""
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, (list, tuple)):
+        return given
+    axes: dict[str, tuple[str, ...]] = {}
+    for entry in given:
+        name, explicit, words = str(entry).partition("=")
+        if name in axes:
+            raise ValueError(f"axes: expected each axis once, got {name!r} more than once")
+        if explicit:
+            axes[name] = tuple(word.strip() for word in words.split(",") if word.strip())
+        elif name in presets.AXES:
+            axes[name] = tuple(presets.AXES[name].words)
+        else:
+            raise ValueError(
+                f"axes: expected one of {sorted(presets.AXES)} or 'name=word,word', got {name!r}"
+            )
+    return axes
+
+
+def _device(given: Any) -> Any:
+    if given != "auto":
+        return given
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_single(prompt: AttributionPrompt) -> None:
+    """Refuses a concept that its prompt has twice: the map would mix both places."""
+    words = re.findall(r"\w+", prompt.text.lower())
+    for concept in prompt.concepts:
+        wanted = re.findall(r"\w+", concept.lower())
+        starts = range(len(words) - len(wanted) + 1)
+        count = sum(words[i : i + len(wanted)] == wanted for i in starts)
+        if count != 1:
+            raise ValueError(
+                f"expected the concept {concept!r} once in the attribution prompt "
+                f"{prompt.text!r}, got it {count} times; choose other words"
+            )
+
+
+def _checked_template(
+    template: str,
+    required: set[str],
+    allowed: set[str],
+    *,
+    one_of: AbstractSet[str] = frozenset(),
+) -> str:
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"the template {template!r} cannot be read: {error}") from error
+    wanted = [f"{{{name}}}" for name in sorted(required)]
+    if one_of:
+        wanted.append(" or ".join(f"{{{name}}}" for name in sorted(one_of)))
+    complete = required <= fields and (not one_of or fields & one_of)
+    if not complete or fields - allowed:
+        raise ValueError(
+            f"a template needs {' and '.join(wanted)} and nothing else in braces, got {template!r}"
+        )
+    for article in ("a ", "an "):
+        if f" {article}{{profession}}" in f" {template.lower()}":
+            raise ValueError(
+                f"{{profession}} brings its own article: write {{profession}} without "
+                f"{article.strip()!r}, got {template!r}"
+            )
+    return template

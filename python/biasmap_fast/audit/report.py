@@ -1,0 +1,440 @@
+"""The report of a run: one HTML file that needs no network, made from the run folder alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from ..entanglement import chance_iou
+from ..pipelines import TESTBED
+from . import figures, sentences
+from .measure import stem
+from .plan import AuditPlan, Unit
+from .records import OK
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """What the report shows of one demographic axis."""
+
+    name: str
+    words: tuple[str, ...]
+    chart: str
+    tables: list[dict[str, Any]]
+    overall: list[dict[str, Any]]
+    strips: list[dict[str, Any]]
+    scales: dict[str, tuple[float, float]]
+    blocks: str
+    scatter: str
+    shares: str
+    finding: str
+    multiplicity: str
+    ranks: list[str]  # against the planted overlap, at the first percentile
+    rank_rows: list[dict[str, Any]]
+    shares_text: str
+
+
+def write_report(
+    folder: Path, plan: AuditPlan, records: pa.Table, summary: Mapping[str, Any]
+) -> Path:
+    """Writes ``report.html`` into the run folder.
+
+    Args:
+        folder: the run folder; pictures, maps and environment are read from it where they are.
+        plan: its plan.
+        records: its records.
+        summary: their summary.
+
+    Returns:
+        The report's path.
+    """
+    environment = _environment(folder)
+    axes = [_axis(name, words, folder, plan, records, summary) for name, words in plan.axes.items()]
+    html = _template().render(
+        plan=plan,
+        model="the embedded testbed model" if plan.model == TESTBED else plan.model,
+        axes=axes,
+        summary=summary,
+        run=summary["run"],
+        failures=_failures(records),
+        headline=sentences.headline(plan, summary),
+        limits=sentences.limits(plan, summary),
+        settings=_settings(plan),
+        environment=_flat(environment),
+        colours={part: figures.hex_colour(part) for part in ("semantic", "demographic", "both")},
+        testbed=summary["testbed"] is not None,
+    )
+    path = folder / "report.html"
+    partial = folder / ".report.html.tmp"
+    partial.write_text(html, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True,  # names of professions and models are other people's text
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = sentences.number
+    environment.filters["interval"] = sentences.interval
+    environment.filters["percent"] = sentences.percent
+    source = files(__package__).joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+def _axis(
+    name: str,
+    words: tuple[str, ...],
+    folder: Path,
+    plan: AuditPlan,
+    records: pa.Table,
+    summary: Mapping[str, Any],
+) -> _Axis:
+    rows = [row for row in summary["professions"] if row["axis"] == name]
+    overall = [row for row in summary["overall"] if row["axis"] == name]
+    shares = {row["semantic"]: row for row in summary["shares"] if row["axis"] == name}
+    planted = {row["semantic"]: row for row in (summary["testbed"] or {}).get("planted", [])}
+    first = plan.percentiles[0]
+    by_cell = {
+        (row["semantic"], row["demographic"]): row for row in rows if row["percentile"] == first
+    }
+    order = _order(plan.professions, words, by_cell)
+    strips, scales = _strips(name, words, order, folder, plan, records)
+    ranks = [row for row in (summary["testbed"] or {}).get("rank", []) if row["axis"] == name]
+    main = [row for row in ranks if row["percentile"] == first and row["against"] == "overlap"]
+    return _Axis(
+        name=name,
+        words=words,
+        chart=_chart(name, words, order, by_cell, overall, first),
+        tables=[
+            {
+                "percentile": q,
+                "chance": chance_iou(1 - q / 100),
+                "rows": _table(order, words, rows, shares, planted, q),
+            }
+            for q in plan.percentiles
+        ],
+        overall=overall,
+        strips=strips,
+        scales=scales,
+        blocks=_blocks(name, words, overall, first),
+        scatter=_scatter(name, words, by_cell, planted, main),
+        shares=_share_chart(name, words, order, shares, planted),
+        finding=sentences.finding(name, summary),
+        multiplicity=sentences.multiplicity(name, summary),
+        ranks=[sentences.rank(row) for row in main],
+        rank_rows=_rank_rows(ranks),
+        shares_text=sentences.shares(summary) if shares and planted else "",
+    )
+
+
+def _order(
+    professions: Sequence[str],
+    words: Sequence[str],
+    cells: Mapping[tuple[str, str], Mapping[str, Any]],
+) -> list[str]:
+    """Professions by IoU, averaged over the axis' words, the highest first; unmeasured last."""
+
+    def level(profession: str) -> float:
+        values = [
+            cells[profession, word]["iou"]["value"]
+            for word in words
+            if (profession, word) in cells and cells[profession, word]["iou"]["value"] is not None
+        ]
+        return sum(values) / len(values) if values else -1.0
+
+    return sorted(professions, key=level, reverse=True)
+
+
+def _chart(
+    name: str,
+    words: Sequence[str],
+    order: Sequence[str],
+    cells: Mapping[tuple[str, str], Mapping[str, Any]],
+    overall: Sequence[Mapping[str, Any]],
+    percentile: float,
+) -> str:
+    means = {row["demographic"]: row for row in overall if row["percentile"] == percentile}
+    if not means:
+        return ""
+    chance = next(iter(means.values()))["chance"]
+    series = {
+        word: [
+            *(cells[p, word]["iou"] if (p, word) in cells else None for p in order),
+            means[word]["iou"] if word in means else None,
+        ]
+        for word in words
+    }
+    return figures.intervals(
+        [*order, "mean over professions"],
+        series,
+        label=f"IoU of profession and {name} word, percentile {percentile:g}",
+        reference=chance,
+        reference_label=f"chance {chance:.3f}",
+        rule_above=len(order),
+    )
+
+
+def _table(
+    order: Sequence[str],
+    words: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    shares: Mapping[str, Mapping[str, Any]],
+    planted: Mapping[str, Mapping[str, Any]],
+    percentile: float,
+) -> list[dict[str, Any]]:
+    cells = {
+        (row["semantic"], row["demographic"]): row
+        for row in rows
+        if row["percentile"] == percentile
+    }
+    return [
+        {
+            "profession": profession,
+            "words": [
+                {
+                    "word": word,
+                    "cell": cells.get((profession, word)),
+                    "share": shares.get(profession, {}).get("words", {}).get(word),
+                    "planted_share": planted.get(profession, {}).get("shares", {}).get(word),
+                    "planted_overlap": planted.get(profession, {}).get("overlap", {}).get(word),
+                }
+                for word in words
+            ],
+        }
+        for profession in order
+    ]
+
+
+def _strips(
+    axis: str,
+    words: Sequence[str],
+    order: Sequence[str],
+    folder: Path,
+    plan: AuditPlan,
+    records: pa.Table,
+) -> tuple[list[dict[str, Any]], dict[str, tuple[float, float]]]:
+    """Pictures with maps for the highest, median and lowest profession that has both kept."""
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    seed = plan.seeds[0]
+    kept = []
+    for profession in order:
+        name = stem(plan, Unit(profession, seed))
+        picture, maps = folder / f"pictures/{name}.png", folder / f"maps/{name}.safetensors"
+        if picture.is_file() and maps.is_file():
+            kept.append((profession, picture, maps))
+    if not kept:
+        return [], {}
+    chosen = {0: "highest IoU", len(kept) // 2: "median", len(kept) - 1: "lowest IoU"}
+    loaded = []
+    for index in sorted(chosen):
+        profession, picture, maps = kept[index]
+        tensors = load_file(maps)
+        with Image.open(picture) as opened:
+            loaded.append((profession, chosen[index], opened.convert("RGB"), tensors))
+    scales = {
+        side: _range([t[f"{axis}/{word}/{side}"] for *_, t in loaded for word in words])
+        for side in ("semantic", "demographic")
+    }
+    joint = isinstance(plan.attribution_template, str)
+    ious = _ious(records, axis, seed, plan.percentiles[0])
+    strips = []
+    for profession, rank, image, tensors in loaded:
+        panels = [
+            {
+                "src": figures.picture_panel(image),
+                "alt": f"picture of {profession}",
+                "text": plan.prompt(profession),
+            }
+        ]
+        for word in words:
+            a = tensors[f"{axis}/{word}/semantic"]
+            b = tensors[f"{axis}/{word}/demographic"]
+            value = ious.get((profession, word))
+            shown = "not measured" if value is None else f"IoU {value:.3f}"
+            panels += [
+                {
+                    "src": figures.heat_panel(image, a, profession, scales["semantic"]),
+                    "alt": f"map of {profession} over the picture",
+                    "text": f"“{profession}” beside “{word}”" if joint else f"“{profession}”",
+                },
+                {
+                    "src": figures.heat_panel(image, b, word, scales["demographic"]),
+                    "alt": f"map of {word} over the picture",
+                    "text": f"“{word}”",
+                },
+                {
+                    "src": figures.mask_panel(image, a, b, plan.percentiles[0]),
+                    "alt": f"masks of {profession} and {word}, {shown}",
+                    "text": shown,
+                },
+            ]
+        strips.append({"profession": profession, "rank": rank, "seed": seed, "panels": panels})
+    return strips, scales
+
+
+def _range(maps: Sequence[Any]) -> tuple[float, float]:
+    return min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)
+
+
+def _ious(
+    records: pa.Table, axis: str, seed: int, percentile: float
+) -> dict[tuple[str, str], float]:
+    columns = ["semantic", "demographic", "axis", "seed", "percentile", "iou", "status"]
+    return {
+        (row["semantic"], row["demographic"]): row["iou"]
+        for row in records.select(columns).to_pylist()
+        if (row["axis"], row["seed"], row["percentile"], row["status"])
+        == (axis, seed, percentile, OK)
+    }
+
+
+def _blocks(
+    name: str, words: Sequence[str], overall: Sequence[Mapping[str, Any]], percentile: float
+) -> str:
+    means = {row["demographic"]: row for row in overall if row["percentile"] == percentile}
+    blocks = sorted(
+        {block for row in means.values() for block in row["block_iou"]}, key=_block_order
+    )
+    if not blocks:
+        return ""
+    return figures.columns(
+        blocks,
+        {
+            word: [means[word]["block_iou"].get(block) for block in blocks]
+            for word in words
+            if word in means
+        },
+        label=f"block IoU, {name}",
+        reference=next(iter(means.values()))["chance"],
+    )
+
+
+def _block_order(name: str) -> tuple[int, str]:
+    """Down blocks, mid block, up blocks: the order in which the UNet runs them."""
+    for place, part in enumerate(("down", "mid", "up")):
+        if name.startswith(part):
+            return place, name
+    return 3, name
+
+
+def _scatter(
+    name: str,
+    words: Sequence[str],
+    cells: Mapping[tuple[str, str], Mapping[str, Any]],
+    planted: Mapping[str, Mapping[str, Any]],
+    ranks: Sequence[Mapping[str, Any]],
+) -> str:
+    rho = {row["demographic"]: row["spearman"] for row in ranks}
+    panels = {
+        word: [
+            (planted[profession]["overlap"][word], cell["iou"])
+            for (profession, found), cell in cells.items()
+            if found == word
+            and word in planted.get(profession, {}).get("overlap", {})
+            and cell["iou"]["value"] is not None
+        ]
+        for word in words
+    }
+    panels = {word: points for word, points in panels.items() if points}
+    if not panels:
+        return ""
+    chance = next(iter(cells.values()))["chance"]
+    return figures.scatter(
+        panels,
+        {word: f"{word}: {sentences.RHO} = {sentences.interval(rho[word])}" for word in panels},
+        x_label="planted overlap",
+        y_label=f"measured IoU, {name}",
+        reference=chance,
+    )
+
+
+def _rank_rows(ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a word and percentile: rank correlation with either planted value."""
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
+    for rank in ranks:
+        row = rows.setdefault(
+            (rank["demographic"], rank["percentile"]),
+            {
+                "word": rank["demographic"],
+                "percentile": rank["percentile"],
+                "n": rank["spearman"]["n"],
+                "overlap": None,
+                "shares": None,
+            },
+        )
+        row[rank["against"]] = rank["spearman"]
+    return list(rows.values())
+
+
+def _share_chart(
+    name: str,
+    words: Sequence[str],
+    order: Sequence[str],
+    shares: Mapping[str, Mapping[str, Any]],
+    planted: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Shares of one word for two, of all words for more: the two of a pair sum to one."""
+    if not shares:
+        return ""
+    skipped = 1 if len(words) == 2 else 0
+    shown = words[skipped:]
+    targets = {
+        word: [planted.get(p, {}).get("shares", {}).get(word) for p in order] for word in shown
+    }
+    return figures.intervals(
+        order,
+        {
+            word: [shares[p]["words"][word] if p in shares else None for p in order]
+            for word in shown
+        },
+        label=f"share of pictures read as {' / '.join(shown)} ({name})",
+        targets=targets if planted else None,
+        first_colour=skipped,
+    )
+
+
+def _failures(records: pa.Table) -> list[dict[str, Any]]:
+    columns = ["semantic", "seed", "axis", "demographic", "percentile", "status", "reason"]
+    return [row for row in records.select(columns).to_pylist() if row["status"] != OK]
+
+
+def _settings(plan: AuditPlan) -> list[tuple[str, str]]:
+    return [
+        (name, json.dumps(value, ensure_ascii=False))
+        for name, value in plan.model_dump(mode="json").items()
+    ]
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    path = folder / "environment.json"
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows.extend(_flat(value, f"{prefix}{name}."))
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            rows.append((f"{prefix}{name}", shown))
+    return rows

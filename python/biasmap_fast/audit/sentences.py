@@ -1,0 +1,197 @@
+"""What a report says in words: made from the summary, and claiming no more than its numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .plan import AuditPlan
+
+RHO = "\N{GREEK SMALL LETTER RHO}"
+_DASH = "\N{EN DASH}"
+_MINUS = "\N{MINUS SIGN}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A value with fixed digits; a dash where there is none."""
+    return _DASH if value is None else f"{value:.{digits}f}".replace("-", _MINUS)
+
+
+def interval(figure: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """Value and interval: ``"0.31 [0.28, 0.34]"``; without an interval the value alone."""
+    if figure is None or figure["value"] is None:
+        return _DASH
+    value = number(figure["value"], digits)
+    if figure["low"] is None:
+        return f"{value} (no interval, n = {figure['n']})"
+    return f"{value} [{number(figure['low'], digits)}, {number(figure['high'], digits)}]"
+
+
+def percent(figure: Mapping[str, Any] | None) -> str:
+    """A share in percent with its interval: ``"35 [18, 57]"``."""
+    if figure is None or figure["value"] is None:
+        return _DASH
+    value = f"{100 * figure['value']:.0f}"
+    if figure["low"] is None:
+        return value
+    return f"{value} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+
+
+def headline(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
+    """What was audited, in one sentence."""
+    run = summary["run"]
+    guidance = (
+        "without classifier-free guidance"
+        if plan.guidance_scale <= 1
+        else f"guidance scale {plan.guidance_scale:g}"
+    )
+    text = (
+        f"{run['images_measured']} of {run['images_planned']} pictures measured: "
+        f"{_count(len(plan.professions), 'profession')}, {_count(len(plan.seeds), 'seed')} each, "
+        f"{plan.steps} steps, {guidance}."
+    )
+    if not run["complete"]:
+        text += (
+            f" The run is not finished: {run['images_drawn']} pictures were drawn so far. "
+            "Start the same audit again to complete it."
+        )
+    return text
+
+
+def finding(axis: str, summary: Mapping[str, Any]) -> str:
+    """What the intervals of one axis say at the plan's first percentile, in one sentence."""
+    rows = _first_percentile(axis, summary)
+    if not rows:
+        return "Nothing was measured on this axis yet."
+    measured = [row for row in rows if row["with_interval"]]
+    if not measured:
+        return (
+            "No interval can be given: it takes at least two measured pictures of a profession "
+            "whose IoU differ."
+        )
+    above = _listed(
+        [
+            f"{row['above']} of {_count(row['with_interval'], 'profession')} with "
+            f"“{row['demographic']}”"
+            for row in measured
+        ]
+    )
+    below = _listed([f"{row['below']} with “{row['demographic']}”" for row in measured])
+    return (
+        f"The 95 % interval of mean IoU lies above the chance level {measured[0]['chance']:.3f} "
+        f"for {above}; below it for {below}."
+    )
+
+
+def multiplicity(axis: str, summary: Mapping[str, Any]) -> str:
+    """How many comparisons the finding makes, and what remains of it after Bonferroni."""
+    rows = [row for row in _first_percentile(axis, summary) if row["with_interval"]]
+    if not rows:
+        return ""
+    count = rows[0]["comparisons"]
+    kept = _listed(
+        [
+            f"{row['above_bonferroni']} above and {row['below_bonferroni']} below with "
+            f"“{row['demographic']}”"
+            for row in rows
+        ]
+    )
+    return (
+        f"{_count(count, 'interval')} at 95 %: without any effect about {0.05 * count:.2g} of them "
+        f"would miss the chance level by accident. With the error level shared out over all of "
+        f"them (Bonferroni) there remain {kept}."
+    )
+
+
+def rank(row: Mapping[str, Any]) -> str:
+    """Whether measured IoU followed what is planted: what the interval says, no more."""
+    figure = row["spearman"]
+    planted = "planted overlap" if row["against"] == "overlap" else "planted share"
+    where = f"IoU with “{row['demographic']}” at percentile {row['percentile']:g}"
+    if figure["value"] is None:
+        return f"{where}: no rank correlation can be computed (n = {figure['n']})."
+    told = f"Spearman {RHO} = {interval(figure)}, n = {figure['n']} professions"
+    if figure["low"] is None:
+        return f"{where}: {told}; too few professions to say whether it follows the {planted}."
+    if figure["low"] > 0:
+        return f"{where} rose with the {planted} ({told})."
+    overlap = row["against"] == "overlap"
+    if figure["high"] < 0:
+        return f"{where} fell as the {planted} rose ({told})" + (
+            ": in this form the measure ranks these professions backwards, so a higher IoU must "
+            "not be read as more entanglement."
+            if overlap
+            else "."
+        )
+    return f"{where} did not visibly follow the {planted} ({told}: the interval holds 0)" + (
+        "; differences between professions must not be read as differences in entanglement."
+        if overlap
+        else "."
+    )
+
+
+def shares(summary: Mapping[str, Any]) -> str:
+    """How many share intervals hold the planted share."""
+    testbed = summary["testbed"]
+    compared, covered = testbed["shares_compared"], testbed["shares_covered"]
+    asked = [row["semantic_right"] for row in summary["shares"]]
+    pictures = sum(figure["n"] for figure in asked)
+    right = sum(round(figure["value"] * figure["n"]) for figure in asked)
+    return (
+        f"The classifier reads the profession that was asked for in {right} of {pictures} "
+        "pictures. "
+        f"The Wilson intervals of {covered} of {compared} demographic shares hold the planted "
+        f"share; intervals that are right would hold about {round(0.95 * compared)}."
+    )
+
+
+def limits(plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
+    """What the numbers do not carry."""
+    texts = [
+        "Overlap of attention maps is evidence that two words attend to the same place of a "
+        "picture. It is not evidence of a cause, and not of what viewers of the pictures see.",
+        "The chance level holds for two unrelated masks of this size. Two words that have nothing "
+        "to do with each other can still exceed it on one centred face, because both avoid the "
+        "background; and maps that compete for one softmax can fall below it. A mask of the top "
+        f"{100 - plan.percentiles[0]:g} % is mostly background where the region is small.",
+        "Intervals reflect the seeds drawn here. The mean over professions describes professions "
+        "like these; a profession's interval says nothing about prompts in other words.",
+        "The demographic words are this plan's words ("
+        + "; ".join(f"{axis}: {', '.join(words)}" for axis, words in plan.axes.items())
+        + "). They are captions' words, coarse and mostly binary, and describe how something is "
+        "depicted, not persons.",
+        "This is not a fairness metric in any legal sense, and passing it certifies nothing.",
+    ]
+    if isinstance(plan.attribution_template, str):
+        texts.insert(
+            2,
+            "Profession and demographic word stand in one attribution prompt, as in the published "
+            "method. They share one softmax and so compete for pixels, and in a causal text "
+            "encoder the later word has seen the earlier one.",
+        )
+    if summary["testbed"] is not None:
+        texts.append(
+            "The testbed is a drawing convention with a planted bias. It shows whether the "
+            "instrument measures what it says; it says nothing about people or other models."
+        )
+    if summary["shares"]:
+        texts.append(
+            "Shares count what a classifier reads in the pictures; its errors are not in the "
+            "intervals."
+        )
+    return texts
+
+
+def _first_percentile(axis: str, summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    rows = [row for row in summary["comparisons"] if row["axis"] == axis]
+    return [row for row in rows if row["percentile"] == summary["run"]["percentiles"][0]]
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,0 +1,424 @@
+"""The command line: ``biasmap audit | maps | report | env``.
+
+Results go to stdout, everything else to stderr. Heavy imports stay inside the commands, so that
+``--help`` is quick and a missing extra is named only by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+logger = logging.getLogger(__name__)
+
+app = typer.Typer(
+    name="biasmap",
+    help="Audit text-to-image models for concept entanglement: do the words for a profession and "
+    "for a demographic attend to the same place of the picture?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_MODEL = "'testbed' (embedded, needs no network), a diffusers directory, or a hub id."
+Model = Annotated[str | None, typer.Option(help=f"{_MODEL} [default: testbed]")]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: cuda if present]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. [default: float32]")]
+Steps = Annotated[int | None, typer.Option(help="Inference steps. [default: 25]")]
+Scale = Annotated[
+    float | None,
+    typer.Option(help="Classifier-free guidance, 1 for none. [default: 7.5; testbed: 1]"),
+]
+Branch = Annotated[
+    str | None,
+    typer.Option(help="Guidance branch that is attributed: cond or uncond. [default: cond]"),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer", help="Layer name or prefix, repeatable. [default: all down and up blocks]"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, with tracebacks.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from . import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def audit(
+    model: Model = None,
+    professions: Annotated[
+        str | None,
+        typer.Option(
+            help="Words with commas ('doctor,judge'), or the name of a list ('biasmap'). "
+            "[default: the testbed's own; 'biasmap' for other models]"
+        ),
+    ] = None,
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Demographic axis: a name ('gender', 'race') or 'name=word,word'. Repeatable: "
+            "all axes are measured on the same pictures. [default: gender]"
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="A count ('20': 0 to 19), a range ('5-24') or a list. [default: 20]"),
+    ] = None,
+    steps: Steps = None,
+    guidance_scale: Scale = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pictures drawn at once. [default: 8]")
+    ] = None,
+    percentile: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Masks keep what lies above this percentile of a map; repeatable, the first is "
+            "the report's main one. [default: 70]"
+        ),
+    ] = None,
+    prompt_template: Annotated[
+        str | None,
+        typer.Option(help="Text that draws; {profession} brings its article."),
+    ] = None,
+    attribution_template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text that is attributed, with {profession} and {demographic}; or two texts, one "
+            "with each, so that the words do not share one softmax."
+        ),
+    ] = None,
+    branch: Branch = None,
+    layer: Layers = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Scheduler class. [default: the checkpoint's]")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="'paper' reproduces the published scripts' settings. [default: default]"),
+    ] = None,
+    pictures: Annotated[
+        str | None,
+        typer.Option(help="Pictures and maps to keep: none, sample or all. [default: sample]"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Plan in YAML; flags override what it says.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Run folder; the same plan continues it.")] = Path(
+        "runs/audit"
+    ),
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    progress: Annotated[bool, typer.Option(help="Progress bar on stderr.")] = True,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure concept entanglement of many pictures and write a report.
+
+    Draws pictures of every profession, attributes profession and demographic words, measures
+    the overlap of their maps, and leaves a run folder: plan.yaml, environment.json,
+    records/*.parquet, summary.json, report.html. A run that was stopped goes on where it stood
+    when the same command is given again.
+
+    Example: biasmap audit --model testbed --seeds 20 --out runs/first
+    """
+    flags = {
+        "model": model,
+        "professions": professions,
+        "axes": axis,
+        "seeds": None if seeds is None else _seeds(seeds),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "batch_size": batch_size,
+        "percentiles": percentile,
+        "prompt_template": prompt_template,
+        "attribution_template": _templates(attribution_template),
+        "branch": branch,
+        "layers": layer,
+        "scheduler": scheduler,
+        "preset": preset,
+        "save_pictures": pictures,
+        "save_maps": pictures,
+        "revision": revision,
+        "device": device,
+        "dtype": dtype,
+    }
+    with _clear_errors(verbose):
+        from .audit import run_audit
+        from .audit.sentences import finding, headline
+
+        plan = _plan({name: value for name, value in flags.items() if value is not None}, config)
+        result = run_audit(plan, out, progress=progress)
+        if as_json:
+            typer.echo(json.dumps(result.summary, indent=1))
+            return
+        typer.echo(headline(plan, result.summary))
+        for name in plan.axes:
+            typer.echo(f"{name}: {finding(name, result.summary)}")
+        typer.echo(f"Report: {result.report}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compute the summary of a run folder from its records and write its report anew.
+
+    Works on unfinished runs too: the report then says how much is missing.
+    """
+    with _clear_errors(verbose):
+        from .audit import render
+
+        result = render(folder)
+        typer.echo(json.dumps(result.summary, indent=1) if as_json else f"Report: {result.report}")
+
+
+@app.command()
+def maps(
+    prompt: Annotated[str, typer.Option(help="Text that draws the picture.")],
+    concept: Annotated[
+        list[str], typer.Option(help="Word of the attribution prompt to map; repeatable.")
+    ],
+    attribution_prompt: Annotated[
+        str | None, typer.Option(help="Text that is attributed. [default: the prompt]")
+    ] = None,
+    model: Model = None,
+    seed: Annotated[int, typer.Option(help="Of the picture.")] = 0,
+    steps: Steps = None,
+    guidance_scale: Scale = None,
+    branch: Branch = None,
+    layer: Layers = None,
+    percentile: Annotated[float, typer.Option(help="Of the masks whose IoU is printed.")] = 70.0,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("maps"),
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw one picture and show where words attend.
+
+    Writes picture.png, one overlay-WORD.png a concept (each on its own scale), and
+    maps.safetensors; prints the IoU of every two concepts with its chance level.
+
+    Example: biasmap maps --prompt "A photo of the face of a doctor" --attribution-prompt
+    "A photo of the face of a doctor and woman" --concept doctor --concept woman
+    """
+    with _clear_errors(verbose):
+        name = model or "testbed"
+        scale = (1.0 if name == "testbed" else 7.5) if guidance_scale is None else guidance_scale
+        pipe = _load(name, revision, device, dtype)
+        picture, found = _draw_maps(
+            pipe,
+            prompt,
+            attribution_prompt or prompt,
+            tuple(concept),
+            seed=seed,
+            steps=steps or 25,
+            guidance_scale=scale,
+            branch=branch or "cond",
+            layers=layer,
+        )
+        written = _write_maps(picture, found, out)
+        rows = _pair_rows(found, percentile)
+        if as_json:
+            typer.echo(json.dumps({"files": written, "pairs": rows}, indent=1))
+            return
+        for row in rows:
+            typer.echo(
+                f"IoU of {row['a']!r} and {row['b']!r} at percentile {percentile:g}: "
+                f"{row['iou']:.3f} (chance {row['chance']:.3f}, one picture)"
+            )
+        for path in written:
+            typer.echo(path)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Print versions, devices and what was compiled: put this into a bug report."""
+    from .environment import describe
+
+    found = describe()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            shown = ", ".join(value) or "none" if isinstance(value, list) else value
+            typer.echo(f"{name}: {shown}")
+            continue
+        typer.echo(f"{name}:")
+        for key, entry in value.items():
+            typer.echo(f"  {key}: {'not installed' if entry is None else entry}")
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+def _seeds(text: str) -> list[int]:
+    """Seeds of a count, a range or a list.
+
+    Example:
+        >>> _seeds("3"), _seeds("5-7"), _seeds("1,9")
+        ([0, 1, 2], [5, 6, 7], [1, 9])
+    """
+    text = text.replace(" ", "")
+    if re.fullmatch(r"\d+", text) and int(text) > 0:
+        return list(range(int(text)))
+    if match := re.fullmatch(r"(\d+)-(\d+)", text):
+        first, last = int(match[1]), int(match[2])
+        if first <= last:
+            return list(range(first, last + 1))
+    elif re.fullmatch(r"\d+(,\d+)+,?|\d+,", text):
+        return [int(part) for part in text.split(",") if part]
+    raise typer.BadParameter(
+        f"expected a count ('20'), a range ('5-24') or a list ('1,7,9'), got {text!r}",
+        param_hint="--seeds",
+    )
+
+
+def _templates(given: list[str] | None) -> str | list[str] | None:
+    if not given:
+        return None
+    return given[0] if len(given) == 1 else given
+
+
+def _plan(flags: dict[str, Any], config: Path | None) -> Any:
+    from pydantic import ValidationError
+
+    from .audit.plan import AuditPlan, explain, read_settings
+
+    settings = {} if config is None else read_settings(config)
+    try:
+        return AuditPlan(**{**settings, **flags})
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
+
+
+def _load(model: str, revision: str | None, device: str | None, dtype: str | None) -> Any:
+    import torch
+
+    from .pipelines import load_pipeline
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kinds = ("float32", "float16", "bfloat16")
+    if dtype is not None and dtype not in kinds:
+        raise ValueError(f"--dtype must be one of {', '.join(kinds)}, got {dtype!r}")
+    return load_pipeline(model, revision=revision, dtype=dtype or "float32", device=chosen)
+
+
+def _draw_maps(
+    pipe: Any,
+    prompt: str,
+    text: str,
+    concepts: tuple[str, ...],
+    *,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    branch: str,
+    layers: list[str] | None,
+) -> tuple[Any, Any]:
+    import torch
+
+    from .attribution import attribute
+    from .concepts import AttributionPrompt
+
+    if branch not in ("cond", "uncond"):
+        raise ValueError(f"--branch must be cond or uncond, got {branch!r}")
+    attributed = AttributionPrompt(text, concepts)
+    with attribute(pipe, attributed, branch=branch, layers=layers) as recorder:  # type: ignore[arg-type]
+        output = pipe(
+            prompt,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+        )
+    return output.images[0], recorder.maps()
+
+
+def _write_maps(picture: Any, found: Any, out: Path) -> list[str]:
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "picture.png"]
+    picture.save(written[0])
+    for concept in found.concepts:
+        word = re.sub(r"[^\w-]+", "-", concept)
+        path = out / f"overlay-{word}.png"
+        found.overlay(picture, concept).save(path)
+        written.append(path)
+    written.append(out / "maps.safetensors")
+    found.save(written[-1])
+    return [str(path) for path in written]
+
+
+def _pair_rows(found: Any, percentile: float) -> list[dict[str, Any]]:
+    from itertools import combinations
+
+    from .entanglement import chance_iou, iou
+
+    return [
+        {
+            "a": a,
+            "b": b,
+            "iou": float(iou(found[a], found[b], percentile=percentile)[0]),
+            "chance": chance_iou(1 - percentile / 100),
+        }
+        for a, b in combinations(found.concepts, 2)
+    ]
+
+
+@contextmanager
+def _clear_errors(verbose: bool) -> Iterator[None]:
+    """Errors that a user can mend become one line on stderr and exit status 1."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        stream=sys.stderr,
+        format="biasmap: %(message)s",
+    )
+    for noisy in ("matplotlib", "PIL", "urllib3", "httpx", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("biasmap: interrupted; the same command goes on where it stopped", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _mendable(error):
+            raise
+        logger.debug("traceback", exc_info=True)
+        typer.echo(f"biasmap: error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _mendable(error: RuntimeError) -> bool:
+    """Whether a `RuntimeError` is one of this package's, and not a fault inside it."""
+    return type(error).__module__.partition(".")[0] == (__package__ or "").partition(".")[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What a measurement ran on: versions, hardware, the compiled part, and a model's identity."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("biasmap-fast", "torch", "diffusers", "transformers", "numpy", "safetensors")
+_EXTRAS = {"audit": ("jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy")}
+
+
+def describe() -> dict[str, Any]:
+    """Versions and hardware as plain values for JSON.
+
+    Returns:
+        A dict with the keys ``versions``, ``python``, ``platform``, ``cpu``, ``devices``,
+        ``threads``, ``native`` (what the compiled extension says of itself, or why there is none),
+        ``backend`` and ``extras``.
+
+    Example:
+        >>> sorted(describe())[:3]
+        ['backend', 'cpu', 'devices']
+    """
+    native = _native()
+    return {
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "devices": _devices(),
+        "threads": torch.get_num_threads(),
+        "native": native,
+        "backend": _backend(native),
+        "extras": {name: _missing(modules) for name, modules in _EXTRAS.items()},
+    }
+
+
+def describe_pipeline(pipe: Any) -> dict[str, Any]:
+    """A pipeline's classes, scheduler settings and weights as plain values for JSON.
+
+    Args:
+        pipe: a diffusers pipeline.
+    """
+    scheduler = pipe.scheduler
+    return {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(scheduler).__name__,
+        "scheduler_config": json.loads(json.dumps(dict(scheduler.config), default=str)),
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "device": str(pipe.unet.device),
+        "weights_sha256": weights_hash(pipe),
+    }
+
+
+def weights_hash(pipe: Any) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors of a pipeline's networks.
+
+    It identifies the weights as used: after loading, conversion of the type and LoRA.
+
+    Args:
+        pipe: a diffusers pipeline.
+    """
+    digest = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{part}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _devices() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _native() -> dict[str, Any]:
+    try:
+        from . import _C
+    except ImportError as error:
+        return {"available": False, "reason": str(error)}
+    return {"available": True, **dict(_C.build_info())}
+
+
+def _backend(native: dict[str, Any]) -> str:
+    forced = os.environ.get("BIASMAP_BACKEND")
+    if forced:
+        return f"{forced} (BIASMAP_BACKEND)"
+    return "native" if native["available"] else "reference"
+
+
+def _missing(modules: tuple[str, ...]) -> str:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return "installed" if not missing else f"missing {', '.join(missing)}"

@@ -1,0 +1,215 @@
+"""The command line: messages, exit codes, what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import biasmap_fast
+from biasmap_fast import pipelines
+from biasmap_fast.audit import run
+from biasmap_fast.cli import _seeds, app
+
+TEMPLATES = [
+    "--prompt-template",
+    "a photo of {profession}",
+    "--attribution-template",
+    "a photo of {profession} and {demographic}",
+]
+
+
+@pytest.fixture
+def invoke(make_sd, monkeypatch):
+    """Runs a command with the tiny pipeline in place of any model."""
+
+    def load(model, **options):
+        return make_sd()
+
+    monkeypatch.setattr(run, "load_pipeline", load)
+    monkeypatch.setattr(pipelines, "load_pipeline", load)
+
+    def call(*args):
+        return CliRunner().invoke(app, [str(arg) for arg in args])
+
+    return call
+
+
+def audit(out, *more):
+    plan = ["--model", "tiny", "--professions", "doctor,judge", "--seeds", "2", "--steps", "2"]
+    return ["audit", *plan, *TEMPLATES, "--out", out, "--no-progress", *more]
+
+
+def test_audit_says_where_the_report_lies_and_continues(invoke, tmp_path):
+    result = invoke(*audit(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert f"Report: {tmp_path / 'run' / 'report.html'}" in result.stdout
+    assert "4 of 4 pictures measured: 2 professions, 2 seeds each, 2 steps" in result.stdout
+    assert (tmp_path / "run" / "summary.json").is_file()
+    again = invoke(*audit(tmp_path / "run", "--json"))
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == json.loads((tmp_path / "run/summary.json").read_text())
+
+
+def test_flags_reach_the_plan_and_override_the_file(invoke, tmp_path):
+    config = tmp_path / "plan.yaml"
+    config.write_text("steps: 9\nbatch_size: 3\nsave_maps: none\n", encoding="utf-8")
+    flags = ["--config", config, "--percentile", "60", "--percentile", "80", "--axis", "build=tall"]
+    result = invoke(*audit(tmp_path / "run", *flags, "--seeds", "4-5", "--guidance-scale", "2"))
+    assert result.exit_code == 0, result.output
+    plan = run.load_audit(tmp_path / "run").plan
+    assert (plan.steps, plan.batch_size, plan.save_maps) == (2, 3, "none")
+    assert (plan.percentiles, plan.seeds, plan.guidance_scale) == ((60.0, 80.0), (4, 5), 2.0)
+    assert plan.axes == {"build": ("tall",)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--percentile", "120"], r"percentiles: percentiles must lie between 0 and 100"),
+        (["--axis", "colour"], "expected one of ['gender', 'race'] or 'name=word,word'"),
+        (["--professions", "doktor"], "one of the lists ['biasmap'], got 'doktor'"),
+        (["--guidance-scale", "-1"], "guidance_scale: Input should be greater than or equal to 0"),
+        (["--config", "missing.yaml"], "No such file or directory: 'missing.yaml'"),
+        (["--attribution-template", "x"], "a template needs {profession}"),
+        (["--layer", "up_blocks.9"], "up_blocks.9"),
+        (["--scheduler", "Fast"], "class name of a scheduler of diffusers"),
+    ],
+)
+def test_user_errors_are_one_line_without_traceback(invoke, tmp_path, flags, expected):
+    if "--attribution-template" in flags:
+        plan = ["audit", "--model", "tiny", "--professions", "doctor,judge", "--out", tmp_path]
+        result = invoke(*plan, *flags)
+    else:
+        result = invoke(*audit(tmp_path / "run", *flags))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if "error" in line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("biasmap: error: ")
+    assert expected in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_refused_folder_names_the_setting(invoke, tmp_path):
+    assert invoke(*audit(tmp_path / "run")).exit_code == 0
+    result = invoke(*audit(tmp_path / "run", "--steps", "3"))
+    assert result.exit_code == 1
+    assert "another plan (setting: there, here): steps: 2, 3" in result.stderr
+
+
+def test_report_is_rendered_again(invoke, tmp_path):
+    assert invoke(*audit(tmp_path / "run")).exit_code == 0
+    (tmp_path / "run" / "report.html").unlink()
+    result = invoke("report", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert json.loads(invoke("report", tmp_path / "run", "--json").stdout)["schema_version"] == 1
+    failed = invoke("report", tmp_path)
+    assert failed.exit_code == 1
+    assert "is no run folder: it has no plan.yaml" in failed.stderr
+
+
+def test_maps_writes_overlays_and_maps(invoke, tmp_path):
+    args = ["maps", "--model", "tiny", "--prompt", "a photo of a doctor", "--steps", "2"]
+    args += ["--attribution-prompt", "a photo of a doctor and man", "--out", tmp_path / "m"]
+    result = invoke(*args, "--concept", "doctor", "--concept", "man")
+    assert result.exit_code == 0, result.output
+    assert "IoU of 'doctor' and 'man' at percentile 70:" in result.stdout
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert names == {"picture.png", "overlay-doctor.png", "overlay-man.png", "maps.safetensors"}
+    maps = biasmap_fast.AttributionMaps.load(tmp_path / "m" / "maps.safetensors")
+    assert maps.concepts == ("doctor", "man")
+    found = json.loads(invoke(*args, "--concept", "doctor", "--concept", "man", "--json").stdout)
+    assert found["pairs"][0]["chance"] == pytest.approx(0.3 / 1.7)
+    failed = invoke(*args, "--concept", "pilot")
+    assert failed.exit_code == 1
+    assert "the concept 'pilot' is not in the attribution prompt" in failed.stderr
+
+
+def test_env_for_people_and_machines():
+    result = CliRunner().invoke(app, ["env"])
+    assert result.exit_code == 0
+    assert "torch" in result.stdout
+    assert "backend: " in result.stdout
+    found = json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)
+    assert {"versions", "python", "platform", "cpu", "threads", "native", "extras"} <= found.keys()
+    assert found["extras"]["audit"] == "installed"
+
+
+def test_seeds_count_range_list():
+    assert _seeds("3") == [0, 1, 2]
+    assert _seeds("5-7") == [5, 6, 7]
+    assert _seeds("1, 9") == [1, 9]
+    assert _seeds("4,") == [4]
+
+
+@pytest.mark.parametrize("text", ["0", "7-5", "a", "1-2-3", "", "1.5"])
+def test_bad_seeds(text):
+    result = CliRunner().invoke(app, ["audit", "--seeds", text])
+    assert result.exit_code == 2
+    assert "expected a count ('20'), a range ('5-24') or a list" in " ".join(
+        result.stderr.replace("│", " ").split()
+    )
+
+
+def test_help_names_every_command_and_default():
+    text = CliRunner().invoke(app, ["--help"]).stdout
+    for command in ("audit", "maps", "report", "env"):
+        assert command in text
+    text = CliRunner().invoke(app, ["audit", "--help"], env={"COLUMNS": "200"}).stdout
+    for flag in ("--model", "--professions", "--axis", "--seeds", "--percentile", "--config"):
+        assert flag in text
+    assert "[default: 20]" in text
+
+
+def command(*args, **env):
+    code = "import sys; from biasmap_fast.cli import main; sys.argv[0] = 'biasmap'; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_process_exit_codes_and_streams(tmp_path):
+    version = command("--version")
+    assert (version.returncode, version.stdout.strip()) == (0, biasmap_fast.__version__)
+    failed = command("report", str(tmp_path))
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert "Traceback" not in failed.stderr
+    assert "is no run folder" in failed.stderr
+
+
+def test_missing_extra_names_the_extra(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Missing:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'pyarrow':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing)\n"
+    )
+    code = (
+        "import runpy, sys; runpy.run_path(sys.argv.pop(1)); "
+        "from biasmap_fast.cli import main; main()"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "sitecustomize.py"), "report", "runs/none"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert found.returncode == 1
+    assert 'pip install "biasmap-fast[audit]"' in found.stderr
+    assert "Traceback" not in found.stderr
