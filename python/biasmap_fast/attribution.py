@@ -263,12 +263,11 @@ class Recorder:
         run.calls += 1
 
     def _query_hook(self, layer: CrossAttention) -> Any:
-        # Opaque to torch.compile: the sums are state that a compiled graph must not bake in.
-        @torch.compiler.disable
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
             self._add(layer, query)
 
-        return hook
+        # Opaque to torch.compile: the sums are state that a compiled graph must not bake in.
+        return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _add(self, layer: CrossAttention, query: torch.Tensor) -> None:

@@ -466,12 +466,11 @@ class Guidance:
             self._capture = None
 
     def _query_hook(self, layer: CrossAttention) -> Any:
-        @torch.compiler.disable
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
             if self._capture is not None:
                 self._capture.add(layer, query)
 
-        return hook
+        return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
     def _energy(self, capture: _Capture) -> tuple[torch.Tensor, torch.Tensor]:
         """Energy ``[B]`` and SoftIoU of every pair ``[B, P]``, float32."""
