@@ -15,7 +15,7 @@ help:
 	@echo "make testbed  train the embedded model again (under an hour on two cores)"
 
 demo: $(VENV)/.installed
-	$(BIN)/biasmap audit --model testbed --out runs/first
+	$(BIN)/biasmap audit --model testbed --percentile 70 --percentile 90 --out runs/first
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
