@@ -323,6 +323,36 @@ def test_other_processors_leave_maps_as_they_are(sd_pipe):
         torch.testing.assert_close(recorder.maps().values, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_compiled_unet(sd_pipe, wrapped):
+    """The wrapper that torch.compile makes, and compilation in place; graph capture alone."""
+    with bm.attribute(sd_pipe, DOCTOR, by="block") as recorder:
+        draw(sd_pipe)
+    torch.compiler.reset()
+    if wrapped:
+        sd_pipe.unet = torch.compile(sd_pipe.unet, backend="eager")
+    else:
+        sd_pipe.unet.compile(backend="eager")
+    with bm.attribute(sd_pipe, DOCTOR, by="block") as compiled:
+        draw(sd_pipe)
+    torch.testing.assert_close(recorder.maps().values, compiled.maps().values)
+    assert list(recorder.maps().by_block) == list(compiled.maps().by_block)
+    torch.compiler.reset()
+
+
+def test_layer_that_is_never_seen_is_an_error(sd_pipe):
+    """As in a UNet that was compiled before the hooks came: its graphs do not have them."""
+    attention = sd_pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    projection = attention.to_q
+    with bm.attribute(sd_pipe, DOCTOR) as recorder:
+        attention.to_q = torch.nn.Linear(16, 16, bias=False)  # takes the hook's place
+        with pytest.raises(RuntimeError, match=r"layer down_blocks.0.*not seen in UNet call 0"):
+            draw(sd_pipe)
+        with pytest.raises(RuntimeError, match=r"call torch.compiler.reset\(\) first"):
+            recorder.maps()
+    attention.to_q = projection
+
+
 def test_refused_layers_are_named(sd_pipe):
     first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     attention = sd_pipe.unet.get_submodule(first)

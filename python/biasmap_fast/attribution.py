@@ -218,6 +218,7 @@ class Recorder:
             )
         if not self._runs:
             raise RuntimeError("no UNet call was recorded: draw inside the `with` block first")
+        self._check_complete()
         results = [self._result(index) for index in range(len(self._prompts))]
         if self._single:
             return results[0]
@@ -244,6 +245,7 @@ class Recorder:
         timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         # `set_timesteps` makes a new tensor in every pipeline call.
         begins = not self._runs or timesteps is not self._timesteps
+        self._check_complete()
         if begins or sample.shape[0] != self._batch:
             chunks = self._chunks or guidance_chunks(self._pipe)
             self._rows = branch_rows(sample, chunks, self._branch)
@@ -261,6 +263,19 @@ class Recorder:
         self._resolutions = resolutions(sample.shape[-2], sample.shape[-1])
         self._seen.clear()
         run.calls += 1
+
+    def _check_complete(self) -> None:
+        """Refuses a UNet call in which a layer did not show its queries: its maps would lack it."""
+        if not self._runs:
+            return
+        images = range(self._runs[-1].images)
+        for layer in self._layers:
+            if any((layer.name, image) not in self._seen for image in images):
+                raise RuntimeError(
+                    f"layer {layer.name} was not seen in UNet call {self._runs[-1].calls - 1}: it "
+                    "was skipped, or the UNet was compiled and run before recording began (then "
+                    "call torch.compiler.reset() first)"
+                )
 
     def _query_hook(self, layer: CrossAttention) -> Any:
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
