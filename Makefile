@@ -33,6 +33,8 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/guidance.py
+	$(BIN)/python benchmarks/tables.py
 
 testbed: $(VENV)/.installed
 	$(BIN)/python -m biasmap_fast.testbed.train --out runs/testbed

@@ -116,8 +116,17 @@ def soft_variants(maps: torch.Tensor, compiled: bool) -> list[Variant]:
     if compiled:
         fast = torch.compile(lambda x: reference.soft_iou(x, PAIRS, 0.3, 0.01))
         variants.append(Variant("torch reference, compiled", with_gradient(fast, flat), error))
+
+    def side_by_side(x: torch.Tensor) -> torch.Tensor:
+        found = bm.soft_iou(x[:, i].flatten(0, 1), x[:, j].flatten(0, 1))
+        return found.reshape(len(x), -1)
+
     native = with_gradient(lambda x: ops.soft_iou(x, PAIRS, 0.3, 0.01), flat)
-    return [*variants, Variant("soft_iou", native, error)]
+    return [
+        *variants,
+        Variant("soft_iou, every pair's maps", with_gradient(side_by_side, maps), error),
+        Variant("ops.soft_iou, each map once", native, error),
+    ]
 
 
 def main() -> None:
