@@ -477,6 +477,16 @@ class TestAttributionMaps:
         with pytest.raises(ValueError, match="recorded by='block'; record with by='step'"):
             _ = maps.by_step
 
+    def test_block_iou(self, maps):
+        found = bm.block_iou(maps, "doctor", "man", percentile=50.0)
+        assert list(found) == ["up_blocks.0", "down_blocks.0"]
+        expected = bm.iou(maps["doctor"], maps["man"], percentile=50.0)  # parts are scaled copies
+        assert all(torch.equal(values, expected) for values in found.values())
+        with pytest.raises(KeyError, match="no concept 'nurse'"):
+            bm.block_iou(maps, "doctor", "nurse")
+        with pytest.raises(ValueError, match="recorded by='total'; record with by='block'"):
+            bm.block_iou(AttributionMaps(maps.values, maps.concepts), "doctor", "man")
+
     def test_shape_is_checked(self):
         with pytest.raises(ValueError, match=r"must be \[B, 1, H, W\].*got \[3, 2, 4, 4\]"):
             AttributionMaps(torch.zeros(3, 2, 4, 4), ("doctor",))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .audit import AuditPlan, AuditResult, load_audit, run_audit
     from .concepts import AttributionPrompt
     from .entanglement import (
+        block_iou,
         chance_iou,
         corrected_iou,
         iou,
@@ -38,6 +39,7 @@ _EXPORTS = {
     "LedgerRow": "guidance",
     "Recorder": "attribution",
     "attribute": "attribution",
+    "block_iou": "entanglement",
     "chance_iou": "entanglement",
     "corrected_iou": "entanglement",
     "guide": "guidance",
@@ -63,6 +65,7 @@ __all__ = [
     "Recorder",
     "__version__",
     "attribute",
+    "block_iou",
     "chance_iou",
     "corrected_iou",
     "guide",

@@ -15,6 +15,8 @@ from . import ops
 if TYPE_CHECKING:
     import numpy as np
 
+    from .maps import AttributionMaps
+
 Number = TypeVar("Number", float, "np.ndarray", torch.Tensor)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -79,6 +81,39 @@ def pairwise_iou(maps: torch.Tensor, *, percentile: float = 70.0) -> torch.Tenso
     found = ops.pairs_iou(flat, torch.cartesian_prod(every, every), percentile)
     _check_finite(found.area < 0, flat)
     return found.iou.reshape(batch, concepts, concepts)
+
+
+def block_iou(
+    maps: AttributionMaps, first: str, second: str, *, percentile: float = 70.0
+) -> dict[str, torch.Tensor]:
+    """`iou` of two concepts on each UNet block's own map (BiasMap's block-wise analysis).
+
+    Args:
+        maps: recorded with ``by="block"``.
+        first: a concept of them.
+        second: another.
+        percentile: in [0, 100).
+
+    Returns:
+        Block name -> ``[B]``, in the UNet's order.
+
+    Raises:
+        KeyError: there is no such concept.
+        ValueError: the maps were not recorded by block, or as `iou`.
+
+    Example:
+        >>> from biasmap_fast import AttributionMaps
+        >>> a = torch.arange(8.0).reshape(1, 2, 2, 2)
+        >>> parts = {"down_blocks.0": a, "up_blocks.1": a}
+        >>> maps = AttributionMaps(2 * a, ("doctor", "gender"), by="block", parts=parts)
+        >>> block_iou(maps, "doctor", "gender", percentile=50)
+        {'down_blocks.0': tensor([1.]), 'up_blocks.1': tensor([1.])}
+    """
+    rows = [maps.index(first), maps.index(second)]
+    return {
+        block: iou(values[:, rows[0]], values[:, rows[1]], percentile=percentile)
+        for block, values in maps.by_block.items()
+    }
 
 
 def iou_with_flags(

@@ -65,7 +65,17 @@ class AttributionMaps:
         Raises:
             KeyError: there is no such concept; the message lists those there are.
         """
-        return self.values[:, self._index(concept)]
+        return self.values[:, self.index(concept)]
+
+    def index(self, concept: str) -> int:
+        """Where a concept stands in the second dimension of ``values`` and of every part.
+
+        Raises:
+            KeyError: there is no such concept; the message lists those there are.
+        """
+        if concept not in self.concepts:
+            raise KeyError(f"no concept {concept!r}; there are {list(self.concepts)}")
+        return self.concepts.index(concept)
 
     @property
     def by_block(self) -> Mapping[str, torch.Tensor]:
@@ -196,11 +206,6 @@ class AttributionMaps:
             by=described["by"],
             parts=parts,
         )
-
-    def _index(self, concept: str) -> int:
-        if concept not in self.concepts:
-            raise KeyError(f"no concept {concept!r}; there are {list(self.concepts)}")
-        return self.concepts.index(concept)
 
     def _by(self, by: str) -> Mapping[str, torch.Tensor]:
         if self.by != by:
