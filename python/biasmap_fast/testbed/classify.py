@@ -1,0 +1,258 @@
+"""Reads pictures of the procedural world: profession, demographic, regions, plausibility.
+
+No training: every pixel gets the label of the nearest palette colour, then the labels are compared
+with those of every picture that the world can draw (place x demographic x profession).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from . import palette
+from .config import SIZE, Person, base_masks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .config import Mask
+    from .world import World
+
+PLAUSIBLE = 0.5
+"""A picture below this plausibility is not of this world; its profession is reported as None."""
+
+_UNKNOWN = 4  # labels: background, skin, hair, coat, unknown, then one a marker colour
+_PARTS = 4
+_FAR = 75.0  # RGB distance from which a colour is none of the palette's
+_MARKER_SEEN = 0.4  # part of the marker's pixels that must have its colour
+_SHIFT = 2  # pixels by which a generated marker may be off its place
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a picture shows.
+
+    Attributes:
+        profession: The profession whose marker was found, or None (no marker, or implausible).
+        demographic: The demographic word; the better of two even where the picture is noise,
+            so look at `plausibility` first.
+        plausibility: Agreement with the best picture that the world can draw, in [0, 1]: the mean
+            over background, skin, hair, coat and marker of the IoU of drawn and expected
+            pixels. Renders score 1, noise and blank pictures below `PLAUSIBLE`.
+        regions: "marker" and "demographic", each [64, 64] bool, amodal, at the place found.
+            "marker" is empty without a profession.
+    """
+
+    profession: str | None
+    demographic: str
+    plausibility: float
+    regions: dict[str, Mask] = field(repr=False)
+
+    @property
+    def overlap(self) -> float:
+        """The part of this picture's marker that lies on its demographic region (nan: none)."""
+        marker = self.regions["marker"]
+        return float(self.regions["demographic"][marker].mean()) if marker.any() else float("nan")
+
+
+class Classifier:
+    """Compares pictures with every one that a world can draw.
+
+    Args:
+        world: The world that the pictures are of.
+
+    Example:
+        >>> from biasmap_fast.testbed.world import Person, World
+        >>> world = World()
+        >>> reading = Classifier(world)(world.render(Person("pilot", "man"))[None])[0]
+        >>> reading.profession, reading.demographic
+        ('pilot', 'man')
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.nouns = list(world.markers)
+        reach_x, reach_y = world.geometry.jitter
+        self.places = [
+            (dx, dy) for dx in range(-reach_x, reach_x + 1) for dy in range(-reach_y, reach_y + 1)
+        ]
+        colours: list[tuple[tuple[int, int, int], int]] = []
+        parts = (palette.BACKGROUNDS, palette.SKINS, palette.HAIRS, palette.COATS)
+        for label, part in enumerate(parts):
+            colours += [(colour, label) for colour in part]
+        for index, noun in enumerate(self.nouns):
+            colours.append((world.markers[noun].colour, _UNKNOWN + 1 + index))
+        self._colours = torch.tensor([c for c, _ in colours], dtype=torch.float32)  # [C, 3]
+        self._labels = torch.tensor([label for _, label in colours])  # [C]
+        self._templates = self._draw_templates()  # [P, 2, 64 * 64] uint8
+        marker = np.zeros((len(self.places), len(self.nouns), SIZE * SIZE), np.float32)
+        for p, (dx, dy) in enumerate(self.places):
+            for k, noun in enumerate(self.nouns):
+                marker[p, k] = world.masks(Person(noun, world.words[0], dx, dy)).marker.ravel()
+        self._markers = torch.from_numpy(marker)  # [P, K, 64 * 64]
+
+    def _draw_templates(self) -> torch.Tensor:
+        """Labels of every picture without a profession: `[places, 2, 4096]` uint8."""
+        pictures = [
+            self.world.render(Person(None, word, dx, dy))
+            for dx, dy in self.places
+            for word in self.world.words
+        ]
+        labels = self.label(np.stack(pictures)).to(torch.uint8)
+        return labels.reshape(len(self.places), len(self.world.words), SIZE * SIZE)
+
+    def label(self, pictures: NDArray[np.uint8]) -> torch.Tensor:
+        """Labels every pixel by its nearest palette colour.
+
+        Args:
+            pictures: [N, 64, 64, 3] uint8.
+
+        Returns:
+            [N, 64 * 64] int64: 0 background, 1 skin, 2 hair, 3 coat, 4 unknown, 5 + k marker k.
+        """
+        flat = torch.from_numpy(np.ascontiguousarray(pictures)).reshape(len(pictures), -1, 3)
+        distance = torch.cdist(flat.float(), self._colours)  # [N, 4096, C]
+        nearest, index = distance.min(-1)
+        labels = self._labels[index]
+        labels[nearest > _FAR] = _UNKNOWN
+        return labels
+
+    def __call__(self, images: Any) -> list[Reading]:
+        """Reads pictures.
+
+        Args:
+            images: What `as_pictures` accepts.
+
+        Returns:
+            One `Reading` a picture.
+
+        Raises:
+            ValueError: If the images have another form.
+        """
+        pictures = as_pictures(images)
+        return [
+            self._read(labels)
+            # in parts: the distances take half a megabyte a picture
+            for first in range(0, len(pictures), 64)
+            for labels in self.label(pictures[first : first + 64])
+        ]
+
+    def _read(self, labels: torch.Tensor) -> Reading:
+        # agreement with (place, demographic, profession) = with the person without a marker,
+        # less what the marker hides of it, plus what has the marker's colour
+        equal = (self._templates == labels).float()  # [P, 2, 4096]
+        hidden = equal @ self._markers.transpose(1, 2)  # [P, 2, K]
+        drawn = labels == torch.arange(len(self.nouns))[:, None] + _UNKNOWN + 1  # [K, 4096]
+        shown = torch.einsum("pkn,kn->pk", self._markers, drawn.float())  # [P, K]
+        plain = equal.sum(-1)  # [P, 2]
+        score = plain[..., None] - hidden + shown[:, None]  # [P, 2, K]
+        areas = self._markers[0].sum(-1)  # [K]
+        score[(shown < _MARKER_SEEN * areas)[:, None].expand_as(score)] = -1.0
+        score = torch.cat([plain[..., None], score], -1)  # [P, 2, 1 + K]
+        place, rest = divmod(int(score.argmax()), score.shape[1] * score.shape[2])
+        word, choice = divmod(rest, score.shape[2])
+        return self._report(labels, place, word, choice - 1, drawn)
+
+    def _report(
+        self, labels: torch.Tensor, place: int, word: int, noun: int, drawn: torch.Tensor
+    ) -> Reading:
+        marker = np.zeros((SIZE, SIZE), np.bool_)
+        if noun >= 0:
+            marker = self._find_marker(
+                self._markers[place, noun].bool().reshape(SIZE, SIZE).numpy(),
+                drawn[noun].reshape(SIZE, SIZE).numpy(),
+            )
+        expected = self._templates[place, word].long().clone()
+        expected[torch.from_numpy(marker).ravel()] = _UNKNOWN + 1 + noun
+        parts = [*range(_PARTS), *([_UNKNOWN + 1 + noun] if noun >= 0 else [])]
+        agreement = []
+        for part in parts:
+            have, want = labels == part, expected == part
+            agreement.append(float((have & want).sum() / (have | want).sum().clamp(min=1)))
+        plausibility = float(np.mean(agreement))
+        if plausibility < PLAUSIBLE:
+            noun, marker = -1, np.zeros_like(marker)
+        return Reading(
+            profession=self.nouns[noun] if noun >= 0 else None,
+            demographic=self.world.words[word],
+            plausibility=plausibility,
+            regions={
+                "marker": marker,
+                "demographic": base_masks(self.world.geometry, *self.places[place]).demographic,
+            },
+        )
+
+    @staticmethod
+    def _find_marker(expected: Mask, drawn: Mask) -> Mask:
+        """Moves the expected marker by a pixel or two to where its colour really is."""
+        best, place = int((expected & drawn).sum()), expected
+        for dy in range(-_SHIFT, _SHIFT + 1):
+            for dx in range(-_SHIFT, _SHIFT + 1):
+                moved = np.zeros_like(expected)
+                rows, columns = np.nonzero(expected)
+                keep = (
+                    (rows + dy >= 0)
+                    & (rows + dy < SIZE)
+                    & (columns + dx >= 0)
+                    & (columns + dx < SIZE)
+                )
+                moved[rows[keep] + dy, columns[keep] + dx] = True
+                hits = int((moved & drawn).sum())
+                if hits > best:
+                    best, place = hits, moved
+        return place
+
+
+def as_pictures(images: Any) -> NDArray[np.uint8]:
+    """Converts images of the usual forms to one array.
+
+    Args:
+        images: One or a sequence of 64 x 64 PIL images; a uint8 array or tensor
+            [N, 64, 64, 3] or [64, 64, 3]; a float tensor [N, 3, 64, 64] or float array
+            [N, 64, 64, 3] in 0..1 (what pipelines return for "pt" and "np").
+
+    Returns:
+        [N, 64, 64, 3] uint8.
+
+    Raises:
+        ValueError: If the form is none of these.
+    """
+    if isinstance(images, torch.Tensor):
+        tensor = images.detach().cpu()
+        if tensor.is_floating_point() and tensor.ndim >= 3 and tensor.shape[-3] == 3:
+            tensor = tensor.movedim(-3, -1)
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    elif isinstance(images, np.ndarray):
+        array = images
+    elif isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        if not images:
+            return np.zeros((0, SIZE, SIZE, 3), np.uint8)
+        return np.concatenate([as_pictures(image) for image in images])
+    elif hasattr(images, "convert"):
+        array = np.asarray(images.convert("RGB"))
+    else:
+        raise ValueError(
+            "`images` must be PIL images, a uint8 or float array or a tensor, "
+            f"got {type(images).__name__}"
+        )
+    if array.ndim == 3:
+        array = array[None]
+    if array.ndim != 4 or array.shape[1:] != (SIZE, SIZE, 3):
+        raise ValueError(
+            f"`images` must be [N, {SIZE}, {SIZE}, 3] (float tensors [N, 3, {SIZE}, {SIZE}]), "
+            f"got {list(array.shape)}"
+        )
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min() < -0.01 or array.max() > 1.01:
+            raise ValueError(
+                "float `images` must be finite and in 0..1, got values from "
+                f"{array.min():.3g} to {array.max():.3g}"
+            )
+        array = np.rint(array.clip(0.0, 1.0) * 255.0).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"`images` must be uint8 or floating point, got {array.dtype}")
+    return array

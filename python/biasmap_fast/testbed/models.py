@@ -1,0 +1,256 @@
+"""The untrained parts of the embedded pipeline: tokenizer, text encoder, autoencoder, UNet.
+
+Sizes and settings are those of a trial that learned a smaller world in ten CPU minutes. Diffusers
+and transformers load inside the functions: importing this module is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+MAX_TOKENS = 20
+TEXT_WIDTH = 64
+
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+
+
+@contextlib.contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silences notices of diffusers and transformers while a pipeline is put together.
+
+    `StableDiffusionPipeline` declares its `vae` as `AutoencoderKL` and remarks on the
+    `AutoencoderTiny` used here, which it supports; levels and bars are put back afterwards.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    modules: list[Any] = [diffusers_logging, transformers_logging]
+    levels = [module.get_verbosity() for module in modules]
+    bars = [module.is_progress_bar_enabled() for module in modules]
+    try:
+        for module in modules:
+            module.set_verbosity_error()
+            module.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for module, level, bar in zip(modules, levels, bars, strict=True):
+            module.set_verbosity(level)
+            if bar:
+                module.enable_progress_bar()
+
+
+def build_tokenizer(words: Iterable[str]) -> Any:
+    """Builds a `CLIPTokenizer` in which every given word is one token.
+
+    Byte-level pairs are merged, the most frequent first, until each word is whole; every other
+    text falls into several pieces over the byte alphabet. Text is lower-cased.
+
+    Args:
+        words: Lower-case words.
+
+    Returns:
+        A `transformers.CLIPTokenizer` with at most `MAX_TOKENS` tokens a text.
+    """
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = byte_pairs(sorted(set(words)))
+    with tempfile.TemporaryDirectory() as folder:
+        write_vocabulary(Path(folder), vocabulary, merges)
+        with quiet_diffusers():
+            return CLIPTokenizer(
+                vocab=str(Path(folder) / "vocab.json"),
+                merges=str(Path(folder) / "merges.txt"),
+                model_max_length=MAX_TOKENS,
+            )
+
+
+def write_vocabulary(folder: Path, vocabulary: list[str], merges: list[tuple[str, str]]) -> None:
+    """Writes `vocab.json` and `merges.txt`, the form that every transformers version reads."""
+    text = json.dumps({piece: index for index, piece in enumerate(vocabulary)}, ensure_ascii=False)
+    (folder / "vocab.json").write_text(text, encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def byte_pairs(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Learns byte-pair merges until every word is one piece.
+
+    Args:
+        words: Lower-case words.
+
+    Returns:
+        The vocabulary in order of its ids, and the merges in order of their rank.
+    """
+    # the printable stand-ins of the 256 bytes that GPT-2 and CLIP use
+    bytes_ = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    stand_ins = [chr(b) for b in bytes_] + [chr(256 + n) for n in range(256 - len(bytes_))]
+    vocabulary = stand_ins + [piece + "</w>" for piece in stand_ins]
+    known = set(vocabulary)
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while any(len(pieces) > 1 for pieces in spelled):
+        counts: Counter[tuple[str, str]] = Counter()
+        for pieces in spelled:
+            counts.update(itertools.pairwise(pieces))
+        pair = max(sorted(counts), key=lambda p: counts[p])
+        merges.append(pair)
+        if pair[0] + pair[1] not in known:
+            vocabulary.append(pair[0] + pair[1])
+            known.add(pair[0] + pair[1])
+        spelled = [_merge(pieces, pair) for pieces in spelled]
+    return vocabulary + list(_SPECIAL), merges
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def build_text_encoder(tokenizer: Any) -> Any:
+    """Builds the random text encoder, which is never trained.
+
+    Trained together with the UNet, the trial's encoder moved the profession's information to
+    other tokens and the word maps no longer lay on the marker (AUC 0.27-0.45 against 0.96).
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=TEXT_WIDTH,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    encoder = CLIPTextModel(config)
+    with torch.no_grad():
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Embedding):
+                # words far apart, positions a small addition to them
+                module.weight.normal_(0.0, 0.2 if len(module.weight) == MAX_TOKENS else 1.0)
+    encoder.eval()
+    return encoder.requires_grad_(False)
+
+
+def build_autoencoder(channels: int = 24) -> Any:
+    """Builds the autoencoder: 64 x 64 x 3 to 16 x 16 x 4.
+
+    Of the same size, `AutoencoderKL` trained at a third of the pictures a second.
+    """
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny(
+        encoder_block_out_channels=(channels,) * 3,
+        decoder_block_out_channels=(channels,) * 3,
+        num_encoder_blocks=(0, 1, 3),
+        num_decoder_blocks=(3, 1, 0),
+        latent_channels=4,
+        scaling_factor=1.0,
+    )
+
+
+def build_unet() -> Any:
+    """Builds the UNet: cross-attention at 16 x 16, at 8 x 8 and, in the middle, at 4 x 4."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> Any:
+    """Builds the DDIM scheduler with v-prediction over Stable Diffusion's noise schedule."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="leading",
+    )
+
+
+def build_pipeline(autoencoder: Any, text_encoder: Any, tokenizer: Any, unet: Any) -> Any:
+    """Puts the parts together as a `StableDiffusionPipeline` without a safety checker."""
+    with quiet_diffusers():
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=autoencoder,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=build_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+def load_pipeline(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Any:
+    """Loads a pipeline folder quietly and without a progress bar.
+
+    Args:
+        folder: What `train` wrote.
+        dtype: Type of the weights in memory; they are stored as float16.
+        device: Where they go.
+
+    Returns:
+        A `diffusers.StableDiffusionPipeline`.
+
+    Raises:
+        FileNotFoundError: If the folder holds no pipeline.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold a pipeline (model_index.json); train one with "
+            f"`python -m biasmap_fast.testbed.train --out {folder}`"
+        )
+    with quiet_diffusers():
+        from diffusers import StableDiffusionPipeline  # its import has remarks of its own
+
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype, safety_checker=None, local_files_only=True
+        ).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

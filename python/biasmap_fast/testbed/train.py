@@ -1,0 +1,205 @@
+"""Trains the embedded model: `python -m biasmap_fast.testbed.train --out DIR`.
+
+Stages of a fixed number of steps: the autoencoder, the UNet on latents and captions (the text
+encoder stays random), and some steps for the UNet to settle on the planted shares. A run that was
+killed and started again continues to the same weights, given the same number of threads and the
+same libraries. About 30 minutes on one core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from . import models
+from .stages import TrainSettings, encode_all, render_all, train_autoencoder, train_unet
+from .world import World, WorldConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_LOG = logging.getLogger(__name__)
+
+
+def write_pipeline(pipe: Any, folder: Path, words: Iterable[str]) -> dict[str, str]:
+    """Writes a pipeline folder with float16 weights.
+
+    Args:
+        pipe: The pipeline; its modules are converted in place.
+        folder: The folder.
+        words: The tokenizer's words; its vocabulary is written in the older form too.
+
+    Returns:
+        Weight file, relative to the folder -> its sha256.
+    """
+    with models.quiet_diffusers():
+        pipe.to(torch.float16).save_pretrained(folder)
+    # transformers takes the type of the file where diffusers takes float32: a plain
+    # `from_pretrained` would mix the two, so the file is said to be float32
+    _edit(folder / "text_encoder" / "config.json", dtype="float32")
+    # AutoencoderTiny writes this entry, and remarks on it when reading
+    _edit(folder / "vae" / "config.json", block_out_channels=None)
+    vocabulary, merges = models.byte_pairs(sorted(words))
+    models.write_vocabulary(folder / "tokenizer", vocabulary, merges)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
+    return weight_hashes(folder)
+
+
+def _edit(path: Path, **changes: str | None) -> None:
+    """Sets entries of a JSON file, or removes those given as None."""
+    fields = json.loads(path.read_text()) | changes
+    fields = {
+        name: value for name, value in fields.items() if value is not None or name not in changes
+    }
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Returns the sha256 of every safetensors file below a folder, by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+def train(
+    settings: TrainSettings,
+    folder: Path,
+    autoencoder: Any | None = None,
+    stop_after: int | None = None,
+) -> Any | None:
+    """Trains a model and writes its pipeline folder with `training.json`.
+
+    Checkpoints go to the folder `<folder>.work` beside it, which may be removed afterwards.
+
+    Args:
+        settings: What to train.
+        folder: Where the pipeline goes.
+        autoencoder: A trained autoencoder of the same world instead of a new one.
+        stop_after: Take at most this many steps of one stage, then return None.
+
+    Returns:
+        The pipeline (float16), or None if `stop_after` cut the run short.
+
+    Raises:
+        ValueError: If `<folder>.work` has checkpoints of other settings.
+    """
+    work = folder.with_name(folder.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    world = World(settings.world)
+    persons = world.population(settings.pictures, settings.seed)
+    pictures = render_all(world, persons)
+    losses: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
+    if autoencoder is None:
+        autoencoder, stage = train_autoencoder(settings, pictures, work, stop_after)
+        losses["autoencoder"], seconds["autoencoder"] = stage.losses, stage.seconds
+        if len(stage.losses) < settings.autoencoder_steps:
+            return None
+    latents = encode_all(autoencoder, pictures)
+    unet, text_encoder, tokenizer, stages = train_unet(
+        settings, world, persons, latents, work, stop_after
+    )
+    for stage in stages:
+        losses[stage.name], seconds[stage.name] = stage.losses, stage.seconds
+    if len(losses.get("settle", ())) < settings.settle_steps:
+        return None
+    pipe = models.build_pipeline(autoencoder, text_encoder, tokenizer, unet)
+    hashes = write_pipeline(pipe, folder, world.vocabulary())
+    record = {
+        "format": "biasmap_fast.testbed/1",
+        "settings": dataclasses.asdict(settings),
+        "threads": torch.get_num_threads(),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "losses_every_100_steps": {
+            name: [
+                round(float(np.mean(values[i : i + 100])), 5) for i in range(0, len(values), 100)
+            ]
+            for name, values in losses.items()
+        },
+        "versions": versions(),
+        "sha256": hashes,
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    _LOG.info("wrote %s: %s", folder, ", ".join(f"{k} {v[:12]}" for k, v in hashes.items()))
+    return pipe
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that the weights depend on."""
+    import diffusers
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def load_autoencoder(folder: Path) -> tuple[Any, str]:
+    """Loads the autoencoder of a pipeline folder, and the sha256 of its weights."""
+    from diffusers import AutoencoderTiny
+
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} must hold a trained pipeline, found no {weights}")
+    with models.quiet_diffusers():
+        autoencoder = AutoencoderTiny.from_pretrained(folder / "vae")
+    autoencoder.eval().requires_grad_(False)
+    return autoencoder, hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Pipeline folder to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of weights, population and noise.")] = 0,
+    threads: Annotated[int, typer.Option(help="Torch threads; part of what is reproduced.")] = 1,
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="Take the autoencoder of this pipeline folder.")
+    ] = None,
+    autoencoder_steps: Annotated[
+        int, typer.Option(help="Steps of the autoencoder.")
+    ] = TrainSettings.autoencoder_steps,
+    unet_steps: Annotated[int, typer.Option(help="Steps of the UNet.")] = TrainSettings.unet_steps,
+    palette_seed: Annotated[int, typer.Option(help="Seed of the marker colours.")] = 0,
+    layout_seed: Annotated[int, typer.Option(help="Seed of shares, levels and places.")] = 0,
+    settle_steps: Annotated[
+        int, typer.Option(help="Steps of the UNet's last stage.")
+    ] = TrainSettings.settle_steps,
+    geometry: Annotated[str, typer.Option(help="Where the region is: bust or crown.")] = "bust",
+    measure: Annotated[bool, typer.Option(help="Measure the model afterwards.")] = True,
+) -> None:
+    """Trains a testbed model; a run that was killed continues where it was."""
+    from .evaluate import main as evaluate_folder
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(threads)
+    given, sha256 = (None, "") if autoencoder is None else load_autoencoder(autoencoder)
+    settings = TrainSettings(
+        seed=seed,
+        world=WorldConfig(palette_seed=palette_seed, layout_seed=layout_seed, geometry=geometry),
+        autoencoder_steps=autoencoder_steps,
+        unet_steps=unet_steps,
+        settle_steps=settle_steps,
+        autoencoder_sha256=sha256,
+    )
+    train(settings, out, given)
+    if measure:
+        evaluate_folder(out, threads=threads)
+
+
+if __name__ == "__main__":
+    typer.run(main)
