@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 OVERLAP = ROOT / "benchmarks/results/amd-epyc/overlap.json"
+SECOND_SEED = ROOT / "benchmarks/results/amd-epyc/testbed-seed1.json"
 TRAINING = ROOT / "python/biasmap_fast/testbed/weights/training.json"
 
 
@@ -41,7 +42,44 @@ def overlap() -> str:
     return "\n".join(lines).strip()
 
 
-TABLES = {"overlap": overlap}
+def testbed() -> str:
+    """Evaluation of the packaged weights and of a second training seed, side by side."""
+    found = [read(path)["evaluation"] for path in (TRAINING, SECOND_SEED)]
+
+    def line(name: str, *values: str) -> str:
+        return f"| {name} | {' | '.join(values)} |"
+
+    lines = ["| | packaged (seed 0) | seed 1 |", "|---|---:|---:|"]
+    lines.append(
+        line(
+            "profession right, guidance 3, 25 steps",
+            *(f"{100 * e['drawn']['profession_accuracy']:.1f} %" for e in found),
+        )
+    )
+    for form, what in (("joint", "joint prompt"), ("single", "one concept a prompt")):
+        for word in ("profession", "man", "woman"):
+            aucs = (f"{e['maps'][f'{form} {word}']['auc']:.3f}" for e in found)
+            lines.append(line(f"pixel AUC of the {word} map on its region, {what}", *aucs))
+    shares = [e["shares"] for e in found]
+    lines += [
+        line("pictures a profession for the shares", *(str(s["pictures_each"]) for s in shares)),
+        line(
+            "mean error of the shares at guidance 1 (of sampling alone)",
+            *(
+                f"{s['mean_absolute_error']:.3f} ({s['expected_absolute_error']:.3f})"
+                for s in shares
+            ),
+        ),
+        line("chi-square p of the shares", *(f"{s['chi_square_p']:.3f}" for s in shares)),
+        line(
+            "slope of drawn on planted shares, guidance 3",
+            *(f"{e['drawn']['share_slope']:.2f}" for e in found),
+        ),
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"overlap": overlap, "testbed": testbed}
 
 
 def rendered(text: str) -> str:
