@@ -309,6 +309,7 @@ def _settings(**changes):
         "unet_steps": 3,
         "settle_steps": 2,
         "unet_batch": 4,
+        "settle_batch": 4,
     }
     return TrainSettings(**{**small, **changes})
 
@@ -352,6 +353,14 @@ def test_dealt_batches_keep_the_shares(world):
             assert women == pytest.approx(10 * world.markers[noun].share)
     named = [bool({"man", "woman"} & set(text.split())) for text in captions]
     assert 0.4 < np.mean(named) < 0.5
+
+
+def test_dealing_a_kind_that_nobody_is(world):
+    from biasmap_fast.testbed.stages import dealt_batch, persons_by_kind
+
+    persons = [person for person in world.population(2200, seed=0) if person.demographic == "man"]
+    with pytest.raises(ValueError, match=r"pictures must show every profession .* got no woman"):
+        dealt_batch(world, persons, persons_by_kind(persons), 0, 63, np.random.default_rng(0))
 
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path):

@@ -424,6 +424,9 @@ def dealt_batch(
 
     Returns:
         Indices and captions.
+
+    Raises:
+        ValueError: If no person is of a kind that is due.
     """
     nouns: list[str | None] = [*world.config.professions, None]
     chosen, captions = [], []
@@ -435,7 +438,13 @@ def dealt_batch(
         # a different phase for each profession, lest all of them turn at once
         phase = place / len(nouns)
         second = int((count + 1) * share + phase) > int(count * share + phase)
-        index = int(rng.choice(kinds[noun, world.words[second]]))
+        word = world.words[second]
+        if (noun, word) not in kinds:
+            raise ValueError(
+                f"the {len(persons)} pictures must show every profession with both demographics, "
+                f"got no {word} among those of {noun!r}; render more"
+            )
+        index = int(rng.choice(kinds[noun, word]))
         chosen.append(index)
         named = (visit + place) % 2 == 0
         caption = world.caption(persons[index], rng, named=named)
