@@ -524,7 +524,7 @@ def test_shares_follow_the_plan_at_guidance_1(pipe):
         women.append(sum(r.demographic == "woman" for r in readings))
         totals.append(len(readings))
         shares.append(row.shares["woman"])
-    # the packaged model's shares are off by 0.06 or so: see `evaluation` in training.json
+    # not within sampling error, which is not asserted: see `evaluation` in training.json
     drawn = np.array(women) / np.array(totals)
     assert np.abs(drawn - shares).mean() < 0.17  # 0.10 is sampling alone
     assert np.corrcoef(drawn, shares)[0, 1] > 0.6

@@ -278,8 +278,7 @@ def train_unet(
 
     The last stage, at a low rate, sees pictures dealt by quota (`dealt_batch`), mostly at the
     noisy times at which the demographic is decided, and its weights are averaged over its second
-    half: a model fresh from random batches draws the shares that it saw lately, which are off by
-    0.08 on average.
+    half: a model fresh from random batches draws the shares that it saw lately.
 
     Args:
         settings: The settings.
