@@ -27,6 +27,7 @@ from .unet import (
     branch_rows,
     cross_attention_layers,
     guidance_chunks,
+    guider_of,
     resolutions,
     rows_here,
 )
@@ -170,6 +171,7 @@ class Recorder:
         self._timesteps: Any = None
         self._batch = 0
         self._rows = slice(0, 0)
+        self._other_branch = False  # a guider's call that is not of the attributed branch
         # (layer, image) of this call: recomputation under checkpointing must not count twice
         self._seen: set[tuple[str, int]] = set()
         self._resolutions: dict[int, tuple[int, int]] = {}
@@ -241,6 +243,12 @@ class Recorder:
 
     def _before_call(self, unet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes the latents' size and the guided batch's layout before each UNet call."""
+        guider = guider_of(self._pipe)
+        self._other_branch = guider is not None and guider.is_conditional != (
+            self._branch == "cond"
+        )
+        if self._other_branch:
+            return
         sample = args[0] if args else kwargs["sample"]  # [chunks * B, C, H, W]
         timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         # `set_timesteps` makes a new tensor in every pipeline call.
@@ -248,7 +256,7 @@ class Recorder:
         self._check_complete()
         if begins or sample.shape[0] != self._batch:
             chunks = self._chunks or guidance_chunks(self._pipe)
-            self._rows = branch_rows(sample, chunks, self._branch)
+            self._rows = branch_rows(sample, chunks, self._branch, separate=guider is not None)
             self._batch = sample.shape[0]
         images = self._rows.stop - self._rows.start
         if begins:
@@ -279,7 +287,8 @@ class Recorder:
 
     def _query_hook(self, layer: CrossAttention) -> Any:
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
-            self._add(layer, query)
+            if not self._other_branch:
+                self._add(layer, query)
 
         # Opaque to torch.compile: the sums are state that a compiled graph must not bake in.
         return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
