@@ -98,6 +98,20 @@ def audit(
             "the report's main one. [default: 70]"
         ),
     ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'plain' or 'guided' (by the energy); give both to compare them on the same "
+            "seeds. [default: plain]"
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale of the energy under 'guided'; its other settings are in --config, "
+            "under `energy`. [default: 100]"
+        ),
+    ] = None,
     prompt_template: Annotated[
         str | None,
         typer.Option(help="Text that draws; {profession} brings its article."),
@@ -153,6 +167,8 @@ def audit(
         "guidance_scale": guidance_scale,
         "batch_size": batch_size,
         "percentiles": percentile,
+        "conditions": condition,
+        "energy": None if scale is None else {"scale": scale},
         "prompt_template": prompt_template,
         "attribution_template": _templates(attribution_template),
         "branch": branch,
@@ -167,7 +183,7 @@ def audit(
     }
     with _clear_errors(verbose):
         from .audit import run_audit
-        from .audit.sentences import finding, headline
+        from .audit.sentences import difference, finding, headline
 
         plan = _plan({name: value for name, value in flags.items() if value is not None}, config)
         result = run_audit(plan, out, progress=progress)
@@ -177,6 +193,9 @@ def audit(
         typer.echo(headline(plan, result.summary))
         for name in plan.axes:
             typer.echo(f"{name}: {finding(name, result.summary)}")
+        for row in result.summary["differences"]:
+            if row["percentile"] == plan.percentiles[0]:
+                typer.echo(f"{row['condition']}: {difference(row)}")
         typer.echo(f"Report: {result.report}")
 
 
@@ -318,6 +337,10 @@ def _plan(flags: dict[str, Any], config: Path | None) -> Any:
     from .audit.plan import AuditPlan, explain, read_settings
 
     settings = {} if config is None else read_settings(config)
+    if (
+        "energy" in flags
+    ):  # --scale alone leaves the file's other settings of the energy as they are
+        flags = {**flags, "energy": {**(settings.get("energy") or {}), **flags["energy"]}}
     try:
         return AuditPlan(**{**settings, **flags})
     except ValidationError as error:

@@ -283,8 +283,17 @@ class Guidance:
         if guider is not None and not guider.is_conditional:
             return self._shifted(forward(*args, **kwargs))
         self._delta = None
-        sample = args[0] if args else kwargs["sample"]  # [chunks * B, C, H, W]
-        call = self._count()
+        call, rows = self._count(), self._rows(args[0] if args else kwargs["sample"])
+        if not self._active(call):
+            return forward(*args, **kwargs)
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        if self._settings.scale == 0.0:
+            return self._measured(forward, args, kwargs, rows, call, timestep)
+        return self._guided(forward, args, kwargs, rows, call, timestep)
+
+    @_not_compiled
+    def _rows(self, sample: torch.Tensor) -> slice:
+        """The attributed branch's rows of the latents ``[chunks * B, C, H, W]``."""
         rows = branch_rows(
             sample, self._settings.chunks or guidance_chunks(self._pipe), self._settings.branch
         )
@@ -293,12 +302,7 @@ class Guidance:
                 f"expected one attribution prompt or one an image ({rows.stop - rows.start}), got "
                 f"{len(self._targets)}"
             )
-        if not self._active(call):
-            return forward(*args, **kwargs)
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        if self._settings.scale == 0.0:
-            return self._measured(forward, args, kwargs, rows, call, timestep)
-        return self._guided(forward, args, kwargs, rows, call, timestep)
+        return rows
 
     @_not_compiled
     def _count(self) -> int:
@@ -559,6 +563,7 @@ def _check_scheduler(scheduler: Any) -> None:
         )
 
 
+@_not_compiled
 def _alpha_bar(scheduler: Any, timestep: Any) -> float:
     """The schedule's cumulative alpha at a timestep; between two, sigma is interpolated."""
     time = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
@@ -573,6 +578,7 @@ def _alpha_bar(scheduler: Any, timestep: Any) -> float:
     return 1.0 / (1.0 + sigma**2)
 
 
+@_not_compiled
 def _take(value: Any, rows: list[int], batch: int) -> Any:
     """The rows of everything in a UNet call's arguments that has the batch as first dimension."""
     if torch.is_tensor(value):
