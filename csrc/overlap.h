@@ -1,7 +1,7 @@
 // Overlap of attribution maps: hard percentile IoU, exact soft top-k masks, SoftIoU and gradients.
-// Kernels know plain pointers; the caller owns all memory, inputs are contiguous. Maps are float32 on
-// the CPU and of type `type` on a GPU, everything else is float32, long sums are double. The same
-// inputs give the same bits on one machine, whatever the number of threads.
+// Kernels know plain pointers; the caller owns all memory, inputs are contiguous. Maps are float32
+// on the CPU and of type `type` on a GPU, everything else is float32, long sums are double. The
+// same inputs give the same bits on one machine, whatever the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Pairs {
 };
 
 struct PairsIouParams {
-    const void *maps;      // [B, K, N]
+    const void *maps; // [B, K, N]
     Float type;
     Pairs pairs;
     float *iou;            // [B, P] out; NaN if either map has a non-finite value
@@ -63,9 +63,9 @@ struct SoftIouParams {
 };
 
 struct SoftIouBackwardParams {
-    const float *grad;    // [B, P]
-    const float *iou;     // [B, P] from the forward pass
-    const void *maps;     // [B, K, N]
+    const float *grad; // [B, P]
+    const float *iou;  // [B, P] from the forward pass
+    const void *maps;  // [B, K, N]
     Float type;
     Pairs pairs;
     const SoftMap *state; // [B, K] from the forward pass

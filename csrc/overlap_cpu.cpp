@@ -349,7 +349,7 @@ void soft_iou_backward_cpu(const SoftIouBackwardParams &p) {
         for (int64_t k = 0; k < p.concepts; ++k)
             if (used[static_cast<size_t>(k)])
                 through_mask(grads + k * p.pixels, masks + k * p.pixels, state[k], p.pixels,
-                                  grads + k * p.pixels);
+                             grads + k * p.pixels);
     }
 }
 

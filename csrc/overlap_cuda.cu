@@ -13,6 +13,9 @@ __device__ Mass combined(Mass a, Mass b) { return {a.mass + b.mass, a.weight + b
 namespace {
 
 constexpr unsigned kThreads = 512, kWarps = kThreads / 32; // at most
+// Two blocks of these on a multiprocessor leave a thread 80 registers; with 512 threads it is 64,
+// and the 36 sums of `gram` spill.
+constexpr unsigned kGramThreads = 384;
 // A map of this size is kept in shared memory, 64 KiB, larger ones are read from L2 in every pass.
 constexpr int64_t kCachedPixels = 16384;
 // Masks of up to 16 KiB a set stay in shared memory; the caller's scratch, read back from L2, takes
@@ -24,12 +27,12 @@ constexpr unsigned kRun = 64;
 // Concepts whose masks a thread holds in registers at once.
 constexpr int kGroup = 8;
 
-// Enough threads for eight pixels each, a power of two.
-unsigned threads_for(int64_t pixels) {
+// Enough threads for eight pixels each, in whole warps.
+unsigned threads_for(int64_t pixels, unsigned most = kThreads) {
     unsigned threads = 32;
-    while (threads < kThreads && threads * 8 < pixels)
+    while (threads < most && threads * 8 < pixels)
         threads *= 2;
-    return threads;
+    return std::min(threads, most);
 }
 
 // ---- pairs of concepts -----------------------------------------------------------------------
@@ -173,8 +176,8 @@ __device__ Bin find_bin(const int *histogram, int rank) {
             __shfl_sync(kEveryLane, found.count, who)};
 }
 
-// numpy.percentile(x, percentile, method="linear"), bit for bit; NaN if a value is not finite. Exact
-// selection, eight bits of the floats' order at a time.
+// numpy.percentile(x, percentile, method="linear"), bit for bit; NaN if a value is not finite.
+// Exact selection, eight bits of the floats' order at a time.
 template <typename X>
 __device__ float percentile_of(const X &x, unsigned n, Position at, Work &work) {
     const Range range = load_map(x, n, work);
@@ -222,8 +225,7 @@ __device__ float percentile_of(const X &x, unsigned n, Position at, Work &work) 
     if (threadIdx.x == 0) {
         const bool same = work.rank + 1 < work.equal || at.below + 1 == n;
         const float below = from_order_key(key);
-        work.threshold =
-            percentile_lerp(below, same ? below : from_order_key(next.key), at.share);
+        work.threshold = percentile_lerp(below, same ? below : from_order_key(next.key), at.share);
     }
     __syncthreads();
     return work.threshold;
@@ -330,10 +332,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const unsigned words = (n + 63) / 64 * 2; // of 32 bits
     int32_t *area = p.area + set * concepts;
-    uint32_t *masks =
-        arguments.masks_in_shared
-            ? reinterpret_cast<uint32_t *>(dynamic_shared + (kCached ? p.pixels : 0))
-            : reinterpret_cast<uint32_t *>(p.masks) + set * concepts * words;
+    uint32_t *masks = arguments.masks_in_shared
+                          ? reinterpret_cast<uint32_t *>(dynamic_shared + (kCached ? p.pixels : 0))
+                          : reinterpret_cast<uint32_t *>(p.masks) + set * concepts * words;
 
     // 1) one mask a map
     for (int k = 0; k < concepts; ++k) {
@@ -518,7 +519,7 @@ __device__ void pairs_between(const SoftIouArguments &arguments, const Masks<T> 
 }
 
 template <typename T, bool kCached>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kGramThreads, 2)
     soft_iou_kernel(const __grid_constant__ SoftIouArguments arguments) {
     __shared__ Work work;
     __shared__ GramWork sums;
@@ -624,7 +625,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     // The own masks m and their dL/dm, g, at one pixel. A map that is not finite has NaN as factor
     // of its partners, and must not reach others: its mask counts as 0.
-    const auto masks_at = [&](unsigned i, float(&m)[kGroup], float(&g)[kGroup]) {
+    const auto masks_at = [&](unsigned i, float (&m)[kGroup], float (&g)[kGroup]) {
 #pragma unroll
         for (int r = 0; r < kGroup; ++r)
             m[r] = g[r] = 0.0f;
@@ -690,8 +691,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             if (k >= concepts)
                 continue;
             const float gradient =
-                work.needed[k] ? implicit_gradient(m[r], g[r], work.mean[r], work.states[k])
-                               : 0.0f;
+                work.needed[k] ? implicit_gradient(m[r], g[r], work.mean[r], work.states[k]) : 0.0f;
             grads[k * p.pixels + i] = from_float<T>(gradient);
         }
     }
@@ -713,12 +713,12 @@ template <typename With> void with_type(Float type, const With &with) {
 
 template <typename Arguments>
 void launch_cached(const char *op, void (*cached)(Arguments), void (*uncached)(Arguments),
-                   int64_t blocks, int64_t pixels, size_t more_shared, const Arguments &arguments,
-                   const CudaQueue &queue) {
+                   int64_t blocks, int64_t pixels, unsigned threads, size_t more_shared,
+                   const Arguments &arguments, const CudaQueue &queue) {
     const bool fits = pixels <= kCachedPixels;
     const size_t shared = (fits ? static_cast<size_t>(pixels) * sizeof(float) : 0) + more_shared;
-    launch(op, fits ? cached : uncached,
-           {dim3(static_cast<unsigned>(blocks)), threads_for(pixels), shared}, arguments, queue);
+    launch(op, fits ? cached : uncached, {dim3(static_cast<unsigned>(blocks)), threads, shared},
+           arguments, queue);
 }
 
 SoftSettings soft_settings(double fraction, double temperature) {
@@ -737,8 +737,8 @@ void pairs_iou_cuda(const PairsIouParams &p, const CudaQueue &queue) {
     with_type(p.type, [&](auto number) {
         using T = decltype(number);
         launch_cached("pairs_iou", pairs_iou_kernel<T, true>, pairs_iou_kernel<T, false>, p.batch,
-                      p.pixels, fits ? static_cast<size_t>(words) * sizeof(uint32_t) : 0,
-                      arguments, queue);
+                      p.pixels, threads_for(p.pixels),
+                      fits ? static_cast<size_t>(words) * sizeof(uint32_t) : 0, arguments, queue);
     });
 }
 
@@ -749,7 +749,7 @@ void soft_topk_cuda(const SoftTopkParams &p, const CudaQueue &queue) {
     with_type(p.type, [&](auto number) {
         using T = decltype(number);
         launch_cached("soft_topk", soft_topk_kernel<T, true>, soft_topk_kernel<T, false>, p.rows,
-                      p.pixels, 0, arguments, queue);
+                      p.pixels, threads_for(p.pixels), 0, arguments, queue);
     });
 }
 
@@ -768,7 +768,7 @@ void soft_iou_cuda(const SoftIouParams &p, const CudaQueue &queue) {
     with_type(p.type, [&](auto number) {
         using T = decltype(number);
         launch_cached("soft_iou", soft_iou_kernel<T, true>, soft_iou_kernel<T, false>, p.batch,
-                      p.pixels, 0, arguments, queue);
+                      p.pixels, threads_for(p.pixels, kGramThreads), 0, arguments, queue);
     });
 }
 
