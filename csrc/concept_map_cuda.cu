@@ -22,7 +22,7 @@ template <typename T> struct alignas(16) Packed {
 
 // `wide`: kChunk numbers are there, side by side and aligned.
 template <typename T>
-__device__ void load(const T *from, int64_t stride, int count, bool wide, float (&to)[kChunk]) {
+__device__ void load(const T *from, int stride, int count, bool wide, float (&to)[kChunk]) {
     if (wide) {
         constexpr int kPack = 16 / sizeof(T);
 #pragma unroll
@@ -40,7 +40,7 @@ __device__ void load(const T *from, int64_t stride, int count, bool wide, float 
 }
 
 template <typename T>
-__device__ void store(const float (&from)[kChunk], T *to, int64_t stride, int count, bool wide) {
+__device__ void store(const float (&from)[kChunk], T *to, int stride, int count, bool wide) {
     if (wide) {
         constexpr int kPack = 16 / sizeof(T);
 #pragma unroll
@@ -61,7 +61,7 @@ __device__ void store(const float (&from)[kChunk], T *to, int64_t stride, int co
 
 // One head's attention at a lane's pixels: softmax over the tokens of q k'^T; 0 beyond the tokens.
 template <typename T, int kTokens, int kPixels>
-__device__ void attention(const T *(&query)[kPixels], int64_t stride, const float *keys, int depth,
+__device__ void attention(const T *(&query)[kPixels], int stride, const float *keys, int depth,
                           int tokens, bool wide, float (&scores)[kTokens][kPixels]) {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(32 * kWarps)
             query[j] = static_cast<const T *>(p.query) + tile.image * p.strides[0] +
                        head * p.strides[1] + tile.of_lane(j) * p.strides[2];
         float probability[kTokens][kPixels];
-        attention(query, p.strides[3], p.keys + head * p.tokens * p.depth, depth, tokens,
-                  arguments.wide, probability);
+        attention(query, static_cast<int>(p.strides[3]), p.keys + head * p.tokens * p.depth, depth,
+                  tokens, arguments.wide, probability);
         for (int k = 0; k < count; ++k) {
             float sum[kPixels] = {};
 #pragma unroll
@@ -204,29 +204,24 @@ struct ConceptMapBackwardArguments {
 template <typename T, int kTokens, int kPixels>
 __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
     concept_map_backward_kernel(const __grid_constant__ ConceptMapBackwardArguments arguments) {
+    __shared__ float outer[kTokens][32 * kPixels];
     const ConceptMapBackwardParams &p = arguments.p;
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const auto depth = static_cast<int>(p.depth), tokens = static_cast<int>(p.tokens);
     const bool wide = arguments.wide;
     const Tile<kPixels> tile(p.pixels);
 
-    // 1) dL/dA, the same for all heads
-    float outer[kTokens][kPixels] = {};
-    for (int k = 0; k < p.concepts; ++k) {
-        const float *grad = p.grad + (tile.image * p.concepts + k) * p.pixels;
-        const float *weights = p.weights + k * p.tokens;
-        float g[kPixels];
-#pragma unroll
-        for (int j = 0; j < kPixels; ++j)
-            g[j] = grad[tile.of_lane(j)];
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-            const float weight = t < tokens ? weights[t] : 0.0f;
-#pragma unroll
-            for (int j = 0; j < kPixels; ++j)
-                outer[t][j] += weight * g[j];
-        }
+    // 1) dL/dA, the same for all heads; 0 beyond the tokens
+    for (int at = threadIdx.x; at < kTokens * 32 * kPixels; at += blockDim.x) {
+        const int t = at / (32 * kPixels), place = at % (32 * kPixels);
+        const float *grad = p.grad + tile.image * p.concepts * p.pixels;
+        float sum = 0.0f;
+        if (t < tokens && tile.pixel + place < tile.n)
+            for (int k = 0; k < p.concepts; ++k)
+                sum += p.weights[k * p.tokens + t] * grad[k * p.pixels + tile.pixel + place];
+        outer[t][place] = sum;
     }
+    __syncthreads();
 
     // 2) a warp's heads: attention again, cheaper than keeping it, then through it
     for (int head = warp; head < p.heads; head += warps) {
@@ -237,16 +232,16 @@ __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
                        head * p.strides[1] + tile.of_lane(j) * p.strides[2];
         const float *keys = p.keys + head * p.tokens * p.depth;
         float inner[kTokens][kPixels]; // A, then dL/ds
-        attention(query, p.strides[3], keys, depth, tokens, wide, inner);
+        attention(query, static_cast<int>(p.strides[3]), keys, depth, tokens, wide, inner);
 #pragma unroll
         for (int j = 0; j < kPixels; ++j) {
             float mean = 0.0f;
 #pragma unroll
             for (int t = 0; t < kTokens; ++t)
-                mean += inner[t][j] * outer[t][j];
+                mean += inner[t][j] * outer[t][32 * j + lane];
 #pragma unroll
             for (int t = 0; t < kTokens; ++t)
-                inner[t][j] = softmax_gradient(inner[t][j], outer[t][j], mean);
+                inner[t][j] = softmax_gradient(inner[t][j], outer[t][32 * j + lane], mean);
         }
         T *grad = static_cast<T *>(p.grad_query) + tile.image * p.grad_strides[0] +
                   head * p.grad_strides[1];
@@ -272,7 +267,7 @@ __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
                 if (tile.has(j))
                     store(sums[j],
                           grad + tile.of_lane(j) * p.grad_strides[2] + c * p.grad_strides[3],
-                          p.grad_strides[3], depth - c, wide);
+                          static_cast<int>(p.grad_strides[3]), depth - c, wide);
         }
     }
 }
