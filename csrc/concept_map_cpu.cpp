@@ -12,6 +12,7 @@ namespace {
 
 // Sixteen floats: one register of AVX-512, two of AVX2.
 using Lanes = float __attribute__((vector_size(64)));
+using LanesInMemory = float __attribute__((vector_size(64), aligned(4), may_alias));
 constexpr int64_t kLanes = 16;
 // Pixels in one inner loop: with more, their sums do not fit AVX2's registers.
 constexpr int64_t kRows = 6;
@@ -32,36 +33,48 @@ BIASMAP_CLONES void multiply(const float *a, int64_t row_stride, int64_t stride,
         for (int64_t start = 0; start < width; start += kLanes) {
             Lanes sums[kRows] = {};
             for (int64_t c = 0; c < columns; ++c) {
-                Lanes other;
-                std::memcpy(&other, b + c * width + start, sizeof other);
+                const Lanes other = *reinterpret_cast<const LanesInMemory *>(b + c * width + start);
 #pragma GCC unroll 6
                 for (int64_t r = 0; r < kRows; ++r)
                     sums[r] += row[r][c * stride] * other;
             }
             for (int64_t r = 0; r < count; ++r)
-                std::memcpy(out + (first + r) * width + start, &sums[r], sizeof sums[r]);
+                *reinterpret_cast<LanesInMemory *>(out + (first + r) * width + start) = sums[r];
         }
     }
 }
 
-// Softmax of each row's `tokens` scores, in place; 0 in the rest of the row.
-BIASMAP_CLONES void softmax(float *scores, int64_t rows, int64_t tokens, int64_t width) {
-    for (int64_t r = 0; r < rows; ++r) {
-        float *row = scores + r * width;
-        float most = row[0], sum = 0.0f;
-#pragma omp simd reduction(max : most)
-        for (int64_t t = 0; t < tokens; ++t)
-            most = row[t] > most ? row[t] : most;
+// Softmax of each row, in place, after `mask` is added: 0 for a token, -FLT_MAX for padding. The
+// exponentials are one long loop: within a row, GCC does not vectorise them.
+BIASMAP_CLONES void softmax(float *scores, const float *mask, int64_t rows, int64_t width) {
+    const auto *masks = reinterpret_cast<const LanesInMemory *>(mask);
+    const int64_t count = width / kLanes;
+    auto *row = reinterpret_cast<LanesInMemory *>(scores);
+    for (int64_t r = 0; r < rows; ++r, row += count) {
+        Lanes most = row[0] += masks[0];
+        for (int64_t i = 1; i < count; ++i) {
+            row[i] += masks[i];
+            most = row[i] > most ? row[i] : most;
+        }
+        float top = most[0];
+        for (int64_t t = 1; t < kLanes; ++t)
+            top = most[t] > top ? most[t] : top;
+        for (int64_t i = 0; i < count; ++i)
+            row[i] = top - row[i];
+    }
 #pragma omp simd
-        for (int64_t t = 0; t < width; ++t)
-            row[t] = t < tokens ? exp_minus(most - row[t]) : 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t t = 0; t < width; ++t)
-            sum += row[t];
-        const float factor = 1.0f / sum;
-#pragma omp simd
-        for (int64_t t = 0; t < width; ++t)
-            row[t] *= factor;
+    for (int64_t i = 0; i < rows * width; ++i)
+        scores[i] = exp_minus(scores[i]);
+    row = reinterpret_cast<LanesInMemory *>(scores);
+    for (int64_t r = 0; r < rows; ++r, row += count) {
+        Lanes sums = row[0];
+        for (int64_t i = 1; i < count; ++i)
+            sums += row[i];
+        float sum = 0.0f;
+        for (int64_t t = 0; t < kLanes; ++t)
+            sum += sums[t];
+        for (int64_t i = 0; i < count; ++i)
+            row[i] *= 1.0f / sum;
     }
 }
 
@@ -84,6 +97,12 @@ BIASMAP_CLONES void through_softmax(float *inner, const float *outer, int64_t ro
         for (int64_t t = 0; t < width; ++t)
             p[t] = softmax_gradient(p[t], g[t], mean);
     }
+}
+
+std::vector<float> padding_mask(int64_t tokens, int64_t width) {
+    std::vector<float> mask(static_cast<size_t>(width), -FLT_MAX);
+    std::fill_n(mask.begin(), tokens, 0.0f);
+    return mask;
 }
 
 // [heads, T', d] as [heads, d, width of T'], the padding zero.
@@ -111,6 +130,7 @@ std::vector<float> widened(const float *keys, int64_t rows, int64_t depth, int64
 void concept_map_cpu(const ConceptMapParams &p) {
     const auto *query = static_cast<const float *>(p.query);
     const int64_t width = padded(p.tokens), tiles = (p.pixels + kTile - 1) / kTile;
+    const std::vector<float> mask = padding_mask(p.tokens, width);
     const std::vector<float> keys = transposed(p.keys, p.heads, p.tokens, p.depth, width);
 #pragma omp parallel if (p.batch * p.heads * p.pixels * p.depth > kParallelNumbers)
     {
@@ -126,7 +146,7 @@ void concept_map_cpu(const ConceptMapParams &p) {
                         query + b * p.strides[0] + h * p.strides[1] + first * p.strides[2];
                     multiply(q, p.strides[2], p.strides[3], rows, p.depth,
                              keys.data() + h * p.depth * width, width, attention.data());
-                    softmax(attention.data(), rows, p.tokens, width);
+                    softmax(attention.data(), mask.data(), rows, width);
                     add_to(sums.data(), attention.data(), rows * width);
                 }
                 // 2) concepts
@@ -149,6 +169,7 @@ void concept_map_backward_cpu(const ConceptMapBackwardParams &p) {
     auto *grad_query = static_cast<float *>(p.grad_query);
     const int64_t width = padded(p.tokens), wide = padded(p.depth);
     const int64_t tiles = (p.pixels + kTile - 1) / kTile;
+    const std::vector<float> mask = padding_mask(p.tokens, width);
     const std::vector<float> keys = transposed(p.keys, p.heads, p.tokens, p.depth, width);
     const std::vector<float> rows_of_keys = widened(p.keys, p.heads * p.tokens, p.depth, wide);
 #pragma omp parallel if (p.batch * p.heads * p.pixels * p.depth > kParallelNumbers)
@@ -173,7 +194,7 @@ void concept_map_backward_cpu(const ConceptMapBackwardParams &p) {
                         query + b * p.strides[0] + h * p.strides[1] + first * p.strides[2];
                     multiply(q, p.strides[2], p.strides[3], rows, p.depth,
                              keys.data() + h * p.depth * width, width, inner.data());
-                    softmax(inner.data(), rows, p.tokens, width);
+                    softmax(inner.data(), mask.data(), rows, width);
                     through_softmax(inner.data(), outer.data(), rows, width);
                     multiply(inner.data(), width, 1, rows, p.tokens,
                              rows_of_keys.data() + h * p.tokens * wide, wide, grads.data());
