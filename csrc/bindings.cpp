@@ -76,24 +76,33 @@ SoftMap *as_state(float *data) { return reinterpret_cast<SoftMap *>(data); }
 
 // The kernels of an op, for `launch`.
 #if defined(BIASMAP_CUDA_TOOLKIT)
-#    define BIASMAP_KERNELS(op) biasmap::op##_cpu, biasmap::op##_cuda
+#    define BIASMAP_CUDA_KERNEL(op) biasmap::op##_cuda
 #else
-#    define BIASMAP_KERNELS(op) biasmap::op##_cpu, nullptr
+#    define BIASMAP_CUDA_KERNEL(op) nullptr
 #endif
+#define BIASMAP_KERNELS(op) biasmap::op##_cpu, BIASMAP_CUDA_KERNEL(op)
+
+template <typename Params> using CudaKernel = void (*)(const Params &, const CudaQueue &);
 
 template <typename Params>
-void launch(dlpack::Device place, void (*on_cpu)(const Params &),
-            void (*on_cuda)(const Params &, const CudaQueue &), const Params &params) {
-    if (place.type == dlpack::kCpu) {
-        py::gil_scoped_release release;
-        return on_cpu(params);
-    }
+void launch(dlpack::Device place, CudaKernel<Params> kernel, const Params &params) {
+    require(place.type == dlpack::kCuda && kernel != nullptr,
+            "this op has kernels for GPUs only, got tensors on " + biasmap::to_string(place));
     CudaQueue queue{place.id, nullptr};
     const auto *api = biasmap::TorchTensorType::get().api;
     if (api->current_work_stream(place.type, place.id, &queue.stream) != 0)
         throw py::error_already_set();
     py::gil_scoped_release release;
-    on_cuda(params, queue);
+    kernel(params, queue);
+}
+
+template <typename Params>
+void launch(dlpack::Device place, void (*on_cpu)(const Params &), CudaKernel<Params> on_cuda,
+            const Params &params) {
+    if (place.type != dlpack::kCpu)
+        return launch(place, on_cuda, params);
+    py::gil_scoped_release release;
+    on_cpu(params);
 }
 
 void pairs_iou(const TensorView &maps, const TensorView &pairs, double percentile,
@@ -113,7 +122,7 @@ void pairs_iou(const TensorView &maps, const TensorView &pairs, double percentil
     p.area = area.data<int32_t>("area", "[B, K]", {p.batch, p.concepts}, place);
     p.masks = reinterpret_cast<uint64_t *>(masks.data<int64_t>(
         "masks", "[B, K, ceil(N / 64)]", {p.batch, p.concepts, (p.pixels + 63) / 64}, place));
-    launch(place, BIASMAP_KERNELS(pairs_iou), p);
+    launch<biasmap::PairsIouParams>(place, BIASMAP_KERNELS(pairs_iou), p);
 }
 
 void soft_topk(const TensorView &x, double fraction, double temperature, const TensorView &mask,
@@ -127,7 +136,7 @@ void soft_topk(const TensorView &x, double fraction, double temperature, const T
     check_soft(fraction, temperature);
     p.mask = mask.data<float>("mask", "[M, N]", {p.rows, p.pixels}, place);
     p.state = as_state(state.data<float>("state", "[M, 4]", {p.rows, 4}, place));
-    launch(place, BIASMAP_KERNELS(soft_topk), p);
+    launch<biasmap::SoftTopkParams>(place, BIASMAP_KERNELS(soft_topk), p);
 }
 
 void soft_topk_backward(const TensorView &grad, const TensorView &mask, const TensorView &state,
@@ -139,7 +148,7 @@ void soft_topk_backward(const TensorView &grad, const TensorView &mask, const Te
     p.grad = grad.data<float>("grad", "[M, N]", {p.rows, p.pixels}, place);
     p.state = as_state(state.data<float>("state", "[M, 4]", {p.rows, 4}, place));
     p.grad_x = grad_x.data<float>("grad_x", "[M, N]", {p.rows, p.pixels}, place);
-    launch(place, BIASMAP_KERNELS(soft_topk_backward), p);
+    launch<biasmap::SoftTopkBackwardParams>(place, BIASMAP_KERNELS(soft_topk_backward), p);
 }
 
 void soft_iou(const TensorView &maps, const TensorView &pairs, double fraction, double temperature,
@@ -154,7 +163,7 @@ void soft_iou(const TensorView &maps, const TensorView &pairs, double fraction, 
     check_soft(fraction, temperature);
     p.iou = iou.data<float>("iou", "[B, P]", {p.batch, p.pairs.count}, place);
     p.state = as_state(state.data<float>("state", "[B, K, 4]", {p.batch, p.concepts, 4}, place));
-    launch(place, BIASMAP_KERNELS(soft_iou), p);
+    launch<biasmap::SoftIouParams>(place, BIASMAP_KERNELS(soft_iou), p);
 }
 
 void soft_iou_backward(const TensorView &grad, const TensorView &iou, const TensorView &maps,
@@ -175,7 +184,7 @@ void soft_iou_backward(const TensorView &grad, const TensorView &iou, const Tens
     p.grad_maps =
         grad_maps.floats("grad_maps", "[B, K, N]", {p.batch, p.concepts, p.pixels}, place, type);
     require(type == p.type, "`grad_maps` must be of the dtype of `maps`");
-    launch(place, BIASMAP_KERNELS(soft_iou_backward), p);
+    launch<biasmap::SoftIouBackwardParams>(place, BIASMAP_KERNELS(soft_iou_backward), p);
 }
 
 // What both directions of the concept maps have in common.
@@ -207,7 +216,7 @@ void concept_map(const TensorView &query, const TensorView &keys, const TensorVi
     take_attention(p, query, keys, weights, place);
     p.maps = maps.data<float>("maps", "[B, K, n]", {p.batch, p.concepts, p.pixels}, place);
     p.add = add;
-    launch(place, BIASMAP_KERNELS(concept_map), p);
+    launch<biasmap::ConceptMapParams>(place, BIASMAP_CUDA_KERNEL(concept_map), p);
 }
 
 void concept_map_backward(const TensorView &grad, const TensorView &query, const TensorView &keys,
@@ -221,7 +230,7 @@ void concept_map_backward(const TensorView &grad, const TensorView &query, const
                                              {p.batch, p.heads, p.pixels, p.depth}, place, type,
                                              p.grad_strides);
     require(type == p.type, "`grad_query` must be of the dtype of `query`");
-    launch(place, BIASMAP_KERNELS(concept_map_backward), p);
+    launch<biasmap::ConceptMapBackwardParams>(place, BIASMAP_CUDA_KERNEL(concept_map_backward), p);
 }
 
 py::dict build_info() {

@@ -37,9 +37,7 @@ constexpr int kMostTokens = 80;
 // dL/ds of a softmax's argument: p = softmax(s), g = dL/dp, mean = sum(p g).
 BIASMAP_HD float softmax_gradient(float p, float g, float mean) { return p * (g - mean); }
 
-void concept_map_cpu(const ConceptMapParams &p);
-void concept_map_backward_cpu(const ConceptMapBackwardParams &p);
-
+// On the CPU reference.py does this: a fused kernel was no faster there (docs/cuda.md).
 void concept_map_cuda(const ConceptMapParams &p, const CudaQueue &queue);
 void concept_map_backward_cuda(const ConceptMapBackwardParams &p, const CudaQueue &queue);
 

@@ -12,7 +12,4 @@ struct CudaQueue {
     void *stream; // cudaStream_t; null is the default stream
 };
 
-// Whether the CPU kernels read float16 and bfloat16. They do not: ops.py widens on the CPU.
-bool cpu_reads_half();
-
 } // namespace biasmap

@@ -8,7 +8,13 @@
 
 #include <omp.h>
 
-#include "cpu_clones.h"
+// One function body, compiled for several instruction sets and chosen when the module loads.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#    define BIASMAP_CLONES                                                                         \
+        __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#    define BIASMAP_CLONES
+#endif
 
 namespace biasmap {
 namespace {
@@ -346,8 +352,6 @@ void soft_iou_backward_cpu(const SoftIouBackwardParams &p) {
                              grads + k * p.pixels);
     }
 }
-
-bool cpu_reads_half() { return false; }
 
 const char *cpu_isa() {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
