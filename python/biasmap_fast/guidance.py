@@ -23,10 +23,10 @@ from .attribution import AttributionKeys, Branch, attribution_keys
 from .concepts import AttributionPrompt, tokenize_all
 from .entanglement import check_soft
 from .maps import resize
-from .ops import soft_iou
-from .reference import concept_map
+from .ops import concept_map, soft_iou
 from .unet import (
     CrossAttention,
+    as_slice,
     branch_rows,
     cross_attention_layers,
     guidance_chunks,
@@ -241,6 +241,8 @@ class Guidance:
             prompt: attribution_keys(self._pipe, self._layers, tokens)
             for prompt, tokens in self._tokenized.items()
         }
+        for prompt, keys in self._keys.items():
+            self._weights[prompt] = self._weights[prompt].to(keys.weights.device)
         registry.register_hook(_energy_hook(self), _HOOK)
         for layer in self._layers:
             self._handles.append(layer.module.to_q.register_forward_hook(self._query_hook(layer)))
@@ -480,13 +482,14 @@ class Guidance:
         energies: list[torch.Tensor] = []
         overlaps: list[torch.Tensor] = []
         for prompt, maps in zip(capture.groups, capture.maps(self._keys, running), strict=True):
-            pairs, weights = self._pairs[prompt], self._weights[prompt].to(maps.device)
+            pairs, weights = self._pairs[prompt], self._weights[prompt]
             found = soft_iou(maps.flatten(2), pairs, settings.fraction, settings.temperature)
             energies.append(found @ weights.to(found.dtype))  # [b]
             missing = most - found.shape[1]
             overlaps.append(torch.nn.functional.pad(found, (0, missing), value=math.nan))
         order = [image for group in capture.groups.values() for image in group]
-        back = torch.tensor(order, device=energies[0].device).argsort()
+        # A slice where images are in order already: a list of indices goes to the GPU, and waits.
+        back = as_slice(sorted(range(len(order)), key=order.__getitem__))
         return torch.cat(energies)[back], torch.cat(overlaps)[back]
 
 
@@ -540,7 +543,7 @@ class _Capture:
         sums: dict[tuple[int, int], torch.Tensor] = {}
         for layer, query in self._queries.values():
             size = layer.resolution(query, self._sizes)
-            rows = layer.split_heads(query)[images]  # [b, heads, n, d]
+            rows = layer.split_heads(query)[as_slice(images)]  # [b, heads, n, d]
             maps = concept_map(rows, keys.by_layer[layer.name], keys.weights)  # [b, K, n]
             maps = maps.view(*maps.shape[:2], *size)
             sums[size] = sums[size] + maps if size in sums else maps
