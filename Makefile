@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
-CXX_FILES := $(filter %.h %.cpp %.cu,$(wildcard csrc/*))
+CXX_FILES := $(filter %.h %.cpp %.cu,$(wildcard csrc/* tests/emulation/*))
 
 .PHONY: help demo test lint format bench gpu testbed clean
 

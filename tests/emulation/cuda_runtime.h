@@ -1,8 +1,8 @@
-// Just enough of CUDA to run this package's kernels on a CPU, so that their algorithms, barriers and
-// indices are tested without a GPU. Every CUDA thread of a block is a fiber; blocks run one after
-// another. Fibers run in a shuffled order between two points of synchronisation, so that a missing
-// barrier shows; a barrier that not all threads reach is an error. It says nothing about speed,
-// about the GPU's own instructions, or about memory that another block writes.
+// Just enough of CUDA to run this package's kernels on a CPU, so that their algorithms, barriers
+// and indices are tested without a GPU. Every CUDA thread of a block is a fiber; blocks run one
+// after another. Fibers run in a shuffled order between two points of synchronisation, so that a
+// missing barrier shows; a barrier that not all threads reach is an error. It says nothing about
+// speed, about the GPU's own instructions, or about memory that another block writes.
 #pragma once
 
 #include <ucontext.h>
@@ -186,9 +186,7 @@ inline size_t dynamic_limit = 48 * 1024;
 
 } // namespace emulation
 
-inline void __syncthreads() {
-    emulation::Block::get().meet(emulation::Wait::kBlock, 0, 0);
-}
+inline void __syncthreads() { emulation::Block::get().meet(emulation::Wait::kBlock, 0, 0); }
 inline int __syncthreads_or(int any) {
     return emulation::Block::get().meet(emulation::Wait::kBlockOr, any != 0, 0) != 0;
 }
@@ -203,8 +201,7 @@ template <typename T> T __shfl_sync(unsigned mask, T value, int lane) {
     return emulation::shuffle(mask, emulation::Wait::kIndex, value, lane);
 }
 inline unsigned __ballot_sync(unsigned, bool is) {
-    return static_cast<unsigned>(
-        emulation::Block::get().meet(emulation::Wait::kBallot, is, 0));
+    return static_cast<unsigned>(emulation::Block::get().meet(emulation::Wait::kBallot, is, 0));
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
