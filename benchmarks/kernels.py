@@ -16,7 +16,7 @@ import importlib.util
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Setting:
         return max(moved, taken) * 1e3
 
     def measure(self, group: str, workload: str, variants: list[Variant]) -> list[Row]:
+        if self.compiled:
+            group += ", torch compiled"
         clock = device_clock if self.device.type == "cuda" else wall_clock
         return measure(group, workload, variants, self.rounds, clock)
 
@@ -94,11 +96,10 @@ def compare(
     error: Callable[[Any], float | None],
     bound: float | None,
     wrap: Callable[[Function], Function] = as_it_is,
-    compiled: bool = False,
 ) -> list[Variant]:
     """Torch, compiled torch, ours, and ours without Python; each in ``wrap``, not compiled."""
     found = [Variant("torch reference", rotating(wrap(plain), inputs), error, bound_ms=bound)]
-    if compiled and setting.compiled:
+    if setting.compiled:
         fast = wrap(torch.compile(plain))
         name = "torch reference, compiled"
         found.append(Variant(name, rotating(fast, inputs), error, bound_ms=bound))
@@ -178,7 +179,6 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Ro
     on_device = pairs.to(setting.device)
     workload = f"{sets} sets of {concepts} concepts at {SIDE} x {SIDE}, {len(pairs)} pairs"
     gigabytes, pixels = inputs[0].nbytes / 1e9, inputs[0].numel() / 1e9
-    large = concepts == CONCEPTS  # compiling takes long: there only
 
     yield setting.measure(
         "hard IoU",
@@ -190,27 +190,27 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Ro
             lambda maps: ops.pairs_iou(maps, pairs, 70.0).iou,
             largest_error(reference.pairs_iou(inputs[0], on_device, 70.0)[0].double()),
             setting.bound(gigabytes),
-            compiled=large,
         ),
     )
     exact = inputs[0].double().requires_grad_()
     expected = reference.soft_iou(exact, on_device, 0.3, 0.01)
     (gradient,) = torch.autograd.grad(expected.sum(), exact)
 
-    # A mask at the root, once: no method that finds it does with less.
-    yield setting.measure(
-        "SoftIoU",
-        workload,
-        compare(
-            setting,
-            inputs,
-            lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
-            lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
-            largest_error(expected.detach()),
-            setting.bound(gigabytes, pixels),
-        ),
-    )
-    # and once more for the gradient, as masks are not kept
+    if not setting.compiled:
+        # A mask at the root, once: no method that finds it does with less.
+        yield setting.measure(
+            "SoftIoU",
+            workload,
+            compare(
+                setting,
+                inputs,
+                lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
+                lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
+                largest_error(expected.detach()),
+                setting.bound(gigabytes, pixels),
+            ),
+        )
+    # A mask at the root, and once more for the gradient, as masks are not kept
     variants = compare(
         setting,
         inputs,
@@ -219,11 +219,12 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Ro
         relative_error(gradient),
         setting.bound(2 * gigabytes, 2 * pixels),
         with_gradient,
-        compiled=large,
     )
-    if large:
+    if concepts == CONCEPTS and not setting.compiled:
         variants.insert(0, published(inputs[0], pairs))
     yield setting.measure("SoftIoU with gradient", workload, variants)
+    if setting.compiled:
+        return
 
     rows = [maps.flatten(0, 1) for maps in inputs]
     exact = rows[0].double().requires_grad_()
@@ -281,7 +282,7 @@ def attention_inputs(
 
 def concept_map_rows(setting: Setting) -> Iterator[list[Row]]:
     batch = 16 if setting.device.type == "cuda" else 1
-    for shape in LAYERS:
+    for shape in LAYERS[: 1 if setting.compiled else None]:
         inputs = attention_inputs(batch, shape, setting.device)
         query, keys, weights = inputs[0]
         exact = query.double().requires_grad_()
@@ -292,18 +293,19 @@ def concept_map_rows(setting: Setting) -> Iterator[list[Row]]:
             f"{batch} x {n} queries, {heads} heads of {depth}, {TOKENS} tokens, {query.dtype}"
         )
 
-        yield setting.measure(
-            "concept maps",
-            workload,
-            compare(
-                setting,
-                inputs,
-                lambda arguments: reference.concept_map(*arguments),
-                lambda arguments: ops.concept_map(*arguments),
-                largest_error(expected.detach()),
-                setting.bound(query.nbytes / 1e9),
-            ),
-        )
+        if not setting.compiled:
+            yield setting.measure(
+                "concept maps",
+                workload,
+                compare(
+                    setting,
+                    inputs,
+                    lambda arguments: reference.concept_map(*arguments),
+                    lambda arguments: ops.concept_map(*arguments),
+                    largest_error(expected.detach()),
+                    setting.bound(query.nbytes / 1e9),
+                ),
+            )
         yield setting.measure(
             "concept maps with gradient",
             workload,
@@ -315,7 +317,6 @@ def concept_map_rows(setting: Setting) -> Iterator[list[Row]]:
                 relative_error(gradient),
                 setting.bound(3 * query.nbytes / 1e9),  # queries twice, their gradient once
                 with_gradient,
-                compiled=shape == LAYERS[0],
             ),
         )
 
@@ -390,8 +391,7 @@ def main() -> None:
     rate = exponential_rate() if gpu else None
     if rate is not None:
         copied.note += f"; {rate:.0f}e9 exponentials a second"
-    compiled = not options.no_compile
-    setting = Setting(device, options.rounds, options.sets, compiled, bandwidth, rate)
+    setting = Setting(device, options.rounds, options.sets, False, bandwidth, rate)
     rows = [copied]
 
     def keep(more: list[Row]) -> None:
@@ -408,6 +408,12 @@ def main() -> None:
     keep(recorder_rows(setting))
     if gpu and importlib.util.find_spec("diffusers") is not None:
         keep(unet_rows(setting))
+    if not options.no_compile:  # last, as compiling takes longest
+        setting = replace(setting, compiled=True)
+        for more in itertools.chain(
+            concept_map_rows(setting), overlap_rows(setting, options.sets, CONCEPTS)
+        ):
+            keep(more)
     show(rows)
     print(f"\n{gpu or device_name()}: {options.out}")
 

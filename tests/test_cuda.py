@@ -412,6 +412,36 @@ def test_concept_map_checks_its_arguments(device):
         extension.concept_map(query, long, torch.rand(2, 81, device=device), maps, False)
 
 
+def test_recorder_and_guidance_through_the_kernels(sd_pipe, emulated, monkeypatch):
+    """Real queries, slices of batches and accumulators; the ops as on a GPU."""
+    prompt = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
+
+    def run():
+        settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        with bm.attribute(sd_pipe, prompt) as recorder, bm.guide(sd_pipe, prompt) as guidance:
+            sd_pipe(["a photo of a doctor"] * 2, generator=generators, **settings)
+        return recorder.maps().values, torch.tensor([row.energy for row in guidance.ledger])
+
+    maps, energy = run()
+    monkeypatch.setattr(ops, "_C", emulated[0])
+    emulated[1].emulated_pairs_on_gpu(0)
+    monkeypatch.setattr(ops, "_use_native_attention", lambda *_: True)
+    library = torch.library.Library("biasmap", "FRAGMENT")
+    for name in ("concept_map", "concept_map_backward", "add_concept_map"):
+        library.impl(name, getattr(ops, f"_{name}"), "CPU")
+    calls = []
+    kernel = emulated[0].concept_map_backward
+    monkeypatch.setattr(
+        emulated[0], "concept_map_backward", lambda *a: (calls.append(1), kernel(*a))[1]
+    )
+    found, found_energy = run()
+    library._destroy()
+    assert calls
+    torch.testing.assert_close(found, maps, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found_energy, energy, rtol=1e-3, atol=1e-3)
+
+
 # ---- the GPU itself --------------------------------------------------------------------------
 
 
