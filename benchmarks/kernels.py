@@ -36,7 +36,6 @@ LAYERS = ((4096, 8, 40), (1024, 8, 80), (256, 8, 160))
 class Setting:
     device: torch.device
     rounds: int
-    sets: int
     compiled: bool
     copy_gb_s: float | None  # read and written
     exponentials_g_s: float | None
@@ -391,7 +390,7 @@ def main() -> None:
     rate = exponential_rate() if gpu else None
     if rate is not None:
         copied.note += f"; {rate:.0f}e9 exponentials a second"
-    setting = Setting(device, options.rounds, options.sets, False, bandwidth, rate)
+    setting = Setting(device, options.rounds, False, bandwidth, rate)
     rows = [copied]
 
     def keep(more: list[Row]) -> None:
