@@ -12,7 +12,7 @@ The hook changes nothing, so pictures stay bit-identical.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -21,9 +21,11 @@ import torch
 
 from .concepts import AttributionPrompt, TokenizedPrompt, encode, tokenize_all
 from .maps import AttributionMaps, resize
+from .ops import add_concept_map
 from .reference import concept_map
 from .unet import (
     CrossAttention,
+    as_slice,
     branch_rows,
     cross_attention_layers,
     guidance_chunks,
@@ -312,16 +314,21 @@ class Recorder:
         step = len(fresh) if query.device.type != "cpu" else self._images_at_once(layer, rows)
         for start in range(0, len(fresh), step):
             taken, images = (list(part) for part in zip(*fresh[start : start + step], strict=True))
+            query = rows[as_slice(taken)]
             for index, attributed in enumerate(self._attributed):
-                found = concept_map(
-                    rows[taken],
-                    attributed.by_layer[layer.name],
-                    attributed.weights,
-                    per_head=self._by == "head",
-                )
-                for part, values in self._parts(layer, run, found):
-                    target = self._sum(run, (index, part), size, values)
-                    target[images] += values.view(len(images), -1, *size)
+                keys, weights = attributed.by_layer[layer.name], attributed.weights
+                if self._by == "head":
+                    found = concept_map(query, keys, weights, per_head=True)  # [b, heads, K, n]
+                    for head in range(layer.heads):
+                        target = self._sum(run, (index, f"{layer.name}:{head}"), size, weights)
+                        target[images] += found[:, head].view(len(images), -1, *size)
+                    continue
+                target = self._sum(run, (index, self._part(layer, run)), size, weights)
+                place = as_slice(images)
+                mine = target[place]  # [b, K, h, w], a view of consecutive images
+                add_concept_map(mine.view(*mine.shape[:2], -1), query, keys, weights)
+                if not isinstance(place, slice):
+                    target[place] = mine
 
     def _images_at_once(self, layer: CrossAttention, rows: torch.Tensor) -> int:
         """How many images' scores stay in a CPU's cache.
@@ -332,27 +339,23 @@ class Recorder:
         tokens = max(keys.by_layer[layer.name].shape[-2] for keys in self._attributed)
         return max(1, _CACHED_SCORES // (rows.shape[1] * rows.shape[2] * tokens))
 
-    def _parts(
-        self, layer: CrossAttention, run: _Run, found: torch.Tensor
-    ) -> Iterable[tuple[str, torch.Tensor]]:
-        """Splits one layer's maps into the named parts that are kept apart."""
-        if self._by == "head":  # found [b, heads, K, n]
-            return [(f"{layer.name}:{head}", found[:, head]) for head in range(layer.heads)]
+    def _part(self, layer: CrossAttention, run: _Run) -> str:
+        """Name of the part of the total that one layer's maps belong to."""
         names = {
             "total": "",
             "block": layer.block,
             "layer": layer.name,
             "step": str(run.calls - 1),
         }
-        return [(names[self._by], found)]
+        return names[self._by]
 
     def _sum(
-        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], like: torch.Tensor
+        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], weights: torch.Tensor
     ) -> torch.Tensor:
         by_resolution = run.sums.setdefault(part, {})
         if resolution not in by_resolution:
-            shape = (run.images, like.shape[1], *resolution)
-            by_resolution[resolution] = torch.zeros(shape, device=like.device)
+            shape = (run.images, weights.shape[0], *resolution)
+            by_resolution[resolution] = torch.zeros(shape, device=weights.device)
         return by_resolution[resolution]
 
     def _result(self, index: int) -> AttributionMaps:

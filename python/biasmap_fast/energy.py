@@ -17,8 +17,8 @@ import torch
 from .attribution import AttributionKeys
 from .concepts import AttributionPrompt
 from .maps import resize
-from .reference import concept_map
-from .unet import CrossAttention
+from .ops import concept_map
+from .unet import CrossAttention, as_slice
 
 Pair = tuple[str, str]
 Prompts = AttributionPrompt | Sequence[AttributionPrompt]
@@ -180,7 +180,7 @@ class Capture:
         sums: Sums = {}
         for layer, query in self._queries.values():
             size = layer.resolution(query, self._sizes)
-            rows = layer.split_heads(query)[images]  # [b, heads, n, d]
+            rows = layer.split_heads(query)[as_slice(images)]  # [b, heads, n, d]
             maps = torch.cat(
                 [
                     concept_map(rows, keys[prompt].by_layer[layer.name], keys[prompt].weights)
@@ -202,5 +202,5 @@ def total_maps(sums: Sums) -> torch.Tensor:
 def in_batch_order(groups: Mapping[Any, Sequence[int]], parts: Sequence[torch.Tensor]) -> Any:
     """One tensor over the batch from the parts ``[b, ...]`` of every group."""
     order = [image for group in groups.values() for image in group]
-    back = torch.tensor(order, device=parts[0].device).argsort()
-    return torch.cat(list(parts))[back]
+    # A slice where images are in order already: a list of indices goes to the GPU, and waits.
+    return torch.cat(list(parts))[as_slice(sorted(range(len(order)), key=order.__getitem__))]

@@ -205,6 +205,7 @@ class Guidance:
         }
         self._entries: list[Entry] = []
         self._keys: dict[AttributionPrompt, AttributionKeys] = {}
+        self._weights: dict[Target, torch.Tensor] = {}  # [P], on the UNet's device
         self._handles: list[Any] = []
         self._frozen: list[torch.nn.Parameter] = []
         self._timesteps: Any = None
@@ -230,6 +231,11 @@ class Guidance:
         self._keys = {
             prompt: attribution_keys(self._pipe, self._layers, tokens)
             for prompt, tokens in self._tokenized.items()
+        }
+        # Moved once: a list that goes to the GPU in every call waits for it.
+        self._weights = {
+            target: self._keys[target.prompts[0]].weights.new_tensor(target.weights)
+            for target in self._targets
         }
         registry.register_hook(_energy_hook(self), _HOOK)
         for layer in self._layers:
@@ -502,7 +508,7 @@ class Guidance:
             maps = total_maps(own)  # [b, K, N]
             pairs = torch.tensor(target.indices)  # [P, 2]
             found = soft_iou(maps, pairs, settings.fraction, settings.temperature)  # [b, P]
-            totals.append(found @ found.new_tensor(target.weights))
+            totals.append(found @ self._weights[target].to(found.dtype))
             percentile = 100.0 * (1.0 - settings.fraction)
             for values, kept in ((found, soft), (pairs_iou(maps, pairs, percentile).iou, hard)):
                 padding = (0, most - len(target.pairs))

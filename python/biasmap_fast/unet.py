@@ -224,6 +224,12 @@ def present_rows(rows: Sequence[int]) -> Iterator[None]:
         _PRESENT.reset(token)
 
 
+def as_slice(places: list[int]) -> slice | list[int]:
+    """Consecutive places as a slice, whose indexing copies nothing; others as they are."""
+    consecutive = all(place == places[0] + i for i, place in enumerate(places))
+    return slice(places[0], places[-1] + 1) if places and consecutive else places
+
+
 def rows_here(wanted: slice, batch: int) -> tuple[list[int], list[int]]:
     """Where the wanted rows of a batch are in the forward pass now running.
 
