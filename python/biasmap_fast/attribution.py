@@ -122,7 +122,7 @@ def attribution_keys(
         raise ValueError(f"the pipeline's tokenizers split the prompt differently: {pieces}")
     device = getattr(pipe, "_execution_device", None) or pipe.unet.device
     states = encode(tokenized, pipe, device).to(pipe.unet.dtype)  # [1, T', D]
-    by_layer = {layer.name: layer.keys(states) for layer in layers}
+    by_layer = {layer.name: layer.keys(states)[0] for layer in layers}
     precision = torch.promote_types(states.dtype, torch.float32)
     return AttributionKeys(weights.to(device, precision), by_layer)
 

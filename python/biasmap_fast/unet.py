@@ -60,17 +60,17 @@ class CrossAttention:
         """Attribution keys of encoded text.
 
         Args:
-            states: ``[1, T', D]`` hidden states of the attribution prompt.
+            states: ``[P, T', D]`` hidden states of attribution prompts.
 
         Returns:
-            ``[heads, T', d]``, float32 for half-precision weights, already times the layer's scale
-            1 / sqrt(d).
+            ``[P, heads, T', d]``, float32 for half-precision weights, already times the layer's
+            scale 1 / sqrt(d).
         """
         if self.module.norm_cross is not None:
             states = self.module.norm_encoder_hidden_states(states)
-        keys: torch.Tensor = self.module.to_k(states)[0]  # [T', heads * d]
+        keys: torch.Tensor = self.module.to_k(states)  # [P, T', heads * d]
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        split = keys.view(keys.shape[0], self.heads, -1).transpose(0, 1)  # [heads, T', d]
+        split = keys.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [P, heads, T', d]
         return (split * float(self.module.scale)).contiguous()
 
 
