@@ -28,6 +28,11 @@ class CrossAttention:
         return first if first == "mid_block" else f"{first}.{second}"
 
     @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers whose maps it gives: itself. Parts of an engine have several."""
+        return (self.name,)
+
+    @property
     def heads(self) -> int:
         """Number of attention heads."""
         return int(self.module.heads)
@@ -114,6 +119,12 @@ def cross_attention_layers(pipe: Any, selection: Sequence[str] | None) -> list[C
             f"encoder_hid_dim_type={projection!r}; expected none"
         )
     return chosen
+
+
+def engine_of(pipe: Any) -> Any:
+    """The pipeline's UNet if its own outputs are attribution maps (`engines`), else None."""
+    unet = getattr(pipe, "unet", None)
+    return unet if hasattr(unet, "register_attribution_hook") else None
 
 
 def _select(layers: list[CrossAttention], selection: Sequence[str]) -> list[CrossAttention]:
