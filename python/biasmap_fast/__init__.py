@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         soft_iou,
         soft_topk,
     )
+    from .engines import export_unet, load_engine
     from .guidance import Guidance, LedgerRow, guide
     from .maps import AttributionMaps
 
@@ -42,9 +43,11 @@ _EXPORTS = {
     "block_iou": "entanglement",
     "chance_iou": "entanglement",
     "corrected_iou": "entanglement",
+    "export_unet": "engines",
     "guide": "guidance",
     "iou": "entanglement",
     "load_audit": "audit",
+    "load_engine": "engines",
     "ops": "ops",
     "pairwise_iou": "entanglement",
     "presets": "presets",
@@ -68,9 +71,11 @@ __all__ = [
     "block_iou",
     "chance_iou",
     "corrected_iou",
+    "export_unet",
     "guide",
     "iou",
     "load_audit",
+    "load_engine",
     "ops",
     "pairwise_iou",
     "presets",

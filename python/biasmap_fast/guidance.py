@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from .attribution import AttributionKeys, Branch, attribution_keys
+from .attribution import AttributionKeys, Branch, attribution_keys, attribution_states
 from .concepts import AttributionPrompt, tokenize_all
 from .entanglement import check_soft
 from .maps import resize
@@ -29,6 +29,7 @@ from .unet import (
     CrossAttention,
     branch_rows,
     cross_attention_layers,
+    engine_of,
     guidance_chunks,
     present_rows,
     resolutions,
@@ -210,7 +211,12 @@ class Guidance:
     ) -> None:
         self._pipe = pipe
         self._settings = settings
-        self._layers = cross_attention_layers(pipe, layers)
+        self._engine = engine_of(pipe)
+        self._layers: list[CrossAttention] = []
+        if self._engine is None:
+            self._layers = cross_attention_layers(pipe, layers)
+        else:
+            _check_engine(self._engine, layers, settings)
         self._prompts = (prompt,) if isinstance(prompt, AttributionPrompt) else tuple(prompt)
         if not self._prompts:
             raise ValueError("expected at least one attribution prompt, got an empty sequence")
@@ -221,6 +227,8 @@ class Guidance:
         }
         self._entries: list[_Entry] = []
         self._keys: dict[AttributionPrompt, AttributionKeys] = {}
+        # of an engine: prompt -> hidden states [T', D], weights [K, T']
+        self._states: dict[AttributionPrompt, tuple[torch.Tensor, torch.Tensor]] = {}
         self._handles: list[Any] = []
         self._frozen: list[torch.nn.Parameter] = []
         self._timesteps: Any = None
@@ -237,10 +245,11 @@ class Guidance:
             raise ValueError("this UNet is already guided; leave the other `with` block first")
         _check_scheduler(self._pipe.scheduler)
         self._entries, self._timesteps = [], None
-        self._keys = {
-            prompt: attribution_keys(self._pipe, self._layers, tokens)
-            for prompt, tokens in self._tokenized.items()
-        }
+        for prompt, tokens in self._tokenized.items():
+            if self._engine is None:
+                self._keys[prompt] = attribution_keys(self._pipe, self._layers, tokens)
+            else:
+                self._states[prompt] = attribution_states(self._pipe, tokens)
         registry.register_hook(_energy_hook(self), _HOOK)
         for layer in self._layers:
             self._handles.append(layer.module.to_q.register_forward_hook(self._query_hook(layer)))
@@ -266,6 +275,7 @@ class Guidance:
         self._handles.clear()
         self._frozen.clear()
         self._keys.clear()
+        self._states.clear()
         self._running.clear()
         self._timesteps = None
         if kind is None and self._settings.strict:
@@ -394,12 +404,15 @@ class Guidance:
             part_args = (latents, *part_args[1:])
         else:
             part_kwargs = {**part_kwargs, "sample": latents}
-        with torch.enable_grad(), present_rows(own):
-            with self._capturing(latents, slice(0, images)) as capture:
-                output = forward(*part_args, **part_kwargs)
-            energy, overlaps = self._energy(capture)
-            # Images do not meet in the UNet: the gradient of the sum is each image's own.
-            (gradient,) = torch.autograd.grad(energy.sum(), latents)
+        if self._engine is not None:
+            output, energy, overlaps, gradient = self._by_engine(part_args, part_kwargs, own)
+        else:
+            with torch.enable_grad(), present_rows(own):
+                with self._capturing(latents, slice(0, images)) as capture:
+                    output = forward(*part_args, **part_kwargs)
+                energy, overlaps = self._energy(capture)
+                # Images do not meet in the UNet: the gradient of the sum is each image's own.
+                (gradient,) = torch.autograd.grad(energy.sum(), latents)
         predicted = torch.empty_like(sample[:, : output[0].shape[1]], dtype=output[0].dtype)
         predicted[rows] = output[0].detach()
         if others:
@@ -415,6 +428,42 @@ class Guidance:
         if kwargs.get("return_dict", True) is False:
             return (predicted,)
         return type(output)(sample=predicted)
+
+    def _by_engine(
+        self, args: Any, kwargs: Any, own: list[int]
+    ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output, energy ``[B]``, SoftIoU ``[B, P]`` and gradient ``[B, C, H, W]``, of the graph.
+
+        One run a prompt: the gradient graph has room for one.
+        """
+        most = max(len(pairs) for pairs in self._pairs.values())
+        outputs, energies, overlaps, gradients = [], [], [], []
+        groups = self._groups(len(own))
+        for prompt, images in groups.items():
+            pairs, weights = self._pairs[prompt], self._weights[prompt]
+            concepts = len(prompt.concepts)
+            table = torch.zeros(concepts, concepts)
+            table.index_put_((pairs[:, 0], pairs[:, 1]), weights, accumulate=True)
+            part_args, part_kwargs = _take((args, kwargs), images, len(own))
+            with present_rows([own[image] for image in images]):
+                found = self._engine.energy_gradient(
+                    part_args,
+                    part_kwargs,
+                    self._states[prompt],
+                    table,
+                    fraction=self._settings.fraction,
+                    temperature=self._settings.temperature,
+                )
+            outputs.append(found.prediction)
+            energies.append(found.energy)
+            gradients.append(found.gradient)
+            own_pairs = found.soft_iou[:, pairs[:, 0], pairs[:, 1]]  # [b, P]
+            missing = most - own_pairs.shape[1]
+            overlaps.append(torch.nn.functional.pad(own_pairs, (0, missing), value=math.nan))
+        order = [image for images in groups.values() for image in images]
+        back = torch.tensor(order, device=energies[0].device).argsort()
+        joined = [torch.cat(each)[back] for each in (outputs, energies, overlaps, gradients)]
+        return self._engine.output(joined[0]), joined[1], joined[2], joined[3]
 
     def _delta(
         self, gradient: torch.Tensor, alpha_bar: float
@@ -454,16 +503,29 @@ class Guidance:
     @contextmanager
     def _capturing(self, sample: torch.Tensor, rows: slice) -> Iterator[_Capture]:
         """Collects the queries of one forward pass; not of its recomputation in the backward."""
-        images = rows.stop - rows.start
+        groups = self._groups(rows.stop - rows.start)
+        capture = _Capture(rows, resolutions(*sample.shape[-2:]), groups)
+        if self._engine is not None:
+            states = [self._states[prompt] for prompt in groups]
+            handle = self._engine.register_attribution_hook(states, capture.add_parts)
+            try:
+                yield capture
+            finally:
+                handle.remove()
+            return
+        self._capture = capture
+        try:
+            yield capture
+        finally:
+            self._capture = None
+
+    def _groups(self, images: int) -> dict[AttributionPrompt, list[int]]:
+        """Every prompt and the images that it belongs to."""
         prompts = self._prompts if len(self._prompts) > 1 else self._prompts * images
         groups: dict[AttributionPrompt, list[int]] = {}
         for image, prompt in enumerate(prompts):
             groups.setdefault(prompt, []).append(image)
-        self._capture = _Capture(rows, resolutions(*sample.shape[-2:]), groups)
-        try:
-            yield self._capture
-        finally:
-            self._capture = None
+        return groups
 
     def _query_hook(self, layer: CrossAttention) -> Any:
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
@@ -507,10 +569,22 @@ class _Capture:
         self._rows = rows
         self._sizes = sizes
         self._queries: dict[str, tuple[CrossAttention, torch.Tensor]] = {}
+        self._given: list[dict[tuple[int, int], torch.Tensor]] = []  # an engine's sums a prompt
 
     def add(self, layer: CrossAttention, query: torch.Tensor) -> None:
         """Keeps one layer's queries ``[rows, n, heads * d]``."""
         self._queries.setdefault(layer.name, (layer, query[self._rows]))
+
+    def add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
+        """Keeps an engine's maps: part -> for every prompt ``[rows, K, h, w]``."""
+        self._given = [{} for _ in self.groups]
+        for by_prompt in found.values():
+            for sums, maps, images in zip(
+                self._given, by_prompt, self.groups.values(), strict=True
+            ):
+                size = (maps.shape[-2], maps.shape[-1])
+                own = maps[self._rows][images]
+                sums[size] = sums[size] + own if size in sums else own
 
     def maps(
         self,
@@ -524,8 +598,8 @@ class _Capture:
             running: earlier calls' sums, to be added as constants and brought up to date.
         """
         found = []
-        for prompt, images in self.groups.items():
-            sums = self._sums(keys[prompt], images)
+        for index, (prompt, images) in enumerate(self.groups.items()):
+            sums = self._given[index] if self._given else self._sums(keys[prompt], images)
             if running is not None:
                 earlier = running.get(prompt, {})
                 sums = {size: maps + earlier.get(size, 0.0) for size, maps in sums.items()}
@@ -585,6 +659,15 @@ def _pair_weights(weights: Sequence[float] | None, count: int) -> torch.Tensor:
     if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"`weights` must be {count} finite numbers, one a pair, got {weights}")
     return torch.tensor([float(weight) for weight in weights])
+
+
+def _check_engine(engine: Any, layers: Sequence[str] | None, settings: Settings) -> None:
+    if engine.attribution_parts(layers, "total") != engine.attribution_parts(None, "total"):
+        raise ValueError(
+            "the layers of an engine's energy are fixed; leave `layers` out, or export with it"
+        )
+    if settings.accumulate:
+        raise ValueError("accumulate=True needs the torch UNet: engines know one call's energy")
 
 
 def _check_scheduler(scheduler: Any) -> None:

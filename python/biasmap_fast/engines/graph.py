@@ -190,7 +190,7 @@ class EnergyGraph(torch.nn.Module):
     """UNet -> noise prediction, maps, energy, SoftIoU of every two concepts, dE / d latents.
 
     ``E = sum over prompts and pairs of weight * SoftIoU``, the weights being an input
-    ``pair_weights [B, P, K, K]``; a prompt or concept that is not an image's has zeros there.
+    ``pair_weights [1, P, K, K]``; padding has zeros there.
     """
 
     def __init__(self, graph: AttributionGraph, fraction: float, temperature: float) -> None:
@@ -204,7 +204,7 @@ class EnergyGraph(torch.nn.Module):
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The inputs of `forward`, in order."""
-        pairs = ("batch", "prompts", "concepts", "concepts")
+        pairs = (1, "prompts", "concepts", "concepts")
         return (*self.graph.inputs, Tensor("pair_weights", "float32", pairs))
 
     @property

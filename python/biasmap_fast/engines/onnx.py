@@ -53,7 +53,6 @@ class Gradient:
         width: of the latents.
         batch: images a run of the graph; more images take several runs.
         tokens: of the text that draws.
-        prompts: attribution prompts of one call.
         attribution_tokens: most tokens of an attribution prompt; shorter ones are padded.
         concepts: most concepts of an attribution prompt.
         fraction: of the soft masks, as in `guide`.
@@ -64,7 +63,6 @@ class Gradient:
     width: int
     batch: int = 1
     tokens: int = 77
-    prompts: int = 1
     attribution_tokens: int = 16
     concepts: int = 4
     fraction: float = 0.3
@@ -73,8 +71,8 @@ class Gradient:
     @property
     def sizes(self) -> dict[str, int]:
         """Dimension name -> size."""
-        names = Shapes.__dataclass_fields__
-        return {name: getattr(self, name) for name in names}
+        names = (name for name in Shapes.__dataclass_fields__ if name != "prompts")
+        return {"prompts": 1, **{name: getattr(self, name) for name in names}}
 
 
 def export_unet(

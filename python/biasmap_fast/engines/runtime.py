@@ -43,7 +43,7 @@ class EngineEnergy:
     Attributes:
         prediction: the noise prediction ``[B, C, H, W]``.
         energy: ``[B]`` float32.
-        soft_iou: of every two concepts, ``[B, P, K, K]`` float32.
+        soft_iou: of every two concepts, ``[B, K, K]`` float32.
         gradient: of the energy by the latents, ``[B, C, H, W]`` float32.
     """
 
@@ -250,6 +250,10 @@ class EngineUNet(torch.nn.Module):
         prediction = found["noise_pred"]
         if not return_dict:
             return (prediction,)
+        return self.output(prediction)
+
+    def output(self, prediction: torch.Tensor) -> Any:
+        """The prediction as a UNet returns it."""
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
         return UNet2DConditionOutput(sample=prediction)
@@ -258,7 +262,7 @@ class EngineUNet(torch.nn.Module):
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        prompts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        prompt: tuple[torch.Tensor, torch.Tensor],
         pair_weights: torch.Tensor,
         *,
         fraction: float,
@@ -269,8 +273,8 @@ class EngineUNet(torch.nn.Module):
         Args:
             args: the call's positional arguments.
             kwargs: the call's keyword arguments.
-            prompts: hidden states ``[T', D]`` and concept weights ``[K, T']`` of each.
-            pair_weights: ``[B, P, K, K]``, what each image's SoftIoU of a prompt's concepts counts.
+            prompt: hidden states ``[T', D]`` and concept weights ``[K, T']``.
+            pair_weights: ``[K, K]``, what the SoftIoU of two concepts counts.
             fraction: of the soft masks.
             temperature: of the soft masks.
 
@@ -290,14 +294,11 @@ class EngineUNet(torch.nn.Module):
         if chosen.graph.file not in self._gradients:
             self._gradients[chosen.graph.file] = self._open(chosen.graph)
         session = self._gradients[chosen.graph.file]
-        padded = self._padded(prompts, sizes)
-        images, step = given["sample"].shape[0], sizes["batch"]
-        concepts = sizes["concepts"]
-        pairs = torch.zeros(images, sizes["prompts"], concepts, concepts, device=self.device)
-        pairs[:, : pair_weights.shape[1], : pair_weights.shape[2], : pair_weights.shape[3]] = (
-            pair_weights
-        )
-        given["pair_weights"] = pairs
+        images, step, count = given["sample"].shape[0], sizes["batch"], len(pair_weights)
+        padded = self._padded([prompt], sizes)
+        most = padded["concept_weights"].shape[1]
+        padded["pair_weights"] = torch.zeros(1, 1, most, most, device=self.device)
+        padded["pair_weights"][..., :count, :count] = pair_weights
         results = []
         for start in range(0, images, step):
             rows = [min(row, images - 1) for row in range(start, start + step)]
@@ -307,11 +308,11 @@ class EngineUNet(torch.nn.Module):
             results.append({name: value[: images - start] for name, value in found.items()})
         joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
         if self._listeners:  # their prompts are not the energy's
-            self._run({name: given[name] for name in given if name != "pair_weights"})
+            self._run(given)
         return EngineEnergy(
             prediction=joined["noise_pred"],
             energy=joined["energy"],
-            soft_iou=joined["soft_iou"][:, : pair_weights.shape[1]],
+            soft_iou=joined["soft_iou"][:, 0],
             gradient=joined["gradient"],
         )
 
