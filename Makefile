@@ -51,5 +51,6 @@ $(VENV)/.installed: $(SOURCES)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[audit,onnx]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	touch $@

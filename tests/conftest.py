@@ -124,7 +124,7 @@ def build_sd(
     return pipe
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_sd(tokenizer):
     """Builds a tiny Stable Diffusion pipeline: ``make_sd(unet_config=..., kind=...)``."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .attribution import Recorder, attribute
     from .audit import AuditPlan, AuditResult, load_audit, run_audit
     from .concepts import AttributionPrompt
+    from .engines import export_unet, load_engine
     from .entanglement import (
         block_iou,
         chance_iou,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         soft_iou,
         soft_topk,
     )
-    from .engines import export_unet, load_engine
     from .guidance import Guidance, LedgerRow, guide
     from .maps import AttributionMaps
 

@@ -1,4 +1,4 @@
-"""The command line: ``biasmap audit | maps | report | env``.
+"""The command line: ``biasmap audit | maps | report | export | env``.
 
 Results go to stdout, everything else to stderr. Heavy imports stay inside the commands, so that
 ``--help`` is quick and a missing extra is named only by the command that needs it.
@@ -131,6 +131,10 @@ def audit(
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
+    engine: Annotated[
+        Path | None,
+        typer.Option(help="Draw with the engine in this folder, exported from the model."),
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Progress bar on stderr.")] = True,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -164,6 +168,7 @@ def audit(
         "revision": revision,
         "device": device,
         "dtype": dtype,
+        "engine": None if engine is None else str(engine),
     }
     with _clear_errors(verbose):
         from .audit import run_audit
@@ -255,6 +260,76 @@ def maps(
             )
         for path in written:
             typer.echo(path)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    model: Model = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset of shapes: testbed, sd15, sd21 or sdxl. [default: by the UNet's size]"
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    maps: Annotated[
+        str, typer.Option(help="Beside the noise prediction: reduced, probabilities or none.")
+    ] = "reduced",
+    opset: Annotated[
+        int, typer.Option(help="ONNX operator set: 20 for portability, 23 for speed.")
+    ] = 20,
+    layer: Layers = None,
+    gradient: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Latents' HEIGHTxWIDTH of a graph with the energy's gradient, for guidance; "
+            "repeatable."
+        ),
+    ] = None,
+    output_format: Annotated[
+        str, typer.Option("--format", help="onnx, or tensorrt to build a plan as well.")
+    ] = "onnx",
+    verify: Annotated[bool, typer.Option(help="Compare with torch before naming it.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes and write nothing.")
+    ] = False,
+    revision: Revision = None,
+    progress: Annotated[bool, typer.Option(help="Name the steps on stderr.")] = True,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model's UNet with its attribution maps for ONNX Runtime or TensorRT.
+
+    Leaves a folder for `--engine` of `biasmap audit` and for `biasmap_fast.load_engine`: the
+    graph, its weights, and manifest.json. The folder appears when the graph was compared with
+    torch; an export that fails leaves none.
+
+    Example: biasmap export --model testbed --out engines/testbed
+    """
+    with _clear_errors(verbose):
+        from .engines.command import run_export
+
+        pipe = _load(model or "testbed", revision, "cpu", dtype)
+        found = run_export(
+            pipe,
+            out,
+            shapes=shapes,
+            dtype=dtype,
+            maps=maps,
+            opset=opset,
+            layers=layer,
+            gradients=gradient or [],
+            kind=output_format,
+            verify=verify,
+            dry_run=dry_run,
+            say=(lambda text: typer.echo(f"biasmap: {text}", err=True)) if progress else None,
+        )
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+            return
+        for name, value in found.items():
+            typer.echo(f"{name}: {value}")
 
 
 @app.command()

@@ -75,7 +75,7 @@ class CrossAttention:
             states = self.module.norm_encoder_hidden_states(states)
         keys: torch.Tensor = self.module.to_k(states)  # [P, T', heads * d]
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        split = keys.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [P, heads, T', d]
+        split = keys.view(*keys.shape[:2], self.heads, -1).transpose(1, 2)  # [P, heads, T', d]
         return (split * float(self.module.scale)).contiguous()
 
 

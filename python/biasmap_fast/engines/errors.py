@@ -7,7 +7,7 @@ class EngineError(RuntimeError):
     """An engine cannot be exported, loaded or run."""
 
 
-class UnsupportedUNet(EngineError):
+class UnsupportedUNetError(EngineError):
     """The UNet has a part that the exported graph does not have."""
 
 
@@ -23,17 +23,17 @@ class ManifestError(EngineError):
     """The folder holds no engine of this version, or not a whole one."""
 
 
-class WrongModel(EngineError):
+class WrongModelError(EngineError):
     """The engine was exported from another model than the one it is used with."""
 
 
-class ShapeOutOfRange(EngineError):
+class ShapeError(EngineError):
     """An input's shape lies outside what the engine takes."""
 
 
-class DeviceUnavailable(EngineError):
+class DeviceError(EngineError):
     """The runtime cannot use the device that was asked for."""
 
 
-class MissingExtra(EngineError, ImportError):
+class MissingExtraError(EngineError, ImportError):
     """A package of an extra is not installed, or not whole."""

@@ -20,7 +20,7 @@ import torch
 
 from ..reference import attention, concept_map, soft_topk
 from ..unet import CrossAttention, cross_attention_layers
-from .errors import UnsupportedUNet
+from .errors import UnsupportedUNetError
 from .shapes import Tensor
 
 Maps = Literal["reduced", "probabilities", "none"]
@@ -57,9 +57,9 @@ class AttributionGraph(torch.nn.Module):
             ``"none"``: the noise prediction alone.
     """
 
-    def __init__(
-        self, unet: torch.nn.Module, layers: Sequence[CrossAttention], maps: Maps
-    ) -> None:
+    unet: Any  # a submodule
+
+    def __init__(self, unet: Any, layers: Sequence[CrossAttention], maps: Maps) -> None:
         super().__init__()
         self.unet = unet
         self.maps = maps
@@ -82,7 +82,7 @@ class AttributionGraph(torch.nn.Module):
     @property
     def multiple(self) -> int:
         """What heights and widths must be multiples of, so that levels halve evenly."""
-        return 2 ** (len(self.unet.config.down_block_types) - 1)
+        return 1 << (len(self.unet.config.down_block_types) - 1)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -167,7 +167,7 @@ class AttributionGraph(torch.nn.Module):
                 found.append(attention(rows, keys, bias))
             else:
                 maps = concept_map(rows, keys, values["concept_weights"], bias=bias)  # [B, P, K, n]
-                found.append(maps.unflatten(-1, size))
+                found.append(maps.unflatten(-1, size))  # type: ignore[no-untyped-call]
         return found
 
     def _by_block(self, found: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -241,13 +241,13 @@ def attributed_layers(unet: Any, selection: Sequence[str] | None) -> list[CrossA
     """The layers that an engine of ``unet`` attributes; refuses what a graph cannot have.
 
     Raises:
-        UnsupportedUNet: the UNet is of another class, or has inputs that the engine has not.
+        UnsupportedUNetError: the UNet is of another class, or has inputs that the engine has not.
         ValueError: a layer is unknown or cannot be attributed.
     """
     from diffusers import UNet2DConditionModel
 
     if not isinstance(unet, UNet2DConditionModel):
-        raise UnsupportedUNet(f"expected a UNet2DConditionModel, got {type(unet).__name__}")
+        raise UnsupportedUNetError(f"expected a UNet2DConditionModel, got {type(unet).__name__}")
     config = unet.config
     known = {
         "addition_embed_type": (None, "text_time"),
@@ -258,12 +258,12 @@ def attributed_layers(unet: Any, selection: Sequence[str] | None) -> list[CrossA
     }
     for name, expected in known.items():
         if getattr(config, name) not in expected:
-            raise UnsupportedUNet(
+            raise UnsupportedUNetError(
                 f"engines have no input for {name}={getattr(config, name)!r}; expected "
                 f"{' or '.join(map(repr, expected))}"
             )
     if not isinstance(config.cross_attention_dim, int):
-        raise UnsupportedUNet(
+        raise UnsupportedUNetError(
             f"expected one cross_attention_dim for all blocks, got {config.cross_attention_dim}"
         )
     return cross_attention_layers(_Holder(unet), selection)
@@ -354,14 +354,12 @@ def _queries(unet: Any, layers: Sequence[CrossAttention]) -> Iterator[dict[str, 
         seen.clear()  # a traced pass must not leave its fake tensors behind
 
 
-def _add_islands(unet: torch.nn.Module) -> None:
+def _add_islands(unet: Any) -> None:
     for module in unet.modules():
         if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
             module.float()
             module.register_forward_pre_hook(lambda norm, args: (args[0].float(),))
-            module.register_forward_hook(
-                lambda norm, args, out, dtype=unet.dtype: out.to(dtype)
-            )
+            module.register_forward_hook(lambda norm, args, out, dtype=unet.dtype: out.to(dtype))
         elif hasattr(module, "set_processor"):
             module.set_processor(_SoftmaxIsland())
 
@@ -385,7 +383,7 @@ class _SoftmaxIsland:
             and not attn.residual_connection
         )
         if not plain:
-            raise UnsupportedUNet(
+            raise UnsupportedUNetError(
                 "half-precision engines know the attention of Stable Diffusion only, without mask "
                 "and norms of its own; export float32"
             )

@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from .errors import ManifestError, WrongModel
+from .errors import ManifestError, WrongModelError
 from .graph import Layer, Maps
 from .shapes import Shapes, Tensor
 
@@ -140,7 +140,7 @@ class Manifest:
         """Checks that the engine was exported from this very UNet.
 
         Raises:
-            WrongModel: configuration or weights differ.
+            WrongModelError: configuration or weights differ.
         """
         if config_hash(unet) != self.config_sha256:
             names = [
@@ -148,12 +148,12 @@ class Manifest:
                 for name, value in sorted(plain_config(unet).items())
                 if self.config.get(name) != value
             ]
-            raise WrongModel(
+            raise WrongModelError(
                 "the engine was exported from a UNet of another configuration; different: "
                 f"{', '.join(names)}"
             )
         if weights_hash(unet, getattr(torch, self.dtype)) != self.weights_sha256:
-            raise WrongModel(
+            raise WrongModelError(
                 "the engine was exported from a UNet with other weights: export it again, with "
                 "the LoRA or checkpoint that is loaded now"
             )
@@ -192,10 +192,10 @@ def weights_hash(unet: Any, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> Any:
     """The bytes of a tensor, row-major."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def file_hash(path: Path) -> str:

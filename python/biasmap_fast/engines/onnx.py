@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from .decompositions import table
-from .errors import EngineError, ExportError, MissingExtra, ParityError
+from .errors import EngineError, ExportError, MissingExtraError, ParityError
 from .graph import AttributionGraph, EnergyGraph, Maps, attributed_layers, prepared
 from .manifest import (
     GradientFile,
@@ -112,8 +112,8 @@ def export_unet(
         The folder's manifest.
 
     Raises:
-        MissingExtra: the extra ``onnx`` is not installed.
-        UnsupportedUNet: the UNet has a part that the graph does not have.
+        MissingExtraError: the extra ``onnx`` is not installed.
+        UnsupportedUNetError: the UNet has a part that the graph does not have.
         ExportError: ``out`` exists, or a step failed.
         ParityError: the graph does not compute what torch computes.
         ValueError: an unknown option.
@@ -229,7 +229,7 @@ def _require_onnx() -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingExtra(
+        raise MissingExtraError(
             f"exporting needs the extra `onnx` ({error}): pip install 'biasmap-fast[onnx]'"
         ) from error
 
@@ -299,9 +299,7 @@ class _Writer:
             )(*example)
         traced.eval()
         own = {id(p): name for name, p in graph.unet.named_parameters()}
-        sources = {
-            name: own[id(p)] for name, p in traced.named_parameters() if id(p) in own
-        }
+        sources = {name: own[id(p)] for name, p in traced.named_parameters() if id(p) in own}
         with _step("torch.export of the gradient"), torch.no_grad(), _quiet():
             program = torch.export.export(traced, example)
         file = self._write(name, program, energy, [sizes.sizes], sources)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from .errors import EngineError, ShapeOutOfRange, WrongModel
+from .errors import EngineError, ShapeError, WrongModelError
 from .manifest import GradientFile, Manifest
 from .shapes import check_sizes
 
@@ -92,9 +92,9 @@ def load_engine(
 
     Raises:
         ManifestError: the folder holds no engine, of another version, or not whole.
-        WrongModel: the engine was exported from another UNet than ``unet``.
-        MissingExtra: the runtime is not installed.
-        DeviceUnavailable: the runtime cannot use ``device``.
+        WrongModelError: the engine was exported from another UNet than ``unet``.
+        MissingExtraError: the runtime is not installed.
+        DeviceError: the runtime cannot use ``device``.
 
     Example:
         >>> import biasmap_fast as bm
@@ -232,8 +232,8 @@ class EngineUNet(torch.nn.Module):
 
         Raises:
             EngineError: such an argument was given, or a tensor is on another device.
-            ShapeOutOfRange: a shape is outside the engine's bounds.
-            WrongModel: the text states have another width than the engine's.
+            ShapeError: a shape is outside the engine's bounds.
+            WrongModelError: the text states have another width than the engine's.
         """
         _refuse(
             class_labels=class_labels,
@@ -350,7 +350,7 @@ class EngineUNet(torch.nn.Module):
             )
         width = self.config["cross_attention_dim"]
         if states.shape[-1] != width or sample.shape[1] != self.config["in_channels"]:
-            raise WrongModel(
+            raise WrongModelError(
                 f"the engine takes text states of width {width} and latents of "
                 f"{self.config['in_channels']} channels, got {states.shape[-1]} and "
                 f"{sample.shape[1]}: it was exported from another model than this pipeline's"
@@ -364,7 +364,7 @@ class EngineUNet(torch.nn.Module):
         for each in self.manifest.graph.inputs:
             if each.name in ("text_embeds", "time_ids"):
                 if not added or each.name not in added:
-                    raise WrongModel(
+                    raise WrongModelError(
                         f"the engine needs added_cond_kwargs[{each.name!r}]: it was exported from "
                         "an SDXL model"
                     )
@@ -421,7 +421,8 @@ class EngineUNet(torch.nn.Module):
         for part, layer in zip(self._parts(), self.manifest.layers, strict=True):
             probabilities = found[f"probabilities.{layer.name}"]  # [rows, P, heads, T', n]
             size = (sizes["height"] >> layer.level, sizes["width"] >> layer.level)
-            maps[part] = (weights @ probabilities.sum(dim=2)).unflatten(-1, size)
+            reduced = weights @ probabilities.sum(dim=2)  # [rows, P, K, n]
+            maps[part] = reduced.view(*reduced.shape[:3], *size)
         return maps
 
     def _padded(
@@ -432,10 +433,10 @@ class EngineUNet(torch.nn.Module):
         tokens = max(sizes.get("attribution_tokens", 1), *(len(s) for s, _ in prompts), 1)
         concepts = max(sizes.get("concepts", 1), *(len(w) for _, w in prompts), 1)
         width = self.config["cross_attention_dim"]
-        options = {"device": self.device}
-        states = torch.zeros(count, tokens, width, dtype=self.dtype, **options)
-        mask = torch.zeros(count, tokens, **options)
-        weights = torch.zeros(count, concepts, tokens, **options)
+        device = self.device
+        states = torch.zeros(count, tokens, width, dtype=self.dtype, device=device)
+        mask = torch.zeros(count, tokens, device=device)
+        weights = torch.zeros(count, concepts, tokens, device=device)
         for place, (own, columns) in enumerate(prompts):
             states[place, : len(own)] = own.to(self.dtype)
             mask[place, : len(own)] = 1.0
@@ -450,7 +451,7 @@ class EngineUNet(torch.nn.Module):
         width = self.config["cross_attention_dim"]
         for each in states:
             if each.shape[-1] != width:
-                raise WrongModel(
+                raise WrongModelError(
                     f"the engine takes text states of width {width}, the pipeline's text encoder "
                     f"gives {each.shape[-1]}: it was exported from another model"
                 )
@@ -468,7 +469,7 @@ class EngineUNet(torch.nn.Module):
         if fixed is None:
             check_sizes(self.manifest.shapes, inputs, given)
         elif wrong := {d: s for d, s in sizes.items() if s != fixed[d]}:
-            raise ShapeOutOfRange(
+            raise ShapeError(
                 f"the gradient graph has fixed sizes {dict(fixed)}, got {wrong}: export one with "
                 "these"
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .errors import DeviceUnavailable, EngineError, MissingExtra
+from .errors import DeviceError, EngineError, MissingExtraError
 from .shapes import Tensor
 
 # Every one of them installs the same folder `onnxruntime`, and pip lets them overwrite each other.
@@ -34,8 +34,8 @@ class Session:
         outputs: the graph's outputs.
 
     Raises:
-        MissingExtra: ONNX Runtime is not installed.
-        DeviceUnavailable: it cannot use ``device``.
+        MissingExtraError: ONNX Runtime is not installed.
+        DeviceError: it cannot use ``device``.
         EngineError: two ONNX Runtime packages are installed, or it cannot run the file.
     """
 
@@ -45,9 +45,9 @@ class Session:
         self._outputs = tuple(outputs)
         provider = _PROVIDERS.get(device.type)
         if provider is None:
-            raise DeviceUnavailable(f"ONNX Runtime engines run on cpu and cuda, got {device}")
+            raise DeviceError(f"ONNX Runtime engines run on cpu and cuda, got {device}")
         if provider not in runtime.get_available_providers():
-            raise DeviceUnavailable(
+            raise DeviceError(
                 f"the installed ONNX Runtime has no {provider}: pip uninstall onnxruntime, then "
                 "pip install 'biasmap-fast[onnx-gpu]'"
             )
@@ -68,7 +68,7 @@ class Session:
             ) from error
         used = self._session.get_providers()
         if used[0] != provider:  # it falls back to the CPU in silence
-            raise DeviceUnavailable(
+            raise DeviceError(
                 f"ONNX Runtime cannot use {device}: it offers {used[0]} instead of {provider}; its "
                 "log says which library did not load"
             )
@@ -91,8 +91,9 @@ class Session:
             binding.bind_input(*self._described(name, tensor))
         found: dict[str, torch.Tensor] = {}
         for each in self._outputs:
-            shape = [_size(dim, sizes) for dim in each.shape]
-            made = torch.empty(shape, dtype=getattr(torch, each.dtype), device=self.device)
+            made = torch.empty(
+                output_shape(each, sizes), dtype=getattr(torch, each.dtype), device=self.device
+            )
             found[each.name] = made
             binding.bind_output(*self._described(each.name, made))
         if self.device.type == "cuda":
@@ -111,7 +112,7 @@ def require_runtime() -> Any:
     """The module `onnxruntime`.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtraError: it is not installed.
         EngineError: several of its packages are.
     """
     installed = [name for name in _DISTRIBUTIONS if _is_installed(name)]
@@ -124,7 +125,7 @@ def require_runtime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtra(
+        raise MissingExtraError(
             f"engines need ONNX Runtime ({error}): pip install 'biasmap-fast[onnx]' for the CPU, "
             "'biasmap-fast[onnx-gpu]' for CUDA"
         ) from error
@@ -139,11 +140,15 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
-    """A dimension's size; ``n2`` are the pixels of the latents halved twice."""
-    if isinstance(dim, int):
-        return dim
-    if dim in sizes:
-        return sizes[dim]
-    level = 2 ** int(dim.removeprefix("n"))
-    return (sizes["height"] // level) * (sizes["width"] // level)
+def output_shape(output: Tensor, sizes: Mapping[str, int]) -> list[int]:
+    """The shape of an output in a call of these sizes; ``n2`` is the latents' area halved twice."""
+
+    def size(dim: int | str) -> int:
+        if isinstance(dim, int):
+            return dim
+        if dim in sizes:
+            return sizes[dim]
+        level = int(dim.removeprefix("n"))
+        return (sizes["height"] >> level) * (sizes["width"] >> level)
+
+    return [size(dim) for dim in output.shape]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .errors import ShapeOutOfRange
+from .errors import ShapeError
 
 # diffusers' Upsample2D takes another path from 64 on; an exported graph has one path.
 _MOST_BATCH = 63
@@ -144,30 +144,28 @@ def check_sizes(shapes: Shapes, inputs: Sequence[Tensor], given: Mapping[str, An
         given: input name -> tensor.
 
     Raises:
-        ShapeOutOfRange: the message names input, dimension, bounds and size.
+        ShapeError: the message names input, dimension, bounds and size.
     """
     found: dict[str, tuple[str, int]] = {}
     for expected in inputs:
         shape = tuple(given[expected.name].shape)
         if len(shape) != len(expected.shape):
-            raise ShapeOutOfRange(
-                f"`{expected.name}` must be {list(expected.shape)}, got {list(shape)}"
-            )
+            raise ShapeError(f"`{expected.name}` must be {list(expected.shape)}, got {list(shape)}")
         for place, (size, dim) in enumerate(zip(shape, expected.shape, strict=True)):
             if isinstance(dim, int):
                 if size != dim:
-                    raise ShapeOutOfRange(
+                    raise ShapeError(
                         f"`{expected.name}` must have {dim} as size {place}, got {list(shape)}: "
                         "the engine was exported from another kind of model"
                     )
                 continue
             if size not in getattr(shapes, dim):
-                raise ShapeOutOfRange(
+                raise ShapeError(
                     f"`{expected.name}` must have a {dim} of {getattr(shapes, dim)}, got {size}: "
                     "export an engine with these sizes"
                 )
             first, before = found.setdefault(dim, (expected.name, size))
             if before != size:
-                raise ShapeOutOfRange(
+                raise ShapeError(
                     f"`{expected.name}` must have the {dim} of `{first}`, {before}, got {size}"
                 )
