@@ -21,7 +21,7 @@ import torch
 from ..reference import attention, concept_map, soft_topk
 from ..unet import CrossAttention, cross_attention_layers
 from .errors import UnsupportedUNetError
-from .shapes import Tensor
+from .shapes import Tensor, area, halved
 
 Maps = Literal["reduced", "probabilities", "none"]
 
@@ -52,7 +52,8 @@ class AttributionGraph(torch.nn.Module):
     Args:
         unet: a `UNet2DConditionModel` in the engine's type, see `prepared`.
         layers: the layers that are attributed.
-        maps: ``"reduced"``: maps ``[B, P, blocks, K, H, W]`` float32, of P prompts;
+        maps: ``"reduced"``: maps ``[B, P, blocks, K, H, W]`` float32, of P prompts, H and W being
+            the largest layer's;
             ``"probabilities"``: each layer's ``[B, P, heads, T', n]`` float32 instead;
             ``"none"``: the noise prediction alone.
     """
@@ -119,7 +120,9 @@ class AttributionGraph(torch.nn.Module):
         if self.maps == "none":
             return (noise,)
         if self.maps == "reduced":
-            shape = ("batch", "prompts", len(self.blocks), "concepts", "height", "width")
+            finest = min(layer.level for layer in self.layers)
+            size = (halved("height", finest), halved("width", finest))
+            shape = ("batch", "prompts", len(self.blocks), "concepts", *size)
             return (noise, Tensor("maps", "float32", shape))
         return (
             noise,
@@ -127,7 +130,7 @@ class AttributionGraph(torch.nn.Module):
                 Tensor(
                     f"probabilities.{layer.name}",
                     "float32",
-                    ("batch", "prompts", layer.heads, "attribution_tokens", f"n{layer.level}"),
+                    ("batch", "prompts", layer.heads, "attribution_tokens", area(layer.level)),
                 )
                 for layer in self.layers
             ),

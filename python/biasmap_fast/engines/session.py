@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .errors import DeviceError, EngineError, MissingExtraError
-from .shapes import Tensor
+from .shapes import Tensor, output_shape
 
 # Every one of them installs the same folder `onnxruntime`, and pip lets them overwrite each other.
 _DISTRIBUTIONS = (
@@ -138,17 +138,3 @@ def _is_installed(distribution: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def output_shape(output: Tensor, sizes: Mapping[str, int]) -> list[int]:
-    """The shape of an output in a call of these sizes; ``n2`` is the latents' area halved twice."""
-
-    def size(dim: int | str) -> int:
-        if isinstance(dim, int):
-            return dim
-        if dim in sizes:
-            return sizes[dim]
-        level = int(dim.removeprefix("n"))
-        return (sizes["height"] >> level) * (sizes["width"] >> level)
-
-    return [size(dim) for dim in output.shape]

@@ -122,7 +122,8 @@ class Tensor:
     Attributes:
         name: in the file.
         dtype: torch's name of the type, ``"float16"``.
-        shape: sizes; a string is one of the dimensions of `Shapes`, or, in an output, free.
+        shape: sizes; a string is one of the dimensions of `Shapes`, and in an output also what
+            `halved` and `area` write.
     """
 
     name: str
@@ -133,6 +134,36 @@ class Tensor:
     def from_json(cls, values: Mapping[str, Any]) -> Tensor:
         """Reads it back from JSON."""
         return cls(values["name"], values["dtype"], tuple(values["shape"]))
+
+
+def halved(dim: str, level: int) -> str:
+    """A height or width, halved ``level`` times.
+
+    Example:
+        >>> output_shape(Tensor("maps", "float32", (halved("width", 1), area(2))), {
+        ...     "height": 16, "width": 8})
+        [4, 8]
+    """
+    return f"{dim} >> {level}" if level else dim
+
+
+def area(level: int) -> str:
+    """The pixels of latents that were halved ``level`` times."""
+    return f"pixels >> {level}"
+
+
+def output_shape(output: Tensor, sizes: Mapping[str, int]) -> list[int]:
+    """The shape of an output in a call whose dimensions have these sizes."""
+
+    def size(dim: int | str) -> int:
+        if isinstance(dim, int):
+            return dim
+        name, _, level = dim.partition(" >> ")
+        if name == "pixels":
+            return (sizes["height"] >> int(level)) * (sizes["width"] >> int(level))
+        return sizes[name] >> int(level or 0)
+
+    return [size(dim) for dim in output.shape]
 
 
 def check_sizes(shapes: Shapes, inputs: Sequence[Tensor], given: Mapping[str, Any]) -> None:

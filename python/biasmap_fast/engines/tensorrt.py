@@ -22,8 +22,7 @@ import torch
 
 from .errors import DeviceError, EngineError, ExportError, ManifestError, MissingExtraError
 from .manifest import GraphFile, Manifest
-from .session import output_shape
-from .shapes import Shapes
+from .shapes import Shapes, output_shape
 
 # Everything that is used of the library: its classes, their members, and their enums' values.
 API = (
