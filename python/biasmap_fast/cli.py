@@ -307,7 +307,7 @@ def export(
 
     Example: biasmap export --model testbed --out engines/testbed
     """
-    with _clear_errors(verbose):
+    with _clear_errors(verbose, "nothing was left under the folder's name"):
         from .engines.command import run_export
 
         pipe = _load(model or "testbed", revision, "cpu", dtype)
@@ -472,7 +472,9 @@ def _pair_rows(found: Any, percentile: float) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _clear_errors(verbose: bool) -> Iterator[None]:
+def _clear_errors(
+    verbose: bool, interrupted: str = "the same command goes on where it stopped"
+) -> Iterator[None]:
     """Errors that a user can mend become one line on stderr and exit status 1."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -484,7 +486,7 @@ def _clear_errors(verbose: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("biasmap: interrupted; the same command goes on where it stopped", err=True)
+        typer.echo(f"biasmap: interrupted; {interrupted}", err=True)
         raise typer.Exit(130) from None
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _mendable(error):
