@@ -109,7 +109,7 @@ def test_absent(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=r"biasmap-fast\[tensorrt\]"):
         tensorrt.build(tmp_path)
     with pytest.raises(errors.MissingExtraError, match=r"biasmap-fast\[tensorrt\]"):
-        engines.export_unet(None, tmp_path / "e", dtype="float16", format="tensorrt")
+        engines.export_unet(None, tmp_path / "e", dtype="float16", format="tensorrt", shapes="sd15")
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .onnx import Gradient, export_unet, sizes
-from .shapes import PRESETS
+from .shapes import preset_of
 
 
 def run_export(
@@ -49,7 +49,7 @@ def run_export(
     Raises:
         ValueError: a size of latents cannot be read, or an option is unknown.
     """
-    preset = shapes or fitting(pipe.unet)
+    preset = shapes or preset_of(pipe.unet)
     chosen = dtype or str(pipe.unet.dtype).removeprefix("torch.")
     graphs = [_gradient(text, pipe) for text in gradients]
     if dry_run:
@@ -95,19 +95,6 @@ def run_export(
             for graph in manifest.files
         },
     }
-
-
-def fitting(unet: Any) -> str:
-    """The preset whose best size is nearest to the UNet's own.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> fitting(SimpleNamespace(config=SimpleNamespace(sample_size=64)))
-        'sd15'
-    """
-    size = unet.config.sample_size
-    side = size if isinstance(size, int) else max(size)
-    return min(PRESETS, key=lambda name: abs(PRESETS[name].height.best - side))
 
 
 def _gradient(text: str, pipe: Any) -> Gradient:

@@ -34,7 +34,7 @@ from .manifest import (
     tensor_bytes,
     weights_hash,
 )
-from .shapes import PRESETS, Shapes, Tensor
+from .shapes import PRESETS, Shapes, Tensor, preset_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def export_unet(
     dtype: str | None = None,
     maps: Maps = "reduced",
     opset: int = 20,
-    shapes: Shapes | str = "sd15",
+    shapes: Shapes | str | None = None,
     layers: Sequence[str] | None = None,
     gradients: Sequence[Gradient] = (),
     verify: bool = True,
@@ -102,7 +102,8 @@ def export_unet(
             attention probabilities (2000 times the bytes); ``"none"`` for no attribution.
         opset: ONNX operator set; 20 for portability, 23 or 24 for attention and group norm as one
             operator each, where the runtime has them.
-        shapes: bounds of every dimension, or the name of one of the `PRESETS`.
+        shapes: bounds of every dimension, or the name of one of the `PRESETS`; default the preset
+            for the UNet's own size.
         layers: as in `attribute`.
         gradients: shapes of gradient graphs, which `guide` needs; each holds the weights again.
         verify: compare every graph with torch on ONNX Runtime before the folder gets its name.
@@ -121,13 +122,14 @@ def export_unet(
     Example:
         >>> import biasmap_fast as bm
         >>> pipe = bm.testbed.pipeline()
-        >>> bm.export_unet(pipe, "engines/testbed", shapes="testbed")  # doctest: +SKIP
+        >>> bm.export_unet(pipe, "engines/testbed")  # doctest: +SKIP
         >>> pipe.unet = bm.load_engine("engines/testbed")  # doctest: +SKIP
     """
     unet = getattr(model, "unet", model)
     unet = getattr(unet, "_orig_mod", unet)
     kind = dtype or str(unet.dtype).removeprefix("torch.")
-    bounds = _checked(format, kind, maps, opset, shapes, gradients)
+    _check(format, kind, maps, opset, gradients)
+    bounds = _bounds(shapes or preset_of(unet))
     _require_onnx()
     if format == "tensorrt":
         from . import tensorrt
@@ -200,9 +202,7 @@ def sizes(model: Any, *, dtype: str, shapes: Shapes | str, concepts: int = 2) ->
     }
 
 
-def _checked(
-    kind: str, dtype: str, maps: str, opset: int, shapes: Shapes | str, gradients: Sequence[Any]
-) -> Shapes:
+def _check(kind: str, dtype: str, maps: str, opset: int, gradients: Sequence[Any]) -> None:
     for name, value, known in (
         ("format", kind, ("onnx", "tensorrt")),
         ("dtype", dtype, DTYPES),
@@ -213,7 +213,6 @@ def _checked(
             raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}")
     if gradients and maps != "reduced":
         raise ValueError(f"gradient graphs need maps='reduced', got {maps!r}")
-    return _bounds(shapes)
 
 
 def _bounds(shapes: Shapes | str) -> Shapes:

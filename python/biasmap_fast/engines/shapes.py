@@ -115,6 +115,19 @@ PRESETS: dict[str, Shapes] = {
 }
 
 
+def preset_of(unet: Any) -> str:
+    """The preset whose best size is nearest to the UNet's own.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> preset_of(SimpleNamespace(config=SimpleNamespace(sample_size=64)))
+        'sd15'
+    """
+    size = unet.config.sample_size
+    side = size if isinstance(size, int) else max(size)
+    return min(PRESETS, key=lambda name: abs(PRESETS[name].height.best - side))
+
+
 @dataclass(frozen=True)
 class Tensor:
     """An input or output of a graph.
