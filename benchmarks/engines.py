@@ -12,6 +12,7 @@ its greatest value.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -25,7 +26,6 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast.attribution import attribution_states
 from biasmap_fast.concepts import tokenize_all
-from biasmap_fast.engines import EngineUNet
 from biasmap_fast.engines.onnx import relative
 from guidance import build
 from harness import Row, Variant, measure, save, show
@@ -40,96 +40,101 @@ ENGINES = {
     "onnx 23, no maps": ("none", 23),
     "onnx 23, reduced maps": ("reduced", 23),
 }
-# Of each an export of many minutes and 3.4 GB.
-AT_SD15 = ("onnx 23, no maps", "onnx 23, reduced maps")
 
 
-def engine(pipe: Any, folder: Path, name: str, shapes: str) -> EngineUNet:
+def exported(pipe: Any, folder: Path, name: str, shapes: str) -> Path:
     maps, opset = ENGINES[name]
     target = folder / f"{shapes}-{maps}-{opset}"
     if not target.exists():
         begun = time.perf_counter()
         bm.export_unet(pipe, target, maps=maps, opset=opset, shapes=shapes)  # type: ignore[arg-type]
         print(f"exported {target} in {time.perf_counter() - begun:.0f} s", flush=True)
-    return bm.load_engine(target)
+    return target
 
 
-def calls(
-    pipe: Any, folder: Path, names: tuple[str, ...], shapes: str, given: tuple[torch.Tensor, ...],
-    *, compiled: bool,
-) -> list[Variant]:  # fmt: skip
-    """The variants of one UNet call; the engines' prompts are asked for once and stay."""
-    unet = pipe.unet
+class Calls:
+    """Variants of one UNet call on the same inputs."""
 
-    def plain(model: Any) -> Callable[[], torch.Tensor]:
+    def __init__(self, pipe: Any, given: tuple[torch.Tensor, ...]) -> None:
+        self.pipe = pipe
+        self.given = given
+        self.states = attribution_states(pipe, tokenize_all(PROMPT, pipe))
+        self.expected = self.plain(pipe.unet)()
+
+    def plain(self, model: Any) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
             with torch.no_grad():
-                sample: torch.Tensor = model(*given).sample
+                sample: torch.Tensor = model(*self.given).sample
             return sample
 
         return run
 
-    def recorded() -> torch.Tensor:
-        with bm.attribute(pipe, PROMPT, chunks=1):
-            return plain(unet)()
+    def recorded(self) -> torch.Tensor:
+        with bm.attribute(self.pipe, PROMPT, chunks=1):
+            return self.plain(self.pipe.unet)()
 
-    expected = plain(unet)()
+    def error(self, sample: torch.Tensor) -> float:
+        return relative(sample, self.expected)
 
-    def error(sample: torch.Tensor) -> float:
-        return relative(sample, expected)
+    def torch(self) -> list[Variant]:
+        return [
+            Variant("torch", self.plain(self.pipe.unet), self.error, "no maps"),
+            Variant("torch, recorder", self.recorded, self.error, "2 concepts, 1 prompt"),
+        ]
 
-    variants = [
-        Variant("torch", plain(unet), error, "no maps"),
-        Variant("torch, recorder", recorded, error, "2 concepts, 1 prompt"),
-    ]
-    if compiled:
-        variants.append(Variant("torch.compile", plain(torch.compile(unet)), error, "no maps"))
-    states = attribution_states(pipe, tokenize_all(PROMPT, pipe))
-    for name in names:
-        loaded = engine(pipe, folder, name, shapes)
+    def compiled(self) -> Variant:
+        compiled = torch.compile(self.pipe.unet)
+        return Variant("torch.compile", self.plain(compiled), self.error, "no maps")
+
+    def engine(self, name: str, folder: Path) -> Variant:
+        """The engine's prompt is asked for once and stays."""
+        engine = bm.load_engine(folder)
         if ENGINES[name][0] != "none":
-            loaded.register_attribution_hook([states], lambda maps: None)
-        opset = loaded.manifest.graph.opset
-        variants.append(Variant(name, plain(loaded), error, f"opset {opset}"))
-    return variants
+            engine.register_attribution_hook([self.states], lambda maps: None)
+        return Variant(name, self.plain(engine), self.error, f"opset {ENGINES[name][1]}")
 
 
 def testbed(options: argparse.Namespace) -> list[Row]:
     pipe = bm.testbed.pipeline()
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []
+    folders = {name: exported(pipe, options.engines, name, "testbed") for name in ENGINES}
     for batch in (1, 8):
-        given = (
-            torch.randn(batch, 4, 16, 16, generator=generator),
-            torch.tensor(500),
-            torch.randn(batch, 20, 64, generator=generator),
-        )
-        variants = calls(
-            pipe, options.engines, tuple(ENGINES), "testbed", given, compiled=options.compile
-        )
-        workload = f"testbed, batch {batch}, latents of 16 x 16"
+        latents = torch.randn(batch, 4, 16, 16, generator=generator)
+        text = torch.randn(batch, 20, 64, generator=generator)
+        calls = Calls(pipe, (latents, torch.tensor(500), text))
+        variants = calls.torch()
+        if options.compile:
+            variants.append(calls.compiled())
+        variants += [calls.engine(name, folder) for name, folder in folders.items()]
+        workload = f"batch {batch}, latents of 16 x 16, float32"
         rows += measure(f"testbed, batch {batch}", workload, variants, options.rounds)
     return rows
 
 
 def sd15(options: argparse.Namespace) -> list[Row]:
+    """Two groups, as three models at once would not fit into 12 GiB."""
     pipe = build(320)
     pipe.unet.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    given = (
-        torch.randn(1, 4, 64, 64, generator=generator),
-        torch.tensor(500),
-        torch.randn(1, 77, 768, generator=generator),
-    )
-    variants = calls(pipe, options.engines, AT_SD15, "sd15", given, compiled=False)
-    workload = "SD 1.5, random weights, batch 1, latents of 64 x 64"
-    return measure("SD 1.5", workload, variants, options.rounds)
+    latents = torch.randn(1, 4, 64, 64, generator=generator)
+    text = torch.randn(1, 77, 768, generator=generator)
+    names = ("onnx 23, no maps", "onnx 23, reduced maps")
+    folders = {name: exported(pipe, options.engines, name, "sd15") for name in names}
+    calls = Calls(pipe, (latents, torch.tensor(500), text))
+    workload = "random weights, batch 1, latents of 64 x 64, float32"
+    reduced = calls.engine(names[1], folders[names[1]])
+    rows = measure("SD 1.5", workload, [*calls.torch(), reduced], options.rounds)
+    pipe.unet = None
+    gc.collect()
+    plain = calls.engine(names[0], folders[names[0]])
+    return rows + measure("SD 1.5, what maps cost", workload, [plain, reduced], options.rounds)
 
 
 def audit(options: argparse.Namespace) -> None:
     """Writes the IoU table of one audit through torch and through an engine."""
     pipe = bm.testbed.pipeline()
-    folder = engine(pipe, options.engines, "onnx, reduced maps", "testbed").folder
+    folder = exported(pipe, options.engines, "onnx, reduced maps", "testbed")
     table: dict[str, Any] = {}
     records = {}
     with tempfile.TemporaryDirectory() as runs:

@@ -174,12 +174,13 @@ def test_sdxl(sdxl_pipe, tmp_path):
     unet = sdxl_pipe.unet.requires_grad_(False)
     folder = tmp_path / "sdxl"
     with bm.attribute(sdxl_pipe, [DOCTOR, WOMAN], by="block") as recorder:
-        pictures = torch.as_tensor(draw(sdxl_pipe))
+        pictures = torch.as_tensor(draw(sdxl_pipe, num_inference_steps=1))
     expected = recorder.maps()
     bm.export_unet(sdxl_pipe, folder, shapes=SHAPES)
     sdxl_pipe.unet = bm.load_engine(folder, unet=sdxl_pipe.unet)
     with bm.attribute(sdxl_pipe, [DOCTOR, WOMAN], by="block") as recorder:
-        assert_near(torch.as_tensor(draw(sdxl_pipe)), pictures)
+        # one step: in this random model a rounding error grows a thousandfold a step
+        assert_near(torch.as_tensor(draw(sdxl_pipe, num_inference_steps=1)), pictures)
     for name, maps in recorder.maps().items():
         assert_near(maps.values, expected[name].values)
     sizes = {"batch": 3, "height": 20, "width": 8, "tokens": 5, "prompts": 2, "concepts": 4}
@@ -385,16 +386,12 @@ class TestFolder:
                 bm.load_engine(folder)
         bm.load_engine(left[-1])  # complete, but for its name
 
-    def test_wrong_results_get_no_folder(self, export, program, tmp_path):
+    def test_wrong_results_get_no_folder(self, export, program, tmp_path, monkeypatch):
         unet, _ = program
-        with torch.no_grad():
-            unet.conv_out.bias.add_(1.0)
-        try:
-            with pytest.raises(errors.ParityError, match="unet.onnx differs from torch by"):
-                export(tmp_path / "e")
-        finally:
-            with torch.no_grad():
-                unet.conv_out.bias.sub_(1.0)
+        other = torch.nn.Parameter(unet.conv_out.bias.detach() + 1.0, requires_grad=False)
+        monkeypatch.setattr(unet.conv_out, "bias", other)
+        with pytest.raises(errors.ParityError, match="unet.onnx differs from torch by"):
+            export(tmp_path / "e")
         assert not list(tmp_path.iterdir())
         manifest = export(tmp_path / "e", verify=False)
         assert manifest.graph.unverified == "verification was turned off"
