@@ -26,6 +26,7 @@ SMALL = {
     "block_out_channels": (8, 16),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "mid_block_type": None,
 }
 
 
@@ -179,8 +180,8 @@ def test_sdxl(sdxl_pipe, tmp_path):
     bm.export_unet(sdxl_pipe, folder, shapes=SHAPES)
     sdxl_pipe.unet = bm.load_engine(folder, unet=sdxl_pipe.unet)
     with bm.attribute(sdxl_pipe, [DOCTOR, WOMAN], by="block") as recorder:
-        # one step: in this random model a rounding error grows a thousandfold a step
-        assert_near(torch.as_tensor(draw(sdxl_pipe, num_inference_steps=1)), pictures)
+        # One step: in this random model, from sigma 14, rounding errors grow a thousandfold a step.
+        assert_near(torch.as_tensor(draw(sdxl_pipe, num_inference_steps=1)), pictures, 1e-2)
     for name, maps in recorder.maps().items():
         assert_near(maps.values, expected[name].values)
     sizes = {"batch": 3, "height": 20, "width": 8, "tokens": 5, "prompts": 2, "concepts": 4}
@@ -433,6 +434,10 @@ class TestFolder:
             data = folder / "unet.onnx.data"
             data.write_bytes(data.read_bytes()[:-1])
 
+        def other_weights(folder):
+            data = folder / "unet.onnx.data"
+            data.write_bytes(bytes(data.stat().st_size))
+
         for change, message in (
             (other_format, "of format 9, this version reads 1: export it again"),
             (lambda folder: (folder / NAME).write_text("{"), "is not valid JSON"),
@@ -441,6 +446,7 @@ class TestFolder:
             (lambda folder: (folder / "unet.onnx").write_bytes(b""), "SHA-256 differs"),
             (lambda folder: (folder / "unet.onnx.data").unlink(), "lacks unet.onnx.data"),
             (cut, "must have .* bytes"),
+            (other_weights, "does not hold the weights that were exported"),
         ):
             with pytest.raises(errors.ManifestError, match=message):
                 bm.load_engine(damaged(change))

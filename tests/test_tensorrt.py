@@ -28,7 +28,7 @@ def manifest():
         Tensor("attribution_mask", "float32", ("prompts", "attribution_tokens")),
     )
     outputs = (Tensor("noise_pred", "float16", ("batch", 4, "height", "width")),)
-    graph = GraphFile("unet.onnx", "abc", "", 0, 20, inputs, outputs, {}, {})
+    graph = GraphFile("unet.onnx", "abc", "", 0, "", 20, inputs, outputs, {}, {})
     return Manifest(
         dtype="float16",
         maps="reduced",

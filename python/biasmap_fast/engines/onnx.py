@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ from .manifest import (
     config_hash,
     file_hash,
     plain_config,
+    sample_hash,
     tensor_bytes,
     weights_hash,
 )
@@ -243,6 +245,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         yield folder
+        for path in folder.iterdir():  # a power cut must not leave the name without the content
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         folder.rename(target)
     except EngineError:
         raise
@@ -339,6 +344,7 @@ class _Writer:
             sha256=file_hash(path),
             data=data.name if data.exists() else "",
             data_bytes=data.stat().st_size if data.exists() else 0,
+            data_sample=sample_hash(data) if data.exists() else "",
             opset=self._opset,
             inputs=graph.inputs,
             outputs=graph.outputs,
