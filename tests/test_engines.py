@@ -527,7 +527,7 @@ class TestRefusals:
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
         monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
         monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-        with pytest.raises(errors.DeviceError, match="cannot use cuda: it offers CPUExecutionProv"):
+        with pytest.raises(errors.DeviceError, match="cannot use cuda:0: it offers CPUExecutio"):
             bm.load_engine(sd_folder, device="cuda")
 
     def test_two_runtimes(self, sd_folder, monkeypatch):

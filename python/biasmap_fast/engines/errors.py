@@ -12,7 +12,7 @@ class UnsupportedUNetError(EngineError):
 
 
 class ExportError(EngineError):
-    """A step of the export failed; nothing was left under the folder's name."""
+    """A step of the export failed."""
 
 
 class ParityError(ExportError):

@@ -274,12 +274,12 @@ def attributed_layers(unet: Any, selection: Sequence[str] | None) -> list[CrossA
 
 @contextmanager
 def prepared(unet: Any, dtype: torch.dtype) -> Iterator[Any]:
-    """The UNet in the engine's type: itself, frozen meanwhile, or a copy.
+    """The UNet on the CPU in the engine's type: itself, frozen meanwhile, or a copy.
 
     Float32 islands lie around every norm and softmax of a half-precision copy.
     """
     unet = getattr(unet, "_orig_mod", unet)
-    if dtype == torch.float32 and unet.dtype == torch.float32:
+    if dtype == torch.float32 and unet.dtype == torch.float32 and unet.device.type == "cpu":
         frozen = [p for p in unet.parameters() if p.requires_grad]
         training = unet.training
         try:
@@ -291,7 +291,7 @@ def prepared(unet: Any, dtype: torch.dtype) -> Iterator[Any]:
                 parameter.requires_grad_(True)
             unet.train(training)
         return
-    made = copy.deepcopy(unet).to(dtype).eval().requires_grad_(False)
+    made = copy.deepcopy(unet).to("cpu", dtype).eval().requires_grad_(False)
     if dtype != torch.float32:
         _add_islands(made)
     yield made

@@ -20,6 +20,9 @@ from .shapes import check_sizes
 
 Backend = Literal["onnxruntime", "tensorrt"]
 
+# The arguments of a UNet's call that engines have inputs for.
+_TAKEN = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "return_dict")
+
 
 @dataclass(frozen=True)
 class EnginePart:
@@ -107,7 +110,10 @@ def load_engine(
         manifest.check_model(unet)
     if backend not in ("onnxruntime", "tensorrt"):
         raise ValueError(f"`backend` must be 'onnxruntime' or 'tensorrt', got {backend!r}")
-    return EngineUNet(path, manifest, torch.device(device), backend)
+    place = torch.device(device)
+    if str(place) == "cuda":
+        place = torch.device("cuda", 0)
+    return EngineUNet(path, manifest, place, backend)
 
 
 class EngineUNet(torch.nn.Module):
@@ -281,8 +287,9 @@ class EngineUNet(torch.nn.Module):
         Raises:
             EngineError: the folder has no gradient graph of this shape and these masks.
         """
-        named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
+        named = dict(zip(_TAKEN[:3], args, strict=False))
         named.update(kwargs)
+        _refuse(**{name: value for name, value in named.items() if name not in _TAKEN})
         given = self._image_inputs(
             named["sample"],
             named["timestep"],
@@ -343,7 +350,7 @@ class EngineUNet(torch.nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The inputs of a call that belong to the batch's rows, in the graph's types."""
         batch = sample.shape[0]
-        if sample.device.type != self.device.type:
+        if sample.device != self.device:
             raise EngineError(
                 f"the engine runs on {self.device}, got latents on {sample.device}: move the "
                 "pipeline, or load the engine with device="

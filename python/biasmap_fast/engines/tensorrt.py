@@ -313,7 +313,10 @@ class PlanSession:
     def _capture(self, inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> _Captured:
         # A context of its own: a graph stays bound to the memory of the context it was captured on.
         context = self._engine.create_execution_context()
-        buffers = {each.name: inputs[each.name].clone() for each in self._graph.inputs}
+        buffers = {
+            each.name: inputs[each.name].clone(memory_format=torch.contiguous_format)
+            for each in self._graph.inputs
+        }
         outputs = {
             each.name: torch.empty(
                 output_shape(each, sizes), dtype=getattr(torch, each.dtype), device=self.device
