@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 CXX_FILES := $(filter %.h %.cpp %.cu,$(wildcard csrc/* tests/emulation/*))
 
-.PHONY: help demo test lint format bench gpu testbed clean
+.PHONY: help demo engine test lint format bench study gpu testbed clean
 
 help:
 	@echo "make demo     audit the embedded model and write runs/first/report.html"
+	@echo "make engine   export the embedded model's UNet with its maps to engines/testbed"
 	@echo "make test     the test suite"
 	@echo "make lint     ruff, mypy --strict, clang-format"
 	@echo "make bench    the CPU benchmarks, into benchmarks/results/"
@@ -17,6 +18,11 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/biasmap audit --model testbed --percentile 70 --percentile 90 --out runs/first
+
+engine: engines/testbed/manifest.json
+
+engines/testbed/manifest.json: | $(VENV)/.installed-onnx
+	$(BIN)/python export/export_unet.py --model testbed --out engines/testbed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
@@ -32,9 +38,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-onnx
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/guidance.py
+	$(BIN)/python benchmarks/engines.py --part testbed
+	$(BIN)/python benchmarks/engines.py --part audit
 	$(BIN)/python benchmarks/tables.py
 
 # Not in the environment above: with the packages of a machine that has a GPU, and perhaps no network.
@@ -55,6 +63,10 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[audit]"
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-onnx: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[audit,onnx]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-onnx
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	touch $@

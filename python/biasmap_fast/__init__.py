@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .attribution import Recorder, attribute
     from .audit import AuditPlan, AuditResult, load_audit, run_audit
     from .concepts import AttributionPrompt
+    from .engines import export_unet, load_engine
     from .entanglement import (
         block_iou,
         chance_iou,
@@ -43,9 +44,11 @@ _EXPORTS = {
     "block_iou": "entanglement",
     "chance_iou": "entanglement",
     "corrected_iou": "entanglement",
+    "export_unet": "engines",
     "guide": "guidance",
     "iou": "entanglement",
     "load_audit": "audit",
+    "load_engine": "engines",
     "ops": "ops",
     "pairwise_iou": "entanglement",
     "presets": "presets",
@@ -69,9 +72,11 @@ __all__ = [
     "block_iou",
     "chance_iou",
     "corrected_iou",
+    "export_unet",
     "guide",
     "iou",
     "load_audit",
+    "load_engine",
     "ops",
     "pairwise_iou",
     "presets",

@@ -7,7 +7,8 @@ Sums and bilinear resizing are linear, so the recorder adds per resolution, in p
 once at the end: what it holds does not grow with steps or layers.
 
 The query is seen by a forward hook on each layer's ``to_q``, whatever attention processor runs.
-The hook changes nothing, so pictures stay bit-identical.
+The hook changes nothing, so pictures stay bit-identical. Where the UNet is an engine, its own
+outputs are the maps, and the recorder only adds them up.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .unet import (
     as_slice,
     branch_rows,
     cross_attention_layers,
+    engine_of,
     guidance_chunks,
     guider_of,
     resolutions,
@@ -123,15 +125,28 @@ def attribution_keys(
     Raises:
         ValueError: the tokenizers split the prompt differently.
     """
+    states, weights = attribution_states(pipe, tokenized)
+    by_layer = {layer.name: layer.keys(states[None])[0] for layer in layers}
+    return AttributionKeys(weights, by_layer)
+
+
+@torch.no_grad()
+def attribution_states(
+    pipe: Any, tokenized: Sequence[TokenizedPrompt]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states ``[T', D]`` of one prompt and its concept weights ``[K, T']``.
+
+    Raises:
+        ValueError: the tokenizers split the prompt differently.
+    """
     weights = tokenized[0].weights
     if any(not torch.equal(weights, other.weights) for other in tokenized[1:]):
         pieces = [list(tokens.pieces) for tokens in tokenized]
         raise ValueError(f"the pipeline's tokenizers split the prompt differently: {pieces}")
     device = getattr(pipe, "_execution_device", None) or pipe.unet.device
-    states = encode(tokenized, pipe, device).to(pipe.unet.dtype)  # [1, T', D]
-    by_layer = {layer.name: layer.keys(states) for layer in layers}
+    states = encode(tokenized, pipe, device).to(pipe.unet.dtype)[0]
     precision = torch.promote_types(states.dtype, torch.float32)
-    return AttributionKeys(weights.to(device, precision), by_layer)
+    return states, weights.to(device, precision)
 
 
 class Recorder:
@@ -164,7 +179,13 @@ class Recorder:
         self._prompts = (prompts,) if isinstance(prompts, AttributionPrompt) else tuple(prompts)
         _check_prompts(self._prompts)
         self._pipe = pipe
-        self._layers = cross_attention_layers(pipe, layers)
+        self._engine = engine_of(pipe)
+        # an engine's parts are named blocks or layers, and need no queries
+        self._layers: list[Any] = (
+            cross_attention_layers(pipe, layers)
+            if self._engine is None
+            else self._engine.attribution_parts(layers, by)
+        )
         self._branch = branch
         self._by = by
         self._size = _checked_size(size)
@@ -186,13 +207,18 @@ class Recorder:
         if self._handles:
             raise RuntimeError("this recorder is already recording; make another to nest them")
         self._runs, self._interrupted, self._timesteps = [], None, None
-        self._attributed = [
-            attribution_keys(self._pipe, self._layers, tokens) for tokens in self._tokenized
-        ]
         unet = self._pipe.unet
+        if self._engine is not None:
+            prompts = [attribution_states(self._pipe, tokens) for tokens in self._tokenized]
+            self._handles.append(self._engine.register_attribution_hook(prompts, self._add_parts))
+        else:
+            self._attributed = [
+                attribution_keys(self._pipe, self._layers, tokens) for tokens in self._tokenized
+            ]
+            for layer in self._layers:
+                hook = self._query_hook(layer)
+                self._handles.append(layer.module.to_q.register_forward_hook(hook))
         self._handles.append(unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
-        for layer in self._layers:
-            self._handles.append(layer.module.to_q.register_forward_hook(self._query_hook(layer)))
         return self
 
     def __exit__(
@@ -235,7 +261,7 @@ class Recorder:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the recorded layers."""
-        return tuple(layer.name for layer in self._layers)
+        return tuple(name for layer in self._layers for name in layer.layers)
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -304,12 +330,9 @@ class Recorder:
         """Adds one layer's concept maps of the attributed branch: query ``[rows, n, C]``."""
         size = layer.resolution(query, self._resolutions)
         run = self._runs[-1]
-        places, images = rows_here(self._rows, self._batch)
-        found_here = zip(places, images, strict=True)
-        fresh = [(p, i) for p, i in found_here if (layer.name, i) not in self._seen]
+        fresh = self._fresh(layer.name)
         if not fresh:
             return
-        self._seen.update((layer.name, image) for _, image in fresh)
         rows = layer.split_heads(query)  # [rows, heads, n, d]
         step = len(fresh) if query.device.type != "cpu" else self._images_at_once(layer, rows)
         for start in range(0, len(fresh), step):
@@ -339,9 +362,32 @@ class Recorder:
         tokens = max(keys.by_layer[layer.name].shape[-2] for keys in self._attributed)
         return max(1, _CACHED_SCORES // (rows.shape[1] * rows.shape[2] * tokens))
 
-    def _part(self, layer: CrossAttention, run: _Run) -> str:
+    @torch.no_grad()
+    def _add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
+        """Adds an engine's maps: part -> for every prompt ``[rows, K, h, w]``."""
+        run = self._runs[-1]
+        for part in self._layers:
+            fresh = self._fresh(part.name)
+            if not fresh:
+                continue
+            taken, images = (list(each) for each in zip(*fresh, strict=True))
+            for index, maps in enumerate(found[part]):
+                size = (maps.shape[-2], maps.shape[-1])
+                name = (index, self._part(part, run))
+                target = self._sum(run, name, size, maps[0])
+                target[images] += maps[taken]
+
+    def _fresh(self, name: str) -> list[tuple[int, int]]:
+        """(place in the pass now running, image) of the images not yet counted for a layer."""
+        places, images = rows_here(self._rows, self._batch)
+        found_here = zip(places, images, strict=True)
+        fresh = [(place, image) for place, image in found_here if (name, image) not in self._seen]
+        self._seen.update((name, image) for _, image in fresh)
+        return fresh
+
+    def _part(self, layer: Any, run: _Run) -> str:
         """Name of the part of the total that one layer's maps belong to."""
-        names = {
+        names: dict[str, str] = {
             "total": "",
             "block": layer.block,
             "layer": layer.name,
@@ -350,12 +396,13 @@ class Recorder:
         return names[self._by]
 
     def _sum(
-        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], weights: torch.Tensor
+        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], like: torch.Tensor
     ) -> torch.Tensor:
+        """The sum of one part at one resolution; ``like`` has the concepts first, and a device."""
         by_resolution = run.sums.setdefault(part, {})
         if resolution not in by_resolution:
-            shape = (run.images, weights.shape[0], *resolution)
-            by_resolution[resolution] = torch.zeros(shape, device=weights.device)
+            shape = (run.images, like.shape[0], *resolution)
+            by_resolution[resolution] = torch.zeros(shape, device=like.device)
         return by_resolution[resolution]
 
     def _result(self, index: int) -> AttributionMaps:

@@ -1,4 +1,4 @@
-"""The command line: ``biasmap audit | maps | generate | report | env``.
+"""The command line: ``biasmap audit | maps | generate | report | export | env``.
 
 Results go to stdout, everything else to stderr. Heavy imports stay inside the commands, so that
 ``--help`` is quick and a missing extra is named only by the command that needs it.
@@ -145,6 +145,10 @@ def audit(
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
+    engine: Annotated[
+        Path | None,
+        typer.Option(help="Draw with the engine in this folder, exported from the model."),
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Progress bar on stderr.")] = True,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -180,6 +184,7 @@ def audit(
         "revision": revision,
         "device": device,
         "dtype": dtype,
+        "engine": None if engine is None else str(engine),
     }
     with _clear_errors(verbose):
         from .audit import run_audit
@@ -375,6 +380,76 @@ def generate(
 
 
 @app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    model: Model = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset of shapes: testbed, sd15, sd21 or sdxl. [default: by the UNet's size]"
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    maps: Annotated[
+        str, typer.Option(help="Beside the noise prediction: reduced, probabilities or none.")
+    ] = "reduced",
+    opset: Annotated[
+        int, typer.Option(help="ONNX operator set: 20 for portability, 23 for speed.")
+    ] = 20,
+    layer: Layers = None,
+    gradient: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Latents' HEIGHTxWIDTH of a graph with the energy's gradient, for guidance; "
+            "repeatable."
+        ),
+    ] = None,
+    output_format: Annotated[
+        str, typer.Option("--format", help="onnx, or tensorrt to build a plan as well.")
+    ] = "onnx",
+    verify: Annotated[bool, typer.Option(help="Compare with torch before naming it.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes and write nothing.")
+    ] = False,
+    revision: Revision = None,
+    progress: Annotated[bool, typer.Option(help="Name the steps on stderr.")] = True,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a model's UNet with its attribution maps for ONNX Runtime or TensorRT.
+
+    Leaves a folder for `--engine` of `biasmap audit` and for `biasmap_fast.load_engine`: the
+    graph, its weights, and manifest.json. The folder appears when the graph was compared with
+    torch; an export that fails leaves none.
+
+    Example: biasmap export --model testbed --out engines/testbed
+    """
+    with _clear_errors(verbose, "nothing was left under the folder's name"):
+        from .engines.command import run_export
+
+        pipe = _load(model or "testbed", revision, "cpu", dtype)
+        found = run_export(
+            pipe,
+            out,
+            shapes=shapes,
+            dtype=dtype,
+            maps=maps,
+            opset=opset,
+            layers=layer,
+            gradients=gradient or [],
+            kind=output_format,
+            verify=verify,
+            dry_run=dry_run,
+            say=(lambda text: typer.echo(f"biasmap: {text}", err=True)) if progress else None,
+        )
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+            return
+        for name, value in found.items():
+            typer.echo(f"{name}: {value}")
+
+
+@app.command()
 def env(as_json: Json = False) -> None:
     """Print versions, devices and what was compiled: put this into a bug report."""
     from .environment import describe
@@ -530,7 +605,9 @@ def _pair_rows(found: Any, percentile: float) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _clear_errors(verbose: bool) -> Iterator[None]:
+def _clear_errors(
+    verbose: bool, interrupted: str = "the same command goes on where it stopped"
+) -> Iterator[None]:
     """Errors that a user can mend become one line on stderr and exit status 1."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -542,7 +619,7 @@ def _clear_errors(verbose: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("biasmap: interrupted; the same command goes on where it stopped", err=True)
+        typer.echo(f"biasmap: interrupted; {interrupted}", err=True)
         raise typer.Exit(130) from None
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _mendable(error):

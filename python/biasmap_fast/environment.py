@@ -14,8 +14,22 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("biasmap-fast", "torch", "diffusers", "transformers", "numpy", "safetensors")
-_EXTRAS = {"audit": ("jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy")}
+_PACKAGES = (
+    "biasmap-fast",
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+)
+_EXTRAS = {
+    "audit": ("jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "tensorrt": ("tensorrt",),
+}
 
 
 def describe() -> dict[str, Any]:
@@ -58,13 +72,29 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "device": str(pipe.unet.device),
         "weights_sha256": weights_hash(pipe),
+        "engine": _engine(pipe.unet),
+    }
+
+
+def _engine(unet: Any) -> dict[str, Any] | None:
+    """What made the engine in a UNet's place, or ``None``."""
+    manifest = getattr(unet, "manifest", None)
+    if manifest is None:
+        return None
+    return {
+        "folder": str(unet.folder),
+        "dtype": manifest.dtype,
+        "opset": manifest.graph.opset,
+        "created": manifest.created,
+        "versions": dict(manifest.versions),
     }
 
 
 def weights_hash(pipe: Any) -> str:
     """SHA-256 over names, types, shapes and bytes of all tensors of a pipeline's networks.
 
-    It identifies the weights as used: after loading, conversion of the type and LoRA.
+    It identifies the weights as used: after loading, conversion of the type and LoRA. An engine
+    holds none, and stands here with the hash of those that it was exported from.
 
     Args:
         pipe: a diffusers pipeline.
@@ -73,6 +103,8 @@ def weights_hash(pipe: Any) -> str:
     for part, module in sorted(pipe.components.items()):
         if not isinstance(module, torch.nn.Module):
             continue
+        if engine := getattr(module, "weights_sha256", None):
+            digest.update(f"{part} engine {engine}\n".encode())
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{part}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

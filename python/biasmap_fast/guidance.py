@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from .attribution import AttributionKeys, Branch, attribution_keys
+from .attribution import AttributionKeys, Branch, attribution_keys, attribution_states
 from .concepts import AttributionPrompt, tokenize_all
 from .energy import (
     Capture,
@@ -38,6 +38,7 @@ from .unet import (
     CrossAttention,
     branch_rows,
     cross_attention_layers,
+    engine_of,
     guidance_chunks,
     guider_of,
     present_rows,
@@ -198,14 +199,21 @@ class Guidance:
     ) -> None:
         self._pipe = pipe
         self._settings = settings
-        self._layers = cross_attention_layers(pipe, layers)
         self._targets = make_targets(prompt, pairs, weights)
+        self._engine = engine_of(pipe)
+        self._layers: list[CrossAttention] = []
+        if self._engine is None:
+            self._layers = cross_attention_layers(pipe, layers)
+        else:
+            _check_engine(self._engine, layers, settings, self._targets)
         self._tokenized = {
             each: tokenize_all(each, pipe) for target in self._targets for each in target.prompts
         }
         self._entries: list[Entry] = []
         self._keys: dict[AttributionPrompt, AttributionKeys] = {}
         self._weights: dict[Target, torch.Tensor] = {}  # [P], on the UNet's device
+        # of an engine: hidden states [T', D], weights [K, T']
+        self._states: dict[AttributionPrompt, tuple[torch.Tensor, torch.Tensor]] = {}
         self._handles: list[Any] = []
         self._frozen: list[torch.nn.Parameter] = []
         self._timesteps: Any = None
@@ -228,14 +236,14 @@ class Guidance:
                 "prediction before the unconditional branch is run"
             )
         self._entries, self._timesteps = [], None
-        self._keys = {
-            prompt: attribution_keys(self._pipe, self._layers, tokens)
-            for prompt, tokens in self._tokenized.items()
-        }
+        for prompt, tokens in self._tokenized.items():
+            if self._engine is None:
+                self._keys[prompt] = attribution_keys(self._pipe, self._layers, tokens)
+            else:
+                self._states[prompt] = attribution_states(self._pipe, tokens)
         # Moved once: a list that goes to the GPU in every call waits for it.
         self._weights = {
-            target: self._keys[target.prompts[0]].weights.new_tensor(target.weights)
-            for target in self._targets
+            target: torch.tensor(target.weights, device=unet.device) for target in self._targets
         }
         registry.register_hook(_energy_hook(self), _HOOK)
         for layer in self._layers:
@@ -262,6 +270,7 @@ class Guidance:
         self._handles.clear()
         self._frozen.clear()
         self._keys.clear()
+        self._states.clear()
         self._earlier.clear()
         self._timesteps = None
         if kind is None and self._settings.strict:
@@ -414,12 +423,54 @@ class Guidance:
             args = (latents, *args[1:])
         else:
             kwargs = {**kwargs, "sample": latents}
+        if self._engine is not None:
+            return self._by_engine(args, kwargs, own)
         with torch.enable_grad(), present_rows(own):
             with self._capturing(latents, slice(0, len(own))) as capture:
                 output = forward(*args, **kwargs)
             energy = self._energy(capture)
             gradient = _differentiate(energy.total, latents)
         return output, energy, gradient
+
+    def _by_engine(
+        self, args: Any, kwargs: Any, own: list[int]
+    ) -> tuple[Any, _Energy, torch.Tensor]:
+        """The same from an engine's gradient graph, which takes one prompt at a time."""
+        groups = self._groups(len(own))
+        predictions, gradients, totals = [], [], []
+        overlaps: dict[str, list[torch.Tensor]] = {"soft": [], "hard": []}
+        for target, images in groups.items():
+            rows = [own[image] for image in images]
+            part_args, part_kwargs = _take((args, kwargs), images, len(own))
+            found = {}
+            for place, table in target.tables().items():
+                with present_rows(rows):
+                    found[place] = self._engine.energy_gradient(
+                        part_args,
+                        part_kwargs,
+                        self._states[target.prompts[place]],
+                        table,
+                        fraction=self._settings.fraction,
+                        temperature=self._settings.temperature,
+                    )
+            one = next(iter(found.values()))
+            predictions.append(one.prediction)
+            gradients.append(torch.stack([each.gradient for each in found.values()]).sum(0))
+            totals.append(torch.stack([each.energy for each in found.values()]).sum(0))
+            percentile = 100.0 * (1.0 - self._settings.fraction)
+            for kind, columns in overlaps.items():
+                values = []
+                for place, a, b in target.places():
+                    each = found[place]
+                    if kind == "soft":
+                        values.append(each.soft_iou[:, a, b])
+                    else:
+                        pair = torch.tensor([[a, b]])
+                        values.append(pairs_iou(each.maps.flatten(2), pair, percentile).iou[:, 0])
+                columns.append(torch.stack(values, dim=1))  # [b, P]
+        energy = _gathered(groups, totals, overlaps["soft"], overlaps["hard"], {})
+        output = self._engine.output(in_batch_order(groups, predictions))
+        return output, energy, in_batch_order(groups, gradients)
 
     @_not_compiled
     def _step(
@@ -472,16 +523,32 @@ class Guidance:
     @contextmanager
     def _capturing(self, sample: torch.Tensor, rows: slice) -> Iterator[Capture]:
         """Collects the queries of one forward pass; not of its recomputation in the backward."""
-        images = rows.stop - rows.start
+        groups = self._groups(rows.stop - rows.start)
+        capture = Capture(rows, resolutions(*sample.shape[-2:]), groups)
+        if self._engine is not None:
+            prompts = list(self._states)
+            handle = self._engine.register_attribution_hook(
+                [self._states[prompt] for prompt in prompts],
+                lambda found: capture.add_parts(prompts, found),
+            )
+            try:
+                yield capture
+            finally:
+                handle.remove()
+            return
+        self._capture = capture
+        try:
+            yield capture
+        finally:
+            self._capture = None
+
+    def _groups(self, images: int) -> dict[Target, list[int]]:
+        """Every target and the images that it belongs to."""
         targets = self._targets if len(self._targets) > 1 else self._targets * images
         groups: dict[Target, list[int]] = {}
         for image, target in enumerate(targets):
             groups.setdefault(target, []).append(image)
-        self._capture = Capture(rows, resolutions(*sample.shape[-2:]), groups)
-        try:
-            yield self._capture
-        finally:
-            self._capture = None
+        return groups
 
     def _query_hook(self, layer: CrossAttention) -> Any:
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
@@ -495,7 +562,6 @@ class Guidance:
         """The energy of one UNet call's maps, and of the maps before them where `accumulate`."""
         settings = self._settings
         groups = capture.groups
-        most = max(len(target.pairs) for target in groups)
         totals: list[torch.Tensor] = []
         soft: list[torch.Tensor] = []
         hard: list[torch.Tensor] = []
@@ -509,18 +575,9 @@ class Guidance:
             pairs = torch.tensor(target.indices)  # [P, 2]
             found = soft_iou(maps, pairs, settings.fraction, settings.temperature)  # [b, P]
             totals.append(found @ self._weights[target].to(found.dtype))
-            percentile = 100.0 * (1.0 - settings.fraction)
-            for values, kept in ((found, soft), (pairs_iou(maps, pairs, percentile).iou, hard)):
-                padding = (0, most - len(target.pairs))
-                kept.append(torch.nn.functional.pad(values, padding, value=math.nan))
-        names = {image: target.pairs for target, images in groups.items() for image in images}
-        return _Energy(
-            total=in_batch_order(groups, totals),
-            soft_iou=in_batch_order(groups, soft),
-            iou=in_batch_order(groups, hard),
-            pairs=tuple(names[image] for image in sorted(names)),
-            sums=sums,
-        )
+            soft.append(found)
+            hard.append(pairs_iou(maps, pairs, 100.0 * (1.0 - settings.fraction)).iou)
+        return _gathered(groups, totals, soft, hard, sums)
 
 
 @_not_compiled
@@ -541,6 +598,30 @@ class _Energy:
     sums: dict[Target, Sums]  # without their graph
 
 
+def _gathered(
+    groups: Mapping[Target, list[int]],
+    totals: Sequence[torch.Tensor],
+    soft: Sequence[torch.Tensor],
+    hard: Sequence[torch.Tensor],
+    sums: dict[Target, Sums],
+) -> _Energy:
+    """The groups' values ``[b]`` and ``[b, P]`` as those of the batch."""
+    most = max(len(target.pairs) for target in groups)
+
+    def padded(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        pad = torch.nn.functional.pad
+        return [pad(part, (0, most - part.shape[1]), value=math.nan) for part in parts]
+
+    names = {image: target.pairs for target, images in groups.items() for image in images}
+    return _Energy(
+        total=in_batch_order(groups, totals),
+        soft_iou=in_batch_order(groups, padded(soft)),
+        iou=in_batch_order(groups, padded(hard)),
+        pairs=tuple(names[image] for image in sorted(names)),
+        sums=sums,
+    )
+
+
 def _energy_hook(guidance: Guidance) -> Any:
     from diffusers.hooks import ModelHook
 
@@ -552,6 +633,19 @@ def _energy_hook(guidance: Guidance) -> Any:
             return guidance._call(self.fn_ref.original_forward, *args, **kwargs)
 
     return EnergyHook()
+
+
+def _check_engine(
+    engine: Any, layers: Sequence[str] | None, settings: Settings, targets: Sequence[Target]
+) -> None:
+    if engine.attribution_parts(layers, "total") != engine.attribution_parts(None, "total"):
+        raise ValueError(
+            "the layers of an engine's energy are fixed; leave `layers` out, or export with it"
+        )
+    if settings.accumulate:
+        raise ValueError("accumulate=True needs the torch UNet: engines know one call's energy")
+    for target in targets:
+        target.places()  # refuses pairs between prompts
 
 
 def _check_scheduler(scheduler: Any) -> None:

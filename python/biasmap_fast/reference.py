@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+
+_UNROLLED: ContextVar[bool] = ContextVar("unrolled", default=False)
+
+
+@contextmanager
+def unrolled() -> Iterator[None]:
+    """Loops inside the block take every step, whatever the values: for tracers that see none."""
+    token = _UNROLLED.set(True)
+    try:
+        yield
+    finally:
+        _UNROLLED.reset(token)
 
 
 def concept_map(
@@ -14,6 +29,7 @@ def concept_map(
     weights: torch.Tensor,
     *,
     per_head: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attribution maps of one cross-attention layer, from its queries.
 
@@ -25,16 +41,24 @@ def concept_map(
         keys: ``[heads, T', d]`` attribution keys, already divided by sqrt(d).
         weights: ``[K, T']``, the pieces of each concept.
         per_head: keep heads apart instead of summing over them.
+        bias: added to the scores ``[B, heads, T', n]``; very negative for padding.
 
     Returns:
         ``[B, K, n]`` in the keys' dtype, or ``[B, heads, K, n]``.
     """
-    # Tokens before pixels: on a CPU a softmax over a last dimension of a dozen is 5 times slower.
-    scores = keys @ query.to(keys.dtype).transpose(-1, -2)  # [B, heads, T', n]
-    probabilities = scores.softmax(dim=-2)
+    probabilities = attention(query, keys, bias)  # [B, heads, T', n]
     if not per_head:
         probabilities = probabilities.sum(dim=-3)  # [B, T', n]
     return weights @ probabilities
+
+
+def attention(
+    query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention probabilities ``[B, heads, T', n]``; arguments as for :func:`concept_map`."""
+    # Tokens before pixels: on a CPU a softmax over a last dimension of a dozen is 5 times slower.
+    scores = keys @ query.to(keys.dtype).transpose(-1, -2)  # [B, heads, T', n]
+    return (scores if bias is None else scores + bias).softmax(dim=-2)
 
 
 def percentile(x: torch.Tensor, percentile: float) -> torch.Tensor:
@@ -173,7 +197,8 @@ def _solve_offset(z: torch.Tensor, fraction: float) -> torch.Tensor:
     low = logit - z.amax(dim=-1, keepdim=True)  # mean <= fraction here
     high = logit - z.amin(dim=-1, keepdim=True)  # mean >= fraction here
     offset = torch.zeros_like(low).clamp(low, high)
-    for step in range(64):
+    # Unrolled, 40 steps come within 3e-7 of the mask of 64, on maps with gaps and with ties too.
+    for step in range(40 if _UNROLLED.get() else 64):
         shifted = z + offset
         tail = torch.sigmoid(-shifted.abs())
         above = shifted >= 0
@@ -189,8 +214,8 @@ def _solve_offset(z: torch.Tensor, fraction: float) -> torch.Tensor:
         change = (moved - offset).abs()
         offset = moved
         # Exported and compiled graphs have no exit: they take every step.
-        if not torch.compiler.is_compiling() and not bool(
-            (change > 4 * torch.finfo(z.dtype).eps * offset.abs().clamp(min=1.0)).any()
-        ):
+        if _UNROLLED.get() or torch.compiler.is_compiling():
+            continue
+        if not bool((change > 4 * torch.finfo(z.dtype).eps * offset.abs().clamp(min=1.0)).any()):
             break
     return offset

@@ -28,6 +28,11 @@ class CrossAttention:
         return first if first == "mid_block" else f"{first}.{second}"
 
     @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers whose maps it gives: itself. Parts of an engine have several."""
+        return (self.name,)
+
+    @property
     def heads(self) -> int:
         """Number of attention heads."""
         return int(self.module.heads)
@@ -60,17 +65,17 @@ class CrossAttention:
         """Attribution keys of encoded text.
 
         Args:
-            states: ``[1, T', D]`` hidden states of the attribution prompt.
+            states: ``[P, T', D]`` hidden states of attribution prompts.
 
         Returns:
-            ``[heads, T', d]``, float32 for half-precision weights, already times the layer's scale
-            1 / sqrt(d).
+            ``[P, heads, T', d]``, float32 for half-precision weights, already times the layer's
+            scale 1 / sqrt(d).
         """
         if self.module.norm_cross is not None:
             states = self.module.norm_encoder_hidden_states(states)
-        keys: torch.Tensor = self.module.to_k(states)[0]  # [T', heads * d]
+        keys: torch.Tensor = self.module.to_k(states)  # [P, T', heads * d]
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        split = keys.view(keys.shape[0], self.heads, -1).transpose(0, 1)  # [heads, T', d]
+        split = keys.view(*keys.shape[:2], self.heads, -1).transpose(1, 2)  # [P, heads, T', d]
         return (split * float(self.module.scale)).contiguous()
 
 
@@ -114,6 +119,12 @@ def cross_attention_layers(pipe: Any, selection: Sequence[str] | None) -> list[C
             f"encoder_hid_dim_type={projection!r}; expected none"
         )
     return chosen
+
+
+def engine_of(pipe: Any) -> Any:
+    """The pipeline's UNet if its own outputs are attribution maps (`engines`), else None."""
+    unet = getattr(pipe, "unet", None)
+    return unet if hasattr(unet, "register_attribution_hook") else None
 
 
 def _select(layers: list[CrossAttention], selection: Sequence[str]) -> list[CrossAttention]:

@@ -96,6 +96,8 @@ class AuditPlan(BaseModel):
         revision: commit, tag or branch of a hub model.
         dtype: of the weights.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` becomes one of them.
+        engine: folder of an engine that was exported from the model's UNet and takes its place;
+            ``None`` to draw with torch.
         scheduler: class name in diffusers; ``None`` for the checkpoint's own.
         professions: the semantic words, or the name of a list in `presets.PROFESSIONS`; default
             the testbed's own, else the published scripts'.
@@ -142,6 +144,7 @@ class AuditPlan(BaseModel):
     revision: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
+    engine: str | None = None
     scheduler: str | None = None
     professions: tuple[str, ...] = Field(default_factory=tuple)
     axes: dict[str, tuple[str, ...]] = Field(default_factory=lambda: _axes("gender"))

@@ -233,14 +233,28 @@ def _ready(plan: AuditPlan, pipe: Any) -> Iterator[Any]:
             f"{dtype} on {device}"
         )
     scheduler, bar = ready.scheduler, getattr(ready, "_progress_bar_config", {})
+    unet = ready.unet
     try:
+        if plan.engine is not None:
+            ready.unet = _engine(plan, unet)
         if plan.scheduler is not None:
             ready.scheduler = _scheduler(plan.scheduler).from_config(scheduler.config)
         ready.set_progress_bar_config(**{**bar, "disable": True})
         yield ready
     finally:
-        ready.scheduler = scheduler
+        ready.scheduler, ready.unet = scheduler, unet
         ready.set_progress_bar_config(**bar)
+
+
+def _engine(plan: AuditPlan, unet: Any) -> Any:
+    from ..engines import load_engine
+
+    engine = load_engine(str(plan.engine), device=plan.device, unet=unet)
+    if engine.manifest.dtype != plan.dtype:
+        raise AuditError(
+            f"the plan says {plan.dtype}, the engine in {plan.engine} is {engine.manifest.dtype}"
+        )
+    return engine
 
 
 def _scheduler(name: str) -> Any:

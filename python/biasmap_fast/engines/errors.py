@@ -1,0 +1,39 @@
+"""What can go wrong between a UNet and its engine; every message says what to do."""
+
+from __future__ import annotations
+
+
+class EngineError(RuntimeError):
+    """An engine cannot be exported, loaded or run."""
+
+
+class UnsupportedUNetError(EngineError):
+    """The UNet has a part that the exported graph does not have."""
+
+
+class ExportError(EngineError):
+    """A step of the export failed."""
+
+
+class ParityError(ExportError):
+    """The exported graph does not compute what torch computes."""
+
+
+class ManifestError(EngineError):
+    """The folder holds no engine of this version, or not a whole one."""
+
+
+class WrongModelError(EngineError):
+    """The engine was exported from another model than the one it is used with."""
+
+
+class ShapeError(EngineError):
+    """An input's shape lies outside what the engine takes."""
+
+
+class DeviceError(EngineError):
+    """The runtime cannot use the device that was asked for."""
+
+
+class MissingExtraError(EngineError, ImportError):
+    """A package of an extra is not installed, or not whole."""

@@ -1,0 +1,144 @@
+"""The export script, and an audit of the embedded model through the engine that it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import biasmap_fast as bm
+from biasmap_fast import cli
+from biasmap_fast.audit.run import AuditError
+from biasmap_fast.engines import errors
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAN = {"professions": ["doctor", "nurse"], "seeds": [0, 1], "steps": 4, "batch_size": 3}
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
+    """Written by the README's line, in a process of its own."""
+    folder = tmp_path_factory.mktemp("engines") / "testbed"
+    command = [sys.executable, ROOT / "export" / "export_unet.py", "--model", "testbed"]
+    done = subprocess.run(
+        [*command, "--out", folder, "--json"], capture_output=True, text=True, cwd=folder.parent
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["shapes"] == "testbed"
+    assert said["opset"] == 20
+    assert max(said["difference_from_torch"]["unet.onnx"].values()) < 1e-4
+    assert "compare unet with torch" in done.stderr
+    assert "Warning" not in done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def audited(engine, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    plans = {
+        "torch": bm.AuditPlan(**PLAN, save_maps="none"),
+        "engine": bm.AuditPlan(**PLAN, save_maps="none", engine=str(engine)),
+    }
+    return {name: bm.run_audit(plan, runs / name, progress=False) for name, plan in plans.items()}
+
+
+def test_the_same_table(audited):
+    rows, expected = (audited[name].records.to_pylist() for name in ("engine", "torch"))
+    assert len(rows) == len(expected) == 8
+    for row, right in zip(rows, expected, strict=True):
+        assert row["status"] == right["status"] == "ok"
+        assert (row["semantic"], row["seed"]) == (right["semantic"], right["seed"])
+        assert row["iou"] == pytest.approx(right["iou"], abs=0.01)
+        assert row["soft_iou"] == pytest.approx(right["soft_iou"], abs=1e-3)
+        blocks, others = dict(row["block_iou"]), dict(right["block_iou"])
+        assert list(blocks) == list(others)
+        assert blocks == pytest.approx(others, abs=0.01)
+
+
+def test_the_run_says_what_drew(audited, engine):
+    folders = {name: result.folder for name, result in audited.items()}
+    said = {
+        name: json.loads((folder / "environment.json").read_text())
+        for name, folder in folders.items()
+    }
+    assert said["torch"]["engine"] is None
+    assert said["engine"]["engine"]["folder"] == str(engine)
+    assert said["engine"]["engine"]["opset"] == 20
+    assert said["engine"]["weights_sha256"] != said["torch"]["weights_sha256"]
+    with pytest.raises(AuditError, match="another plan.*engine: "):
+        bm.run_audit(audited["torch"].plan, folders["engine"])
+
+
+def test_the_given_pipeline_is_left_as_it_was(engine, tmp_path):
+    pipe = bm.testbed.pipeline()
+    unet = pipe.unet
+    plan = bm.AuditPlan(**{**PLAN, "seeds": [0], "steps": 1}, engine=str(engine))
+    bm.run_audit(plan, tmp_path / "run", pipe=pipe, progress=False)
+    assert pipe.unet is unet
+    with torch.no_grad():
+        unet.conv_out.bias.add_(1e-3)
+    with pytest.raises(errors.WrongModelError, match="other weights"):
+        bm.run_audit(plan, tmp_path / "other", pipe=pipe, progress=False)
+    half = bm.testbed.pipeline(dtype=torch.float16)
+    with pytest.raises(AuditError, match="the plan says float16, the engine in .* is float32"):
+        bm.run_audit(
+            bm.AuditPlan(**PLAN, dtype="float16", engine=str(engine)),
+            tmp_path / "half",
+            pipe=half,
+            progress=False,
+        )
+
+
+def run_cli(*arguments):
+    return CliRunner().invoke(cli.app, [str(each) for each in arguments])
+
+
+def test_audit_command(engine, tmp_path):
+    done = run_cli(
+        "audit", "--professions", "doctor,", "--seeds", "1", "--steps", "1", "--engine", engine,
+        "--out", tmp_path / "run", "--no-progress",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert f"engine: {engine}" in (tmp_path / "run" / "plan.yaml").read_text()
+    done = run_cli("audit", "--engine", tmp_path / "none", "--out", tmp_path / "two")
+    assert done.exit_code == 1
+    assert "write an engine with `biasmap export`" in done.output
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    done = run_cli("export", "--out", tmp_path / "e", "--dry-run", "--json", "--dtype", "float16")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    unet = bm.testbed.pipeline().unet
+    weights = 2 * sum(p.numel() for p in unet.parameters())
+    assert said["files_mib"] == pytest.approx(weights / 2**20, abs=0.1)
+    assert said["shapes"] == "testbed"
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gradient", "big"], "--gradient must be HEIGHTxWIDTH"),
+        (["--shapes", "sd9"], "`shapes` must be a Shapes or one of"),
+        (["--maps", "all"], "`maps` must be one of"),
+        (["--format", "openvino"], "`format` must be one of"),
+    ],
+)
+def test_bad_flags(tmp_path, flags, message):
+    done = run_cli("export", "--out", tmp_path / "e", *flags)
+    assert done.exit_code == 1
+    assert message in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder(tmp_path):
+    done = run_cli("export", "--out", tmp_path)
+    assert done.exit_code == 1
+    assert "exists: give a new folder" in done.output
