@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
-CXX_FILES := $(filter %.h %.cpp %.cu,$(wildcard csrc/*))
+CXX_FILES := $(filter %.h %.cpp %.cu,$(wildcard csrc/* tests/emulation/*))
 
-.PHONY: help demo engine test lint format bench testbed clean
+.PHONY: help demo engine test lint format bench gpu testbed clean
 
 help:
 	@echo "make demo     audit the embedded model and write runs/first/report.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make test     the test suite"
 	@echo "make lint     ruff, mypy --strict, clang-format"
 	@echo "make bench    the CPU benchmarks, into benchmarks/results/"
+	@echo "make gpu      build, test, check and time the CUDA kernels on this machine's GPU; no network"
 	@echo "make testbed  train the embedded model again (under an hour on two cores)"
 
 demo: $(VENV)/.installed
@@ -43,6 +44,10 @@ bench: $(VENV)/.installed-onnx
 	$(BIN)/python benchmarks/engines.py --part testbed
 	$(BIN)/python benchmarks/engines.py --part audit
 	$(BIN)/python benchmarks/tables.py
+
+# Not in the environment above: with the packages of a machine that has a GPU, and perhaps no network.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 testbed: $(VENV)/.installed
 	$(BIN)/python -m biasmap_fast.testbed.train --out runs/testbed

@@ -65,31 +65,16 @@ BIASMAP_CLONES Neighbours neighbours(const float *x, int64_t n, float pivot) {
     return {below, above};
 }
 
-// Floats as integers in the same order.
-int64_t order_key(float value) {
-    int32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits >= 0 ? bits : bits ^ 0x7fffffff;
-}
-
-float from_order_key(int64_t key) {
-    const auto narrow = static_cast<int32_t>(key);
-    const int32_t bits = narrow >= 0 ? narrow : narrow ^ 0x7fffffff;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // The order statistics k and k + 1 (from 0; both the largest value if k = n - 1) of a finite map.
 // Bisection on the floats' order with a vectorised count: at most 32 passes whatever the values and
 // ties (18 on blobs at 64 x 64, 4.6 us), no copy of the map. nth_element took 24 us.
 Neighbours order_statistics(const float *x, int64_t n, int64_t k, Range range) {
-    int64_t lo = order_key(range.lo) - 1; // count(<= lo) <= k < count(<= hi)
+    int64_t lo = static_cast<int64_t>(order_key(range.lo)) - 1; // count(<= lo) <= k < count(<= hi)
     int64_t hi = order_key(range.hi);
     int64_t count = n;
     while (hi - lo > 1 && count != k + 1) {
         const int64_t middle = lo + (hi - lo) / 2;
-        const int64_t c = count_at_most(x, n, from_order_key(middle));
+        const int64_t c = count_at_most(x, n, from_order_key(static_cast<uint32_t>(middle)));
         if (c > k) {
             hi = middle;
             count = c;
@@ -97,16 +82,15 @@ Neighbours order_statistics(const float *x, int64_t n, int64_t k, Range range) {
             lo = middle;
         }
     }
-    const Neighbours found = neighbours(x, n, from_order_key(hi));
+    const Neighbours found = neighbours(x, n, from_order_key(static_cast<uint32_t>(hi)));
     return {found.below, count > k + 1 || k + 1 == n ? found.below : found.above};
 }
 
 // numpy.percentile(x, percentile, method="linear"), bit for bit.
 float percentile_of(const float *x, int64_t n, double percentile, Range range) {
-    const double position = static_cast<double>(n - 1) * (percentile / 100.0);
-    const auto k = std::min(static_cast<int64_t>(position), n - 1);
-    const Neighbours s = order_statistics(x, n, k, range);
-    return percentile_lerp(s.below, s.above, position - static_cast<double>(k));
+    const Position at = percentile_position(n, percentile);
+    const Neighbours s = order_statistics(x, n, at.below, range);
+    return percentile_lerp(s.below, s.above, at.share);
 }
 
 // Writes one bit a pixel, x > threshold, and returns how many are set. By way of bytes, whose
@@ -141,11 +125,6 @@ BIASMAP_CLONES int32_t count_common(const uint64_t *a, const uint64_t *b, int64_
         count += __builtin_popcountll(a[i] & b[i]);
     return count;
 }
-
-struct Mass {
-    double mass;   // sum of m
-    double weight; // sum of m (1 - m)
-};
 
 // Saturated pixels are counted, only the distance to 0 or 1 is summed: the error of the float sums
 // is then relative to the pixels in between, and the root is right to float32 however few they are.
@@ -194,9 +173,9 @@ BIASMAP_CLONES void add_scaled(float *out, float factor, const float *x, int64_t
         out[i] += factor * x[i];
 }
 
-// dL/dx = (2 / gamma) w (g - sum(w g) / sum(w)) with w = m (1 - m); `grad` may be `out`.
-BIASMAP_CLONES void implicit_gradient(const float *grad, const float *mask, SoftMap s, int64_t n,
-                                      float *out) {
+// From dL/dm to dL/dx; `grad` may be `out`.
+BIASMAP_CLONES void through_mask(const float *grad, const float *mask, SoftMap s, int64_t n,
+                                 float *out) {
     double weights = 0.0, weighted = 0.0;
     for (int64_t start = 0; start < n; start += kBlock) {
         const int64_t end = std::min(n, start + kBlock);
@@ -210,59 +189,32 @@ BIASMAP_CLONES void implicit_gradient(const float *grad, const float *mask, Soft
         weights += block_weights;
         weighted += block_weighted;
     }
-    // All pixels saturated: no pixel moves the mask.
-    const auto mean = static_cast<float>(weights == 0.0 ? 0.0 : weighted / weights);
+    const float mean = implicit_mean(weighted, weights);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
-        out[i] = soft_weight(mask[i]) * (grad[i] - mean) * s.slope * s.scale;
+        out[i] = implicit_gradient(mask[i], grad[i], mean, s);
 }
 
-// Root of sum(m) = fraction * n: Newton from the hard threshold, kept inside a shrinking bracket.
 SoftMap solve_soft_map(const float *x, int64_t n, double fraction, double temperature) {
     const Range range = range_of(x, n);
-    const double logit = std::log(fraction) - std::log1p(-fraction);
-    if (!range.finite) {
-        const float nan = std::numeric_limits<float>::quiet_NaN();
-        return {nan, nan, nan, nan};
-    }
+    const double logit = logit_of(fraction);
+    if (!range.finite)
+        return unknown_soft_map();
     if (range.lo == range.hi)
-        return {0.0f, 0.0f, static_cast<float>(logit), 0.0f};
+        return constant_soft_map(logit);
 
-    const double width = static_cast<double>(range.hi) - range.lo;
-    const double scale = std::ldexp(1.0, std::clamp(-std::ilogb(width), -126, 126));
-    const double slope = 2.0 / (temperature * width * scale);
-    const auto soft_map = [&](double root) {
-        const auto centre = static_cast<float>(root);
-        return SoftMap{static_cast<float>(scale), centre,
-                       static_cast<float>((centre - root) * slope), static_cast<float>(slope)};
-    };
-
-    const double wanted = fraction * static_cast<double>(n);
-    const auto k = std::min(static_cast<int64_t>(static_cast<double>(n) - wanted), n - 1);
-    double lo = range.lo * scale - logit / slope; // sum(m) >= wanted here
-    double hi = range.hi * scale - logit / slope; // sum(m) <= wanted here
-    double root = std::clamp(order_statistics(x, n, k, range).below * scale, lo, hi);
-    for (int pass = 0; pass < 100; ++pass) {
-        const Mass at = mask_mass(x, n, soft_map(root));
-        (at.mass >= wanted ? lo : hi) = root;
-        const double newton = root + (at.mass - wanted) / (at.weight * slope);
-        // Across a gap of the map's values Newton creeps: after eight passes, halve every other
-        // time.
-        const bool halve = !(newton > lo && newton < hi) || (pass >= 8 && pass % 2 == 0);
-        const double next = halve ? lo + (hi - lo) / 2 : newton;
-        const double step = std::fabs(next - root) * slope;
-        root = next;
-        // Newton's error squares, |next error| <= step^2 / 2 in units of z: 5e-9 after this one.
-        if (step < (halve ? 1e-9 : 1e-4))
-            break;
+    RootSearch search = search_root(range.lo, range.hi, n, fraction, logit, temperature);
+    const auto k = std::min(static_cast<int64_t>(static_cast<double>(n) - search.wanted), n - 1);
+    search.start(order_statistics(x, n, k, range).below * search.scale);
+    while (!search.step(mask_mass(x, n, search.map()))) {
     }
-    return soft_map(root);
+    return search.map();
 }
 
-std::vector<char> named_by_pairs(const int64_t *pairs, int64_t pair_count, int64_t concepts) {
+std::vector<char> named_by_pairs(const Pairs &pairs, int64_t concepts) {
     std::vector<char> used(static_cast<size_t>(concepts), 0);
-    for (int64_t i = 0; i < 2 * pair_count; ++i)
-        used[static_cast<size_t>(pairs[i])] = 1;
+    for (int64_t i = 0; i < 2 * pairs.count; ++i)
+        used[static_cast<size_t>(pairs.data[i])] = 1;
     return used;
 }
 
@@ -282,13 +234,14 @@ private:
 } // namespace
 
 void pairs_iou_cpu(const PairsIouParams &p) {
+    const auto *maps = static_cast<const float *>(p.maps);
     const int64_t words = (p.pixels + 63) / 64;
     const bool parallel = p.batch * p.concepts * p.pixels > kParallelPixels;
 
     // 1) one mask a map
 #pragma omp parallel for if (parallel) schedule(static)
     for (int64_t map = 0; map < p.batch * p.concepts; ++map) {
-        const float *x = p.maps + map * p.pixels;
+        const float *x = maps + map * p.pixels;
         const Range range = range_of(x, p.pixels);
         p.area[map] = -1;
         if (range.finite)
@@ -301,8 +254,8 @@ void pairs_iou_cpu(const PairsIouParams &p) {
     for (int64_t b = 0; b < p.batch; ++b) {
         const int32_t *area = p.area + b * p.concepts;
         const uint64_t *masks = p.masks + b * p.concepts * words;
-        for (int64_t i = 0; i < p.pair_count; ++i) {
-            const int64_t first = p.pairs[2 * i], second = p.pairs[2 * i + 1];
+        for (int64_t i = 0; i < p.pairs.count; ++i) {
+            const int64_t first = p.pairs.data[2 * i], second = p.pairs.data[2 * i + 1];
             float iou = std::numeric_limits<float>::quiet_NaN();
             int32_t either = -1;
             if (area[first] >= 0 && area[second] >= 0) {
@@ -311,8 +264,8 @@ void pairs_iou_cpu(const PairsIouParams &p) {
                 either = area[first] + area[second] - both;
                 iou = either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / either);
             }
-            p.iou[b * p.pair_count + i] = iou;
-            p.union_pixels[b * p.pair_count + i] = either;
+            p.iou[b * p.pairs.count + i] = iou;
+            p.union_pixels[b * p.pairs.count + i] = either;
         }
     }
 }
@@ -320,7 +273,7 @@ void pairs_iou_cpu(const PairsIouParams &p) {
 void soft_topk_cpu(const SoftTopkParams &p) {
 #pragma omp parallel for if (p.rows * p.pixels > kParallelPixels) schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
-        const float *x = p.x + row * p.pixels;
+        const float *x = static_cast<const float *>(p.x) + row * p.pixels;
         p.state[row] = solve_soft_map(x, p.pixels, p.fraction, p.temperature);
         write_mask(x, p.pixels, p.state[row], p.mask + row * p.pixels);
     }
@@ -330,13 +283,14 @@ void soft_topk_backward_cpu(const SoftTopkBackwardParams &p) {
 #pragma omp parallel for if (p.rows * p.pixels > kParallelPixels) schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
         const int64_t at = row * p.pixels;
-        implicit_gradient(p.grad + at, p.mask + at, p.state[row], p.pixels, p.grad_x + at);
+        through_mask(p.grad + at, p.mask + at, p.state[row], p.pixels, p.grad_x + at);
     }
 }
 
 void soft_iou_cpu(const SoftIouParams &p) {
+    const auto *maps = static_cast<const float *>(p.maps);
     const bool parallel = p.batch * p.concepts * p.pixels > kParallelPixels;
-    const std::vector<char> used = named_by_pairs(p.pairs, p.pair_count, p.concepts);
+    const std::vector<char> used = named_by_pairs(p.pairs, p.concepts);
     const double mass = p.fraction * static_cast<double>(p.pixels);
     MaskScratch scratch(p.concepts, p.pixels);
 
@@ -345,7 +299,7 @@ void soft_iou_cpu(const SoftIouParams &p) {
     for (int64_t map = 0; map < p.batch * p.concepts; ++map)
         p.state[map] =
             used[static_cast<size_t>(map % p.concepts)]
-                ? solve_soft_map(p.maps + map * p.pixels, p.pixels, p.fraction, p.temperature)
+                ? solve_soft_map(maps + map * p.pixels, p.pixels, p.fraction, p.temperature)
                 : SoftMap{0.0f, 0.0f, 0.0f, 0.0f};
 
     // 2) masks of one set at a time, then its pairs
@@ -354,46 +308,48 @@ void soft_iou_cpu(const SoftIouParams &p) {
         float *masks = scratch.mine();
         for (int64_t k = 0; k < p.concepts; ++k)
             if (used[static_cast<size_t>(k)])
-                write_mask(p.maps + (b * p.concepts + k) * p.pixels, p.pixels,
+                write_mask(maps + (b * p.concepts + k) * p.pixels, p.pixels,
                            p.state[b * p.concepts + k], masks + k * p.pixels);
-        for (int64_t i = 0; i < p.pair_count; ++i) {
-            const float *first = masks + p.pairs[2 * i] * p.pixels;
-            const float *second = masks + p.pairs[2 * i + 1] * p.pixels;
-            p.iou[b * p.pair_count + i] = soft_iou(dot(first, second, p.pixels), mass);
+        for (int64_t i = 0; i < p.pairs.count; ++i) {
+            const float *first = masks + p.pairs.data[2 * i] * p.pixels;
+            const float *second = masks + p.pairs.data[2 * i + 1] * p.pixels;
+            p.iou[b * p.pairs.count + i] = soft_iou(dot(first, second, p.pixels), mass);
         }
     }
 }
 
 void soft_iou_backward_cpu(const SoftIouBackwardParams &p) {
+    const auto *maps = static_cast<const float *>(p.maps);
     const bool parallel = p.batch * p.concepts * p.pixels > kParallelPixels;
-    const std::vector<char> used = named_by_pairs(p.pairs, p.pair_count, p.concepts);
+    const std::vector<char> used = named_by_pairs(p.pairs, p.concepts);
     const double mass = p.fraction * static_cast<double>(p.pixels);
     MaskScratch scratch(p.concepts, p.pixels);
 
 #pragma omp parallel for if (parallel) schedule(static)
     for (int64_t b = 0; b < p.batch; ++b) {
         float *masks = scratch.mine();
-        float *grads = p.grad_maps + b * p.concepts * p.pixels;
+        float *grads = static_cast<float *>(p.grad_maps) + b * p.concepts * p.pixels;
         const SoftMap *state = p.state + b * p.concepts;
         std::fill_n(grads, p.concepts * p.pixels, 0.0f);
         // 1) masks again: cheaper than keeping them
         for (int64_t k = 0; k < p.concepts; ++k)
             if (used[static_cast<size_t>(k)])
-                write_mask(p.maps + (b * p.concepts + k) * p.pixels, p.pixels, state[k],
+                write_mask(maps + (b * p.concepts + k) * p.pixels, p.pixels, state[k],
                            masks + k * p.pixels);
         // 2) dL/dm: each mask gets its partner. The masses are constant, and so drop out.
-        for (int64_t i = 0; i < p.pair_count; ++i) {
-            const int64_t at = b * p.pair_count + i;
+        for (int64_t i = 0; i < p.pairs.count; ++i) {
+            const int64_t at = b * p.pairs.count + i;
             const float factor = p.grad[at] * soft_iou_slope(p.iou[at], mass);
-            const int64_t first = p.pairs[2 * i] * p.pixels, second = p.pairs[2 * i + 1] * p.pixels;
+            const int64_t *pair = p.pairs.data + 2 * i;
+            const int64_t first = pair[0] * p.pixels, second = pair[1] * p.pixels;
             add_scaled(grads + first, factor, masks + second, p.pixels);
             add_scaled(grads + second, factor, masks + first, p.pixels);
         }
         // 3) through the masks, in place
         for (int64_t k = 0; k < p.concepts; ++k)
             if (used[static_cast<size_t>(k)])
-                implicit_gradient(grads + k * p.pixels, masks + k * p.pixels, state[k], p.pixels,
-                                  grads + k * p.pixels);
+                through_mask(grads + k * p.pixels, masks + k * p.pixels, state[k], p.pixels,
+                             grads + k * p.pixels);
     }
 }
 

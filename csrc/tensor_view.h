@@ -9,6 +9,8 @@
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
+#include "device.h"
+
 namespace biasmap {
 
 namespace dlpack {
@@ -39,7 +41,7 @@ struct ExchangeApi {
     int (*current_work_stream)(int32_t device_type, int32_t device_id, void **out_stream);
 };
 
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6;
 
 } // namespace dlpack
@@ -69,32 +71,99 @@ inline std::string to_string(dlpack::DataType dtype) {
     }
 }
 
+inline std::string to_string(dlpack::Device device) {
+    switch (device.type) {
+    case dlpack::kCpu:
+        return "the CPU";
+    case dlpack::kCuda:
+        return "cuda:" + std::to_string(device.id);
+    default:
+        return "an unsupported device";
+    }
+}
+
 constexpr int64_t kAny = -1;
+constexpr dlpack::Device kOnCpu{dlpack::kCpu, 0};
 
 class TensorView {
 public:
     // The data as T*, null if empty, after checking everything a kernel relies on. `shape` may hold
     // kAny; `layout` names the dimensions in the error text.
     template <typename T>
-    T *data(const char *name, const char *layout, std::initializer_list<int64_t> shape) const {
+    T *data(const char *name, const char *layout, std::initializer_list<int64_t> shape,
+            dlpack::Device device) const {
         constexpr dlpack::DataType want = dtype_of<T>();
-        bool good = view_.device.type == dlpack::kCpu && is_contiguous() &&
-                    view_.dtype.code == want.code && view_.dtype.bits == want.bits &&
-                    view_.ndim == static_cast<int32_t>(shape.size());
-        const int64_t *dim = view_.shape;
-        for (auto it = shape.begin(); good && it != shape.end(); ++it, ++dim)
-            good = *it == kAny || *it == *dim;
+        const bool good = is_at(device) && is_contiguous() && has(shape) &&
+                          view_.dtype.code == want.code && view_.dtype.bits == want.bits;
         if (!good)
-            throw std::invalid_argument(std::string("`") + name + "` must be " +
-                                        expected(layout, shape) + " " + to_string(want) +
-                                        " contiguous on the CPU, got " + describe());
-        return reinterpret_cast<T *>(static_cast<char *>(view_.data) + view_.byte_offset);
+            refuse(name, expected(layout, shape) + " " + to_string(want) + " contiguous", device);
+        return static_cast<T *>(address());
     }
 
+    // The same for numbers of any type that the kernels of the device read.
+    void *floats(const char *name, const char *layout, std::initializer_list<int64_t> shape,
+                 dlpack::Device device, Float &type) const {
+        if (!(is_at(device) && is_contiguous() && has(shape) && has_float_type(device, type)))
+            refuse(name, expected(layout, shape) + float_types(device) + " contiguous", device);
+        return address();
+    }
+
+    // The same with any strides, in elements, for a tensor of four dimensions.
+    void *strided_floats(const char *name, const char *layout, std::initializer_list<int64_t> shape,
+                         dlpack::Device device, Float &type, int64_t (&strides)[4]) const {
+        if (!(is_at(device) && has(shape) && has_float_type(device, type)))
+            refuse(name, expected(layout, shape) + float_types(device), device);
+        for (int32_t d = 0; d < 4; ++d)
+            strides[d] = view_.strides[d];
+        return address();
+    }
+
+    dlpack::Device device() const { return view_.device; }
     int64_t size(int32_t dim) const { return view_.shape[dim]; }
 
 private:
     friend struct pybind11::detail::type_caster<TensorView>;
+
+    bool is_at(dlpack::Device device) const {
+        return view_.device.type == device.type &&
+               (device.type == dlpack::kCpu || view_.device.id == device.id);
+    }
+
+    bool has(std::initializer_list<int64_t> shape) const {
+        bool good = view_.ndim == static_cast<int32_t>(shape.size());
+        const int64_t *dim = view_.shape;
+        for (auto it = shape.begin(); good && it != shape.end(); ++it, ++dim)
+            good = *it == kAny || *it == *dim;
+        return good;
+    }
+
+    bool has_float_type(dlpack::Device device, Float &type) const {
+        const dlpack::DataType dtype = view_.dtype;
+        if (dtype.code == dlpack::kFloat && dtype.bits == 32)
+            type = Float::kFloat32;
+        else if (reads_half(device) && dtype.code == dlpack::kFloat && dtype.bits == 16)
+            type = Float::kFloat16;
+        else if (reads_half(device) && dtype.code == dlpack::kBfloat && dtype.bits == 16)
+            type = Float::kBfloat16;
+        else
+            return false;
+        return true;
+    }
+
+    // ops.py widens half types on the CPU.
+    static bool reads_half(dlpack::Device device) { return device.type == dlpack::kCuda; }
+
+    static const char *float_types(dlpack::Device device) {
+        return reads_half(device) ? " float32, float16 or bfloat16" : " float32";
+    }
+
+    void *address() const { return static_cast<char *>(view_.data) + view_.byte_offset; }
+
+    [[noreturn]] void refuse(const char *name, const std::string &wanted,
+                             dlpack::Device device) const {
+        throw std::invalid_argument("`" + std::string(name) + "` must be " + wanted + " on " +
+                                    to_string(device) + ", got " + describe(device));
+    }
 
     bool is_contiguous() const {
         int64_t stride = 1, count = 1;
@@ -117,15 +186,15 @@ private:
         return known ? std::string(layout) + " = [" + sizes + "]" : std::string(layout);
     }
 
-    std::string describe() const {
+    std::string describe(dlpack::Device wanted) const {
         std::string text = "[";
         for (int32_t d = 0; d < view_.ndim; ++d)
             text += (d ? ", " : "") + std::to_string(view_.shape[d]);
         text += "] " + to_string(view_.dtype);
         if (!is_contiguous())
             text += ", not contiguous";
-        if (view_.device.type != dlpack::kCpu)
-            text += ", on another device";
+        if (!is_at(wanted))
+            text += ", on " + to_string(view_.device);
         return text;
     }
 

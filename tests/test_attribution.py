@@ -10,6 +10,7 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import AttributionMaps, AttributionPrompt
+from biasmap_fast.unet import as_slice
 
 DOCTOR = AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
 WOMAN = AttributionPrompt("a woman in a photo", ("photo", "woman", "a"))
@@ -565,3 +566,12 @@ class TestAttributionMaps:
         broken = AttributionMaps(torch.full((1, 1, 4, 4), torch.nan), ("doctor",))
         with pytest.raises(ValueError, match="NaN or infinite"):
             broken.overlay(grey, "doctor")
+
+
+def test_consecutive_places_are_a_slice():
+    everything = list(range(10))
+    for places in ([0], [3, 4, 5], [0, 2], [2, 1], []):
+        found = as_slice(places)
+        assert isinstance(found, slice) is (places in ([0], [3, 4, 5]))
+        taken = everything[found] if isinstance(found, slice) else [everything[i] for i in found]
+        assert taken == places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -511,14 +512,14 @@ def broken(monkeypatch, change_maps=None, change_images=None, flagged=None):
     real = measure._draw
 
     def draw(*args):
-        images, filtered, maps = real(*args)
+        drawn = real(*args)
+        images = drawn.arrays.copy()
         if change_images:
-            images = images.copy()
             change_images(images)
         if change_maps:
-            for found in maps.values():
+            for found in drawn.maps.values():
                 change_maps(found)
-        return images, flagged or filtered, maps
+        return dataclasses.replace(drawn, arrays=images, filtered=flagged or drawn.filtered)
 
     monkeypatch.setattr(measure, "_draw", draw)
 

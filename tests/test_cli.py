@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -131,6 +132,70 @@ def test_maps_writes_overlays_and_maps(invoke, tmp_path):
     assert "the concept 'pilot' is not in the attribution prompt" in failed.stderr
 
 
+def test_generate_draws_before_and_after(invoke, tmp_path):
+    args = ["generate", "--model", "tiny", "--prompt", "a photo of a doctor", "--steps", "2"]
+    args += ["--attribution-prompt", "a photo of a doctor and man", "--out", tmp_path / "g"]
+    args += ["--concept", "doctor", "--concept", "man", "--seeds", "3", "--batch-size", "2"]
+    result = invoke(*args, "--scale", "30")
+    assert result.exit_code == 0, result.output
+    assert "IoU of 'doctor' and 'man' at percentile 70, mean of 3 pictures:" in result.stdout
+    names = {path.name for path in (tmp_path / "g").iterdir()}
+    pictures = {
+        f"seed-{seed}-{when}-{what}.png"
+        for seed in range(3)
+        for when in ("before", "after")
+        for what in ("picture", "doctor", "man")
+    }
+    others = {"comparison.png", "ledger.csv", "generate.json"}
+    assert names == pictures | others | {"maps-before.safetensors", "maps-after.safetensors"}
+    with (tmp_path / "g" / "ledger.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"], row["call"]) for row in rows] == [
+        ("0", "0"), ("1", "0"), ("0", "1"), ("1", "1"), ("2", "0"), ("2", "1"),
+    ]  # fmt: skip
+    found = json.loads((tmp_path / "g" / "generate.json").read_text())
+    assert found["energy"]["scale"] == 30.0
+    for when in ("before", "after"):
+        maps = biasmap_fast.AttributionMaps.load(tmp_path / "g" / f"maps-{when}.safetensors")
+        iou = biasmap_fast.iou(maps["doctor"], maps["man"], percentile=70.0)
+        assert [row[f"iou_{when}"] for row in found["overlaps"]] == pytest.approx(iou.tolist())
+    again = invoke(*args, "--scale", "0", "--pair", "doctor,man", "--json")
+    for row in json.loads(again.stdout)["overlaps"]:
+        assert row["iou_before"] == row["iou_after"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--pair", "doctor"], "--pair must be two concepts, 'doctor,woman', got 'doctor'"),
+        (["--pair", "doctor,pilot"], "names 'pilot', which is no concept of"),
+        (["--branch", "both"], "--branch must be cond or uncond, got 'both'"),
+        (["--start", "0.9", "--stop", "0.1"], "0 <= start < stop <= 1, got 0.9 and 0.1"),
+        (["--inner-steps", "0"], "`inner_steps` must be at least 1, got 0"),
+    ],
+)
+def test_generate_says_what_is_wrong(invoke, tmp_path, flags, expected):
+    args = ["generate", "--model", "tiny", "--prompt", "a doctor and man", "--out", tmp_path / "g"]
+    result = invoke(*args, "--concept", "doctor", "--concept", "man", *flags)
+    assert result.exit_code == 1
+    assert expected in result.stderr
+    assert not (tmp_path / "g").exists()
+
+
+def test_flags_of_conditions_reach_the_plan(invoke, tmp_path):
+    config = tmp_path / "plan.yaml"
+    config.write_text("energy: {inner_steps: 2, scale: 5}\n", encoding="utf-8")
+    flags = ["--condition", "plain", "--condition", "guided", "--scale", "30", "--config", config]
+    result = invoke(*audit(tmp_path / "run", *flags))
+    assert result.exit_code == 0, result.output
+    plan = run.load_audit(tmp_path / "run").plan
+    assert plan.conditions == ("plain", "guided")
+    assert (plan.energy.scale, plan.energy.inner_steps) == (30.0, 2)
+    assert "guided: With “man”, mean IoU is" in result.stdout
+    refused = invoke(*audit(tmp_path / "other", "--scale", "30"))
+    assert "`energy` belongs to the condition 'guided'" in refused.stderr
+
+
 def test_env_for_people_and_machines():
     result = CliRunner().invoke(app, ["env"])
     assert result.exit_code == 0
@@ -159,7 +224,7 @@ def test_bad_seeds(text):
 
 def test_help_names_every_command_and_default():
     text = CliRunner().invoke(app, ["--help"]).stdout
-    for command in ("audit", "maps", "report", "env"):
+    for command in ("audit", "maps", "generate", "report", "env"):
         assert command in text
     text = CliRunner().invoke(app, ["audit", "--help"], env={"COLUMNS": "200"}).stdout
     for flag in ("--model", "--professions", "--axis", "--seeds", "--percentile", "--config"):

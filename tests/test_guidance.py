@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 
 import pytest
@@ -327,68 +328,82 @@ def test_half_precision(sd_pipe):
     assert all(row.applied for row in guidance.ledger)
 
 
-def test_sdxl(sdxl_pipe):
-    before = draw(sdxl_pipe)
-    with bm.guide(sdxl_pipe, PROMPT, scale=0.0):
-        assert torch.equal(before, draw(sdxl_pipe))
-    with bm.guide(sdxl_pipe, PROMPT) as guidance:
-        assert not torch.equal(before, draw(sdxl_pipe))
-    assert all(row.applied for row in guidance.ledger)
+def test_inner_steps_descend_where_the_parts_lead(make_sd):
+    """Two inner steps: the second gradient is taken at the latents that the first amounts to."""
+    pipe = as_double(make_sd())
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 4, 16, 16, generator=generator, dtype=torch.float64)
+    states = torch.randn(1, 5, 32, generator=generator, dtype=torch.float64)
+    options = {"chunks": 1, "clip": None, "temperature": 0.2}
+
+    @torch.no_grad()
+    def delta(latents, scale, inner_steps=1):
+        plain = pipe.unet(latents, 601, states).sample
+        with bm.guide(pipe, THREE, scale=scale, inner_steps=inner_steps, **options) as guidance:
+            guided = pipe.unet(latents, 601, states).sample
+        return guided - plain, guidance.ledger
+
+    sigma = math.sqrt(1 - float(pipe.scheduler.alphas_cumprod[601]))
+    first, rows = delta(z, 20.0)
+    second, _ = delta(z - sigma * first, 20.0)
+    both, together = delta(z, 40.0, inner_steps=2)
+    torch.testing.assert_close(both, first + second, rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(both, 2 * first, rtol=1e-3)
+    assert together[0].energy == rows[0].energy
+
+    def energies(inner_steps):  # of two calls, the second with the maps of the first
+        with bm.guide(
+            pipe, THREE, scale=1e-9, inner_steps=inner_steps, accumulate=True, **options
+        ) as guidance:
+            for timestep in (801, 601):
+                pipe.unet(z, timestep, states)
+        return [row.energy for row in guidance.ledger]
+
+    assert energies(3) == pytest.approx(energies(1), rel=1e-6)
 
 
-def test_img2img_and_no_guidance_chunk(sd_pipe):
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    pipe = StableDiffusionImg2ImgPipeline.from_pipe(sd_pipe)
-    pipe.set_progress_bar_config(disable=True)
-    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with bm.guide(pipe, PROMPT) as guidance:
-        pipe(
-            "a doctor", image=image, strength=0.5, num_inference_steps=8, guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(0), output_type="latent",
-        )  # fmt: skip
-    assert [row.call for row in guidance.ledger] == [0, 1, 2, 3]
-
-
-def test_controlnet(sd_pipe):
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
-    torch.manual_seed(0)
-    controlnet = ControlNetModel.from_unet(sd_pipe.unet, conditioning_embedding_out_channels=(8, 8))
-    parts = {k: v for k, v in sd_pipe.components.items() if k != "image_encoder"}
-    pipe = StableDiffusionControlNetPipeline(
-        **parts, controlnet=controlnet, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with bm.guide(pipe, PROMPT) as guidance:
-        draw(pipe, image=image)
-    assert all(row.applied for row in guidance.ledger)
-    assert len(guidance.ledger) == 8
+def test_several_prompts_an_image_and_pairs_between_them(sd_pipe):
+    """One concept a prompt: the energy is that of the maps recorded with the same prompts."""
+    apart = [AttributionPrompt("a doctor", ("doctor",)), AttributionPrompt("a man", ("man",))]
+    with bm.guide(sd_pipe, [apart], scale=0.0) as run, bm.attribute(sd_pipe, apart) as recorder:
+        draw(sd_pipe, seeds=(1,), num_inference_steps=1)
+    maps = {name: one.values for name, one in recorder.maps().items()}
+    expected = bm.soft_iou(*(values[:, 0] for values in maps.values()))
+    (row,) = run.ledger
+    assert row.energy == pytest.approx(float(expected), rel=1e-5)
+    assert row.pairs == (("doctor", "man"),)
+    hard = bm.iou(*(values[:, 0] for values in maps.values()), percentile=70.0)
+    assert row.iou == (pytest.approx(float(hard)),)
 
 
-def test_semantic_guidance_says_its_chunks(tokenizer, sd_pipe):
-    from diffusers import SemanticStableDiffusionPipeline
+def test_pairs_for_each_image(sd_pipe):
+    with bm.guide(
+        sd_pipe,
+        [THREE, THREE],
+        pairs=[[("photo", "man")], [("doctor", "man"), ("photo", "doctor")]],
+        scale=0.0,
+    ) as run:
+        draw(sd_pipe, num_inference_steps=1)
+    first, second = run.ledger
+    assert first.pairs == (("photo", "man"),)
+    assert len(first.soft_iou) == len(first.iou) == 1
+    assert second.pairs == (("doctor", "man"), ("photo", "doctor"))
+    assert second.energy == pytest.approx(sum(second.soft_iou) / 2, rel=1e-6)
 
-    pipe = SemanticStableDiffusionPipeline(
-        **{k: v for k, v in sd_pipe.components.items() if k != "image_encoder"},
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    options = {
-        "editing_prompt": ["a man", "a woman"], "reverse_editing_direction": [True, False],
-        "edit_warmup_steps": 1, "edit_guidance_scale": 4, "edit_threshold": 0.9,
-        "num_inference_steps": 4, "height": 32, "width": 32, "output_type": "latent",
-    }  # fmt: skip
-    with (
-        pytest.raises(ValueError, match=r"does not say whether its UNet batch is guided"),
-        bm.guide(pipe, PROMPT),
-    ):
-        pipe("a doctor", **options)
-    with bm.attribute(pipe, PROMPT, chunks=4) as recorder, bm.guide(pipe, PROMPT, chunks=4) as run:
-        pipe("a doctor", generator=torch.Generator().manual_seed(0), **options)
-    assert len(run.ledger) == 4
-    assert len(recorder.maps()) == 1
+
+def test_the_ledger_as_a_table(sd_pipe, tmp_path):
+    with bm.guide(sd_pipe, THREE, pairs=[("photo", "man"), ("doctor", "man")]) as guidance:
+        draw(sd_pipe, num_inference_steps=2)
+    guidance.save_ledger(tmp_path / "ledger.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.csv"]
+    with (tmp_path / "ledger.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(guidance.ledger) == 4
+    for found, row in zip(rows, guidance.ledger, strict=True):
+        assert float(found["energy"]) == row.energy
+        assert found["pairs"] == "photo+man;doctor+man"
+        assert [float(x) for x in found["soft_iou"].split(";")] == list(row.soft_iou)
+        assert found["applied"] == "True"
 
 
 @pytest.mark.parametrize(
@@ -397,6 +412,7 @@ def test_semantic_guidance_says_its_chunks(tokenizer, sd_pipe):
         ({"scale": math.inf}, "`scale` must be finite, got inf"),
         ({"start": 0.5, "stop": 0.5}, "0 <= start < stop <= 1, got 0.5 and 0.5"),
         ({"every": 0}, "`every` must be at least 1, got 0"),
+        ({"inner_steps": 0}, "`inner_steps` must be at least 1, got 0"),
         ({"clip": "drop"}, "`clip` must be a norm, 'skip' or None, got 'drop'"),
         ({"clip": 0.0}, "`clip` must be positive, got 0.0"),
         ({"branch": "both"}, "`branch` must be 'cond' or 'uncond', got 'both'"),
@@ -404,12 +420,25 @@ def test_semantic_guidance_says_its_chunks(tokenizer, sd_pipe):
         ({"pairs": [("doctor", "nurse")]}, r"names 'nurse', which is no concept of .*; there are"),
         ({"pairs": [("doctor", "doctor")]}, "two different concepts"),
         ({"pairs": []}, "guidance needs a pair of concepts"),
+        ({"pairs": [[("doctor", "man")]] * 3}, "list of pairs for each of 1 images, got 3 lists"),
         ({"weights": [1.0, 2.0]}, "`weights` must be 1 finite numbers, one a pair"),
     ],
 )
 def test_bad_options(sd_pipe, options, message):
     with pytest.raises(ValueError, match=message):
         bm.guide(sd_pipe, PROMPT, **options)
+
+
+def test_an_ambiguous_pair_and_no_prompt(sd_pipe):
+    other = AttributionPrompt("a doctor and photo", ("doctor", "photo"))
+    with pytest.raises(ValueError, match=r"is ambiguous: 'doctor' is a concept of \['a doctor"):
+        bm.guide(sd_pipe, [(other, THREE)], pairs=[("doctor", "photo")])
+    bm.guide(sd_pipe, [(other, PROMPT)], pairs=[("doctor", "man")])  # PROMPT has both
+    for prompts in ([], [()]):
+        with pytest.raises(ValueError, match="at least one attribution prompt, got an empty"):
+            bm.guide(sd_pipe, prompts)
+    with pytest.raises(TypeError, match="expected an AttributionPrompt, got str 'a doctor'"):
+        bm.guide(sd_pipe, [["a doctor"]])
 
 
 def test_a_single_concept_has_no_pair(sd_pipe):

@@ -1,11 +1,18 @@
 # ruff: noqa: N999
-"""Native overlap kernels. Float32 on the CPU; outputs are allocated by the caller (see ops.py)."""
+"""Native kernels, on the CPU and, where compiled, on a GPU.
+
+Outputs are allocated by the caller (see ops.py). All tensors of a call are on one device; on a GPU,
+``pairs`` may be on the CPU. Maps and queries are float32, on a GPU also float16 or bfloat16.
+"""
 
 from typing import Any
 
 from torch import Tensor
 
 __version__: str
+pairs_by_value: int  # most pairs that may be on the CPU with maps on a GPU
+most_concepts_on_gpu: int
+most_tokens: int
 
 def build_info() -> dict[str, Any]: ...
 def pairs_iou(
@@ -46,4 +53,18 @@ def soft_iou_backward(
     state: Tensor,  # [B, K, 4]
     fraction: float,
     grad_maps: Tensor,  # [B, K, N] out
+) -> None: ...
+def concept_map(
+    query: Tensor,  # [B, heads, n, d], any strides, on a GPU
+    keys: Tensor,  # [heads, T', d]
+    weights: Tensor,  # [K, T']
+    maps: Tensor,  # [B, K, n] out
+    add: bool,  # to what is in `maps`
+) -> None: ...
+def concept_map_backward(
+    grad: Tensor,  # [B, K, n]
+    query: Tensor,  # [B, heads, n, d], any strides, on a GPU
+    keys: Tensor,  # [heads, T', d]
+    weights: Tensor,  # [K, T']
+    grad_query: Tensor,  # like `query`, out
 ) -> None: ...

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
         soft_iou,
         soft_topk,
     )
-    from .guidance import Guidance, LedgerRow, guide
+    from .guidance import Guidance, guide
+    from .ledger import LedgerRow
     from .maps import AttributionMaps
 
     __version__: str
@@ -37,7 +38,7 @@ _EXPORTS = {
     "AuditPlan": "audit",
     "AuditResult": "audit",
     "Guidance": "guidance",
-    "LedgerRow": "guidance",
+    "LedgerRow": "ledger",
     "Recorder": "attribution",
     "attribute": "attribution",
     "block_iou": "entanglement",

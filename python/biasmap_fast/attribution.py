@@ -13,7 +13,7 @@ outputs are the maps, and the recorder only adds them up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -22,13 +22,16 @@ import torch
 
 from .concepts import AttributionPrompt, TokenizedPrompt, encode, tokenize_all
 from .maps import AttributionMaps, resize
+from .ops import add_concept_map
 from .reference import concept_map
 from .unet import (
     CrossAttention,
+    as_slice,
     branch_rows,
     cross_attention_layers,
     engine_of,
     guidance_chunks,
+    guider_of,
     resolutions,
     rows_here,
 )
@@ -84,6 +87,10 @@ def attribute(
         torch.Size([1, 2, 16, 16])
     """
     return Recorder(pipe, prompts, branch=branch, layers=layers, by=by, size=size, chunks=chunks)
+
+
+# Scores [heads, T', n] of the images that one product computes, on a CPU: 1 MiB of float32.
+_CACHED_SCORES = 2**18
 
 
 @dataclass
@@ -191,6 +198,7 @@ class Recorder:
         self._timesteps: Any = None
         self._batch = 0
         self._rows = slice(0, 0)
+        self._other_branch = False  # a guider's call that is not of the attributed branch
         # (layer, image) of this call: recomputation under checkpointing must not count twice
         self._seen: set[tuple[str, int]] = set()
         self._resolutions: dict[int, tuple[int, int]] = {}
@@ -267,6 +275,12 @@ class Recorder:
 
     def _before_call(self, unet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes the latents' size and the guided batch's layout before each UNet call."""
+        guider = guider_of(self._pipe)
+        self._other_branch = guider is not None and guider.is_conditional != (
+            self._branch == "cond"
+        )
+        if self._other_branch:
+            return
         sample = args[0] if args else kwargs["sample"]  # [chunks * B, C, H, W]
         timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         # `set_timesteps` makes a new tensor in every pipeline call.
@@ -274,7 +288,7 @@ class Recorder:
         self._check_complete()
         if begins or sample.shape[0] != self._batch:
             chunks = self._chunks or guidance_chunks(self._pipe)
-            self._rows = branch_rows(sample, chunks, self._branch)
+            self._rows = branch_rows(sample, chunks, self._branch, separate=guider is not None)
             self._batch = sample.shape[0]
         images = self._rows.stop - self._rows.start
         if begins:
@@ -305,7 +319,8 @@ class Recorder:
 
     def _query_hook(self, layer: CrossAttention) -> Any:
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
-            self._add(layer, query)
+            if not self._other_branch:
+                self._add(layer, query)
 
         # Opaque to torch.compile: the sums are state that a compiled graph must not bake in.
         return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
@@ -319,24 +334,30 @@ class Recorder:
         if not fresh:
             return
         rows = layer.split_heads(query)  # [rows, heads, n, d]
-        # Image by image on the CPU: half the time at batch 4, as the scores stay in cache.
-        step = 1 if query.device.type == "cpu" else len(fresh)
+        step = len(fresh) if query.device.type != "cpu" else self._images_at_once(layer, rows)
         for start in range(0, len(fresh), step):
             taken, images = (list(part) for part in zip(*fresh[start : start + step], strict=True))
+            query = rows[as_slice(taken)]
             for index, attributed in enumerate(self._attributed):
-                found = concept_map(
-                    rows[taken],
-                    attributed.by_layer[layer.name],
-                    attributed.weights,
-                    per_head=self._by == "head",
-                )
-                for part, values in self._parts(layer, run, found):
-                    target = self._sum(run, (index, part), size, values)
-                    target[images] += values.view(len(images), -1, *size)
+                keys, weights = attributed.by_layer[layer.name], attributed.weights
+                if self._by == "head":
+                    found = concept_map(query, keys, weights, per_head=True)  # [b, heads, K, n]
+                    for head in range(layer.heads):
+                        target = self._sum(run, (index, f"{layer.name}:{head}"), size, weights)
+                        target[images] += found[:, head].view(len(images), -1, *size)
+                    continue
+                target = self._sum(run, (index, self._part(layer, run)), size, weights)
+                place = as_slice(images)
+                mine = target[place]  # [b, K, h, w], a view of consecutive images
+                add_concept_map(mine.view(*mine.shape[:2], -1), query, keys, weights)
+                if not isinstance(place, slice):
+                    target[place] = mine
 
     @torch.no_grad()
     def _add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
         """Adds an engine's maps: part -> for every prompt ``[rows, K, h, w]``."""
+        if self._other_branch:
+            return
         run = self._runs[-1]
         for part in self._layers:
             fresh = self._fresh(part.name)
@@ -344,10 +365,9 @@ class Recorder:
                 continue
             taken, images = (list(each) for each in zip(*fresh, strict=True))
             for index, maps in enumerate(found[part]):
-                for name, values in self._parts(part, run, maps[taken]):
-                    size = (values.shape[-2], values.shape[-1])
-                    target = self._sum(run, (index, name), size, values)
-                    target[images] += values
+                size = (maps.shape[-2], maps.shape[-1])
+                target = self._sum(run, (index, self._part(part, run)), size, maps[0])
+                target[images] += maps[taken]
 
     def _fresh(self, name: str) -> list[tuple[int, int]]:
         """(place in the pass now running, image) of the images not yet counted for a layer."""
@@ -357,27 +377,32 @@ class Recorder:
         self._seen.update((name, image) for _, image in fresh)
         return fresh
 
-    def _parts(
-        self, layer: Any, run: _Run, found: torch.Tensor
-    ) -> Iterable[tuple[str, torch.Tensor]]:
-        """Splits one layer's maps into the named parts that are kept apart."""
-        if self._by == "head":  # found [b, heads, K, n]
-            return [(f"{layer.name}:{head}", found[:, head]) for head in range(layer.heads)]
-        names = {
+    def _images_at_once(self, layer: CrossAttention, rows: torch.Tensor) -> int:
+        """How many images' scores stay in a CPU's cache.
+
+        At the shapes of SD 1.5 that is one: half the time of a batch of 4 at once. Of the embedded
+        model it is dozens, where one by one the calls of torch take longer than what they do.
+        """
+        tokens = max(keys.by_layer[layer.name].shape[-2] for keys in self._attributed)
+        return max(1, _CACHED_SCORES // (rows.shape[1] * rows.shape[2] * tokens))
+
+    def _part(self, layer: Any, run: _Run) -> str:
+        """Name of the part of the total that one layer's maps belong to."""
+        names: dict[str, str] = {
             "total": "",
             "block": layer.block,
             "layer": layer.name,
             "step": str(run.calls - 1),
         }
-        return [(names[self._by], found)]
+        return names[self._by]
 
     def _sum(
-        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], like: torch.Tensor
+        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], weights: torch.Tensor
     ) -> torch.Tensor:
         by_resolution = run.sums.setdefault(part, {})
         if resolution not in by_resolution:
-            shape = (run.images, like.shape[1], *resolution)
-            by_resolution[resolution] = torch.zeros(shape, device=like.device)
+            shape = (run.images, weights.shape[0], *resolution)
+            by_resolution[resolution] = torch.zeros(shape, device=weights.device)
         return by_resolution[resolution]
 
     def _result(self, index: int) -> AttributionMaps:

@@ -1,4 +1,4 @@
-"""The command line: ``biasmap audit | maps | report | export | env``.
+"""The command line: ``biasmap audit | maps | generate | report | export | env``.
 
 Results go to stdout, everything else to stderr. Heavy imports stay inside the commands, so that
 ``--help`` is quick and a missing extra is named only by the command that needs it.
@@ -98,6 +98,20 @@ def audit(
             "the report's main one. [default: 70]"
         ),
     ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'plain' or 'guided' (by the energy); give both to compare them on the same "
+            "seeds. [default: plain]"
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale of the energy under 'guided'; its other settings are in --config, "
+            "under `energy`. [default: 100]"
+        ),
+    ] = None,
     prompt_template: Annotated[
         str | None,
         typer.Option(help="Text that draws; {profession} brings its article."),
@@ -157,6 +171,8 @@ def audit(
         "guidance_scale": guidance_scale,
         "batch_size": batch_size,
         "percentiles": percentile,
+        "conditions": condition,
+        "energy": None if scale is None else {"scale": scale},
         "prompt_template": prompt_template,
         "attribution_template": _templates(attribution_template),
         "branch": branch,
@@ -172,7 +188,7 @@ def audit(
     }
     with _clear_errors(verbose):
         from .audit import run_audit
-        from .audit.sentences import finding, headline
+        from .audit.sentences import difference, finding, headline
 
         plan = _plan({name: value for name, value in flags.items() if value is not None}, config)
         result = run_audit(plan, out, progress=progress)
@@ -182,6 +198,9 @@ def audit(
         typer.echo(headline(plan, result.summary))
         for name in plan.axes:
             typer.echo(f"{name}: {finding(name, result.summary)}")
+        for row in result.summary["differences"]:
+            if row["percentile"] == plan.percentiles[0]:
+                typer.echo(f"{row['condition']}: {difference(row)}")
         typer.echo(f"Report: {result.report}")
 
 
@@ -245,7 +264,7 @@ def maps(
             seed=seed,
             steps=steps or 25,
             guidance_scale=scale,
-            branch=branch or "cond",
+            branch=_branch(branch),
             layers=layer,
         )
         written = _write_maps(picture, found, out)
@@ -260,6 +279,104 @@ def maps(
             )
         for path in written:
             typer.echo(path)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="Text that draws the pictures.")],
+    concept: Annotated[
+        list[str], typer.Option(help="Word of the attribution prompt; two or more.")
+    ],
+    attribution_prompt: Annotated[
+        str | None, typer.Option(help="Text that is attributed. [default: the prompt]")
+    ] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(help="Concepts to keep apart, 'doctor,woman'; repeatable. [default: all]"),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Scale of the energy.")] = 100.0,
+    inner_steps: Annotated[int, typer.Option(help="Gradients a UNet call.")] = 1,
+    start: Annotated[float, typer.Option(help="Fraction of the run where guidance begins.")] = 0.0,
+    stop: Annotated[float, typer.Option(help="Fraction of the run where guidance ends.")] = 1.0,
+    model: Model = None,
+    seeds: Annotated[
+        str, typer.Option(help="A count ('4': 0 to 3), a range ('5-24') or a list.")
+    ] = "4",
+    steps: Steps = None,
+    guidance_scale: Scale = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 8,
+    branch: Branch = None,
+    layer: Layers = None,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("generated"),
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw every seed twice, plain and guided by the energy, and show both with their maps.
+
+    Writes pictures, overlays and maps before and after, ledger.csv (what guidance did at every
+    step), comparison.png (a row a seed: plain, then guided) and generate.json; prints the IoU of
+    every pair before and after.
+
+    Example: biasmap generate --prompt "A photo of the face of a doctor" --attribution-prompt
+    "A photo of the face of a doctor and woman" --concept doctor --concept woman --scale 100
+    """
+    with _clear_errors(verbose):
+        from .concepts import AttributionPrompt
+        from .generate import generate as draw
+        from .generate import write_generated
+
+        name = model or "testbed"
+        cfg = (1.0 if name == "testbed" else 7.5) if guidance_scale is None else guidance_scale
+        text = attribution_prompt or prompt
+        energy = {
+            "scale": scale,
+            "inner_steps": inner_steps,
+            "start": start,
+            "stop": stop,
+            "layers": layer,
+        }
+        drawn = draw(
+            _load(name, revision, device, dtype),
+            prompt,
+            AttributionPrompt(text, tuple(concept)),
+            seeds=_seeds(seeds),
+            pairs=None if pair is None else [_pair(each) for each in pair],
+            energy=energy,
+            branch=_branch(branch),
+            batch_size=batch_size,
+            progress=True,
+            num_inference_steps=steps or 25,
+            guidance_scale=cfg,
+        )
+        settings = {
+            "model": name,
+            "revision": revision,
+            "prompt": prompt,
+            "attribution_prompt": text,
+            "concepts": concept,
+            "steps": steps or 25,
+            "guidance_scale": cfg,
+            "branch": _branch(branch),
+            "energy": energy,
+        }
+        written = [str(path) for path in write_generated(drawn, out, settings)]
+        rows = drawn.overlaps()
+        if as_json:
+            typer.echo(json.dumps({"files": written, "overlaps": rows}, indent=1))
+            return
+        for a, b in drawn.pairs:
+            own = [row for row in rows if row["pair"] == [a, b]]
+            before, after = (
+                sum(row[f"iou_{when}"] for row in own) / len(own) for when in ("before", "after")
+            )
+            typer.echo(
+                f"IoU of {a!r} and {b!r} at percentile 70, mean of {len(own)} pictures: "
+                f"{before:.3f} plain, {after:.3f} guided (chance {own[0]['chance']:.3f})"
+            )
+        typer.echo(f"Look at {out / 'comparison.png'}; {len(written)} files in {out}")
 
 
 @app.command()
@@ -381,6 +498,20 @@ def _seeds(text: str) -> list[int]:
     )
 
 
+def _branch(given: str | None) -> Any:
+    if given not in (None, "cond", "uncond"):
+        raise ValueError(f"--branch must be cond or uncond, got {given!r}")
+    return given or "cond"
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """The two concepts of ``"doctor,woman"``."""
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != 2 or not all(words):
+        raise ValueError(f"--pair must be two concepts, 'doctor,woman', got {text!r}")
+    return words[0], words[1]
+
+
 def _templates(given: list[str] | None) -> str | list[str] | None:
     if not given:
         return None
@@ -393,6 +524,10 @@ def _plan(flags: dict[str, Any], config: Path | None) -> Any:
     from .audit.plan import AuditPlan, explain, read_settings
 
     settings = {} if config is None else read_settings(config)
+    if (
+        "energy" in flags
+    ):  # --scale alone leaves the file's other settings of the energy as they are
+        flags = {**flags, "energy": {**(settings.get("energy") or {}), **flags["energy"]}}
     try:
         return AuditPlan(**{**settings, **flags})
     except ValidationError as error:
@@ -420,7 +555,7 @@ def _draw_maps(
     seed: int,
     steps: int,
     guidance_scale: float,
-    branch: str,
+    branch: Any,
     layers: list[str] | None,
 ) -> tuple[Any, Any]:
     import torch
@@ -428,10 +563,8 @@ def _draw_maps(
     from .attribution import attribute
     from .concepts import AttributionPrompt
 
-    if branch not in ("cond", "uncond"):
-        raise ValueError(f"--branch must be cond or uncond, got {branch!r}")
     attributed = AttributionPrompt(text, concepts)
-    with attribute(pipe, attributed, branch=branch, layers=layers) as recorder:  # type: ignore[arg-type]
+    with attribute(pipe, attributed, branch=branch, layers=layers) as recorder:
         output = pipe(
             prompt,
             generator=torch.Generator("cpu").manual_seed(seed),

@@ -10,42 +10,62 @@ enough, and any pipeline can be guided.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 
 from .attribution import AttributionKeys, Branch, attribution_keys, attribution_states
 from .concepts import AttributionPrompt, tokenize_all
+from .energy import (
+    Capture,
+    GivenMaps,
+    Pair,
+    Prompts,
+    Sums,
+    Target,
+    in_batch_order,
+    make_targets,
+    total_maps,
+)
 from .entanglement import check_soft
-from .maps import resize
-from .ops import soft_iou
-from .reference import concept_map
+from .ledger import Entry, LedgerRow, check_skipped, write_csv
+from .ops import pairs_iou, soft_iou
 from .unet import (
     CrossAttention,
     branch_rows,
     cross_attention_layers,
     engine_of,
     guidance_chunks,
+    guider_of,
     present_rows,
     resolutions,
 )
 
 _HOOK = "biasmap_fast.guidance"
 
-# Sums of a run's earlier maps: prompt -> (h, w) -> [b, K, h, w]
-_Running = dict[AttributionPrompt, dict[tuple[int, int], torch.Tensor]]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+# A compiled UNet calls the hook from inside: its forward passes are to be compiled, and what is
+# done around them is not.
+def _not_compiled(function: _F) -> _F:
+    return torch.compiler.disable(function)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _around_forward(function: _F) -> _F:
+    return torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def guide(
     pipe: Any,
-    prompt: AttributionPrompt | Sequence[AttributionPrompt],
+    prompt: AttributionPrompt | Sequence[Prompts],
     *,
-    pairs: Sequence[tuple[str, str]] | None = None,
+    pairs: Sequence[Pair] | Sequence[Sequence[Pair]] | None = None,
     weights: Sequence[float] | None = None,
     scale: float = 100.0,
     fraction: float = 0.3,
@@ -54,6 +74,7 @@ def guide(
     start: float = 0.0,
     stop: float = 1.0,
     every: int = 1,
+    inner_steps: int = 1,
     accumulate: bool = False,
     branch: Branch = "cond",
     layers: Sequence[str] | None = None,
@@ -64,8 +85,10 @@ def guide(
 
     Args:
         pipe: any diffusers pipeline with a UNet and CLIP text encoders.
-        prompt: the attribution prompt, or one for each image of the batch, in batch order.
-        pairs: pairs of the prompt's concepts; default every pair.
+        prompt: the attribution prompt, or one for each image of the batch, in batch order. An
+            image may also have several prompts, as a sequence: ``[(first, second)]``.
+        pairs: pairs of concepts, or a list of them for each image; default every pair inside a
+            prompt, or, where each prompt has a single concept, every pair of them.
         weights: one weight a pair; default their mean.
         scale: strength of the energy; not the classifier-free ``guidance_scale``.
         fraction: share of the pixels in a soft mask.
@@ -75,6 +98,9 @@ def guide(
         start: fraction of the sampling steps before which nothing is added.
         stop: fraction of the sampling steps from which on nothing is added.
         every: guide every n-th UNet call only.
+        inner_steps: take the gradient this many times a call, each time at the latents that the
+            parts so far amount to, ``z - sqrt(1 - abar_t) delta``, and with the scale shared out: a
+            descent in smaller steps, at so many times the cost.
         accumulate: energy of the sum of all maps so far instead of the current call's alone.
         branch: whose queries make the maps, ``"cond"`` or ``"uncond"``.
         layers: as in `attribute`. Fewer layers make the backward pass cheaper, and are another
@@ -112,6 +138,7 @@ def guide(
             start=start,
             stop=stop,
             every=every,
+            inner_steps=inner_steps,
             accumulate=accumulate,
             branch=branch,
             chunks=chunks,
@@ -132,6 +159,7 @@ class Settings:
     start: float
     stop: float
     every: int
+    inner_steps: int
     accumulate: bool
     branch: Branch
     chunks: int | None
@@ -146,8 +174,9 @@ class Settings:
                 "`start` and `stop` must be fractions 0 <= start < stop <= 1, got "
                 f"{self.start} and {self.stop}"
             )
-        if self.every < 1:
-            raise ValueError(f"`every` must be at least 1, got {self.every}")
+        for name in ("every", "inner_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if isinstance(self.clip, str) and self.clip != "skip":
             raise ValueError(f"`clip` must be a norm, 'skip' or None, got {self.clip!r}")
         if isinstance(self.clip, (int, float)) and not self.clip > 0:
@@ -156,55 +185,15 @@ class Settings:
             raise ValueError(f"`branch` must be 'cond' or 'uncond', got {self.branch!r}")
 
 
-@dataclass(frozen=True)
-class LedgerRow:
-    """What guidance did to one image in one UNet call.
-
-    Attributes:
-        call: UNet call of the run, from 0.
-        timestep: the call's timestep.
-        image: index in the batch.
-        energy: weighted mean of the pairs' SoftIoU; NaN where it was not computed.
-        soft_iou: SoftIoU of each pair.
-        gradient_norm: L2 norm of dE/dz_t before clipping.
-        clip_factor: what the gradient was multiplied with, 1 if it was not clipped.
-        applied: whether the prediction was changed.
-        reason: why not, empty if it was.
-    """
-
-    call: int
-    timestep: float
-    image: int
-    energy: float
-    soft_iou: tuple[float, ...]
-    gradient_norm: float
-    clip_factor: float
-    applied: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One guided call, still on the device: reading it earlier would stall the GPU."""
-
-    call: int
-    timestep: float
-    alpha_bar: float
-    soft_iou: torch.Tensor  # [B, P]; NaN beyond a prompt's own pairs
-    energy: torch.Tensor  # [B]
-    norm: torch.Tensor  # [B]; NaN where no gradient was taken
-    factor: torch.Tensor  # [B]; 0 where the gradient is not applied
-
-
 class Guidance:
     """Steers sampling between ``__enter__`` and ``__exit__``; made by `guide`."""
 
     def __init__(
         self,
         pipe: Any,
-        prompt: AttributionPrompt | Sequence[AttributionPrompt],
+        prompt: AttributionPrompt | Sequence[Prompts],
         *,
-        pairs: Sequence[tuple[str, str]] | None,
+        pairs: Sequence[Pair] | Sequence[Sequence[Pair]] | None,
         weights: Sequence[float] | None,
         settings: Settings,
         layers: Sequence[str] | None,
@@ -217,24 +206,22 @@ class Guidance:
             self._layers = cross_attention_layers(pipe, layers)
         else:
             _check_engine(self._engine, layers, settings)
-        self._prompts = (prompt,) if isinstance(prompt, AttributionPrompt) else tuple(prompt)
-        if not self._prompts:
-            raise ValueError("expected at least one attribution prompt, got an empty sequence")
-        self._tokenized = {each: tokenize_all(each, pipe) for each in self._prompts}
-        self._pairs = {each: _pair_indices(each, pairs) for each in self._tokenized}
-        self._weights = {
-            each: _pair_weights(weights, len(found)) for each, found in self._pairs.items()
+        self._targets = make_targets(prompt, pairs, weights)
+        self._tokenized = {
+            each: tokenize_all(each, pipe) for target in self._targets for each in target.prompts
         }
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         self._keys: dict[AttributionPrompt, AttributionKeys] = {}
         # of an engine: prompt -> hidden states [T', D], weights [K, T']
         self._states: dict[AttributionPrompt, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._weights: dict[Target, torch.Tensor] = {}  # [P], on the UNet's device
         self._handles: list[Any] = []
         self._frozen: list[torch.nn.Parameter] = []
         self._timesteps: Any = None
         self._calls = 0
-        self._running: _Running = {}
-        self._capture: _Capture | None = None
+        self._earlier: dict[Target, Sums] = {}  # of this run, where `accumulate`
+        self._capture: Capture | None = None
+        self._delta: torch.Tensor | None = None  # [B, C, H, W] added to the latest prediction
 
     def __enter__(self) -> Self:
         from diffusers.hooks import HookRegistry
@@ -244,12 +231,25 @@ class Guidance:
         if registry.get_hook(_HOOK) is not None:
             raise ValueError("this UNet is already guided; leave the other `with` block first")
         _check_scheduler(self._pipe.scheduler)
+        if guider_of(self._pipe) is not None and self._settings.branch == "uncond":
+            raise ValueError(
+                "branch='uncond' cannot guide a modular pipeline: its guider has the conditional "
+                "prediction before the unconditional branch is run"
+            )
         self._entries, self._timesteps = [], None
+        concept_weights = {}
         for prompt, tokens in self._tokenized.items():
             if self._engine is None:
                 self._keys[prompt] = attribution_keys(self._pipe, self._layers, tokens)
+                concept_weights[prompt] = self._keys[prompt].weights
             else:
                 self._states[prompt] = attribution_states(self._pipe, tokens)
+                concept_weights[prompt] = self._states[prompt][1]
+        # Moved once: a list that goes to the GPU in every call waits for it.
+        self._weights = {
+            target: concept_weights[target.prompts[0]].new_tensor(target.weights)
+            for target in self._targets
+        }
         registry.register_hook(_energy_hook(self), _HOOK)
         for layer in self._layers:
             self._handles.append(layer.module.to_q.register_forward_hook(self._query_hook(layer)))
@@ -276,63 +276,22 @@ class Guidance:
         self._frozen.clear()
         self._keys.clear()
         self._states.clear()
-        self._running.clear()
+        self._earlier.clear()
         self._timesteps = None
         if kind is None and self._settings.strict:
-            self._check_skipped()
+            check_skipped(self.ledger)
 
     @property
     def ledger(self) -> list[LedgerRow]:
         """One row a guided UNet call and image, in that order."""
-        rows = []
-        for entry in self._entries:
-            columns = zip(
-                entry.soft_iou.tolist(),
-                entry.energy.tolist(),
-                entry.norm.tolist(),
-                entry.factor.tolist(),
-                strict=True,
-            )
-            for image, (overlaps, energy, norm, factor) in enumerate(columns):
-                reason = self._reason(entry, norm, factor)
-                rows.append(
-                    LedgerRow(
-                        call=entry.call,
-                        timestep=entry.timestep,
-                        image=image,
-                        energy=energy,
-                        soft_iou=tuple(value for value in overlaps if not math.isnan(value)),
-                        gradient_norm=norm,
-                        clip_factor=factor,
-                        applied=not reason,
-                        reason=reason,
-                    )
-                )
-        return rows
+        scaled = self._settings.scale != 0.0
+        return [row for entry in self._entries for row in entry.rows(scaled=scaled)]
 
-    def _reason(self, entry: _Entry, norm: float, factor: float) -> str:
-        if self._settings.scale == 0.0:
-            return "scale is 0"
-        if entry.alpha_bar <= 0.0:
-            return "no signal left at this timestep (alpha_bar is 0)"
-        if not math.isfinite(norm):
-            return "gradient is not finite"
-        if factor == 0.0:
-            return "gradient norm >= 1 (clip='skip')"
-        return ""
+    def save_ledger(self, path: str | Path) -> None:
+        """Writes the ledger as CSV, whole or not at all."""
+        write_csv(self.ledger, path)
 
-    def _check_skipped(self) -> None:
-        rows = [row for row in self.ledger if row.reason != "scale is 0"]
-        for image in sorted({row.image for row in rows}):
-            own = [row for row in rows if row.image == image]
-            skipped = [row.reason for row in own if not row.applied]
-            if 2 * len(skipped) > len(own):
-                raise RuntimeError(
-                    f"guidance of image {image} was skipped in {len(skipped)} of {len(own)} calls "
-                    f"({skipped[0]}): the picture is hardly a guided one. See `ledger`, or pass "
-                    "strict=False"
-                )
-
+    @_around_forward
     def _call(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """One UNet call of the pipeline, guided."""
         if torch.is_inference_mode_enabled():
@@ -340,16 +299,11 @@ class Guidance:
                 "guidance needs gradients, which torch.inference_mode() forbids for good: use "
                 "torch.no_grad()"
             )
-        sample = args[0] if args else kwargs["sample"]  # [chunks * B, C, H, W]
-        call = self._count(sample)
-        rows = branch_rows(
-            sample, self._settings.chunks or guidance_chunks(self._pipe), self._settings.branch
-        )
-        if len(self._prompts) not in (1, rows.stop - rows.start):
-            raise ValueError(
-                f"expected one attribution prompt or one an image ({rows.stop - rows.start}), got "
-                f"{len(self._prompts)}"
-            )
+        guider = guider_of(self._pipe)
+        if guider is not None and not guider.is_conditional:
+            return self._shifted(forward(*args, **kwargs))
+        self._delta = None
+        call, rows = self._count(), self._rows(args[0] if args else kwargs["sample"])
         if not self._active(call):
             return forward(*args, **kwargs)
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
@@ -357,21 +311,37 @@ class Guidance:
             return self._measured(forward, args, kwargs, rows, call, timestep)
         return self._guided(forward, args, kwargs, rows, call, timestep)
 
-    def _count(self, sample: torch.Tensor) -> int:
+    @_not_compiled
+    def _rows(self, sample: torch.Tensor) -> slice:
+        """The attributed branch's rows of the latents ``[chunks * B, C, H, W]``."""
+        rows = branch_rows(
+            sample, self._settings.chunks or guidance_chunks(self._pipe), self._settings.branch
+        )
+        if len(self._targets) not in (1, rows.stop - rows.start):
+            raise ValueError(
+                f"expected one attribution prompt or one an image ({rows.stop - rows.start}), got "
+                f"{len(self._targets)}"
+            )
+        return rows
+
+    @_not_compiled
+    def _count(self) -> int:
         """Index of this call in its run; a run begins with new timesteps."""
         timesteps = getattr(self._pipe.scheduler, "timesteps", None)
         if self._timesteps is None or timesteps is not self._timesteps:
             self._timesteps, self._calls = timesteps, 0
-            self._running = {}
+            self._earlier = {}
         self._calls += 1
         return self._calls - 1
 
+    @_not_compiled
     def _active(self, call: int) -> bool:
         planned = getattr(self._pipe, "_num_timesteps", None) or len(self._timesteps)
         progress = call / planned
         settings = self._settings
         return settings.start <= progress < settings.stop and call % settings.every == 0
 
+    @_around_forward
     def _measured(
         self, forward: Any, args: Any, kwargs: Any, rows: slice, call: int, timestep: Any
     ) -> Any:
@@ -380,11 +350,13 @@ class Guidance:
             sample = args[0] if args else kwargs["sample"]
             with self._capturing(sample, rows) as capture:
                 output = forward(*args, **kwargs)
-            energy, overlaps = self._energy(capture)
-        nothing = torch.full_like(energy, math.nan)
-        self._note(call, timestep, overlaps, energy, nothing, torch.zeros_like(energy))
+            energy = self._energy(capture)
+        self._remember(energy)
+        nothing = torch.full_like(energy.total, math.nan)
+        self._note(call, timestep, energy, nothing, torch.zeros_like(nothing))
         return output
 
+    @_around_forward
     def _guided(
         self, forward: Any, args: Any, kwargs: Any, rows: slice, call: int, timestep: Any
     ) -> Any:
@@ -394,81 +366,106 @@ class Guidance:
         pass touches one chunk only.
         """
         sample = args[0] if args else kwargs["sample"]  # [chunks * B, C, H, W]
-        batch, images = sample.shape[0], rows.stop - rows.start
+        batch = sample.shape[0]
         own = list(range(rows.start, rows.stop))
         others = [row for row in range(batch) if not rows.start <= row < rows.stop]
+        alpha_bar = _alpha_bar(self._pipe.scheduler, timestep)
+        own_args, own_kwargs = _take((args, kwargs), own, batch)
 
-        latents = sample[rows].detach().clone().requires_grad_()  # [B, C, H, W]
-        part_args, part_kwargs = _take((args, kwargs), own, batch)
-        if args:
-            part_args = (latents, *part_args[1:])
-        else:
-            part_kwargs = {**part_kwargs, "sample": latents}
-        if self._engine is not None:
-            output, energy, overlaps, gradient = self._by_engine(part_args, part_kwargs, own)
-        else:
-            with torch.enable_grad(), present_rows(own):
-                with self._capturing(latents, slice(0, images)) as capture:
-                    output = forward(*part_args, **part_kwargs)
-                energy, overlaps = self._energy(capture)
-                # Images do not meet in the UNet: the gradient of the sum is each image's own.
-                (gradient,) = torch.autograd.grad(energy.sum(), latents)
+        precision = torch.promote_types(sample.dtype, torch.float32)
+        moved = sample[rows].detach().to(precision)  # [B, C, H, W]
+        delta = torch.zeros_like(moved)  # of epsilon
+        norms, factors = [], []
+        for inner in range(self._settings.inner_steps):
+            latents = moved.to(sample.dtype).requires_grad_()
+            found, energy, gradient = self._gradient(forward, own_args, own_kwargs, latents, own)
+            step, norm, factor = self._step(gradient.to(precision), alpha_bar)
+            delta += step
+            moved = moved - math.sqrt(1.0 - alpha_bar) * step
+            norms.append(norm)
+            factors.append(factor)
+            if inner == 0:
+                output, first = found, energy
+        self._remember(first)
+        factor = torch.stack(factors).amin(0)
+        self._note(call, timestep, first, torch.stack(norms).amax(0), factor)
+        # an image with a skipped inner step is skipped whole
+        delta = torch.where(factor[:, None, None, None] > 0.0, delta, 0.0)
+
         predicted = torch.empty_like(sample[:, : output[0].shape[1]], dtype=output[0].dtype)
         predicted[rows] = output[0].detach()
         if others:
             rest_args, rest_kwargs = _take((args, kwargs), others, batch)
             with torch.no_grad(), present_rows(others):
                 predicted[others] = forward(*rest_args, **rest_kwargs)[0]
+        if self._pipe.scheduler.config.prediction_type == "v_prediction" and alpha_bar > 0.0:
+            delta = delta / math.sqrt(alpha_bar)  # eps = sqrt(abar) v + sqrt(1 - abar) z
+        self._delta = delta.to(predicted.dtype)
+        as_tuple = kwargs.get("return_dict", True) is False
+        return self._shifted((predicted,) if as_tuple else type(output)(sample=predicted))
 
-        alpha_bar = _alpha_bar(self._pipe.scheduler, timestep)
-        delta, norm, factor = self._delta(gradient.float(), alpha_bar)
-        self._note(call, timestep, overlaps.detach(), energy.detach(), norm, factor)
-        chunks = batch // images
-        predicted += delta.to(predicted.dtype).repeat(chunks, 1, 1, 1)
-        if kwargs.get("return_dict", True) is False:
-            return (predicted,)
-        return type(output)(sample=predicted)
+    @_not_compiled
+    def _shifted(self, output: Any) -> Any:
+        """A UNet's output with what this step adds to every chunk's prediction."""
+        if self._delta is None:
+            return output
+        delta = self._delta.repeat(len(output[0]) // len(self._delta), 1, 1, 1)
+        if isinstance(output, tuple):
+            return (output[0] + delta, *output[1:])
+        return type(output)(sample=output[0] + delta)
+
+    @_around_forward
+    def _gradient(
+        self,
+        forward: Any,
+        args: Any,
+        kwargs: Any,
+        latents: torch.Tensor,
+        own: list[int],
+    ) -> tuple[Any, _Energy, torch.Tensor]:
+        """The attributed chunk's output, its energy, and dE/dz ``[B, C, H, W]``."""
+        if args:
+            args = (latents, *args[1:])
+        else:
+            kwargs = {**kwargs, "sample": latents}
+        if self._engine is not None:
+            return self._by_engine(args, kwargs, own)
+        with torch.enable_grad(), present_rows(own):
+            with self._capturing(latents, slice(0, len(own))) as capture:
+                output = forward(*args, **kwargs)
+            energy = self._energy(capture)
+            gradient = _differentiate(energy.total, latents)
+        return output, energy, gradient
 
     def _by_engine(
         self, args: Any, kwargs: Any, own: list[int]
-    ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output, energy ``[B]``, SoftIoU ``[B, P]`` and gradient ``[B, C, H, W]``, of the graph.
-
-        One run a prompt: the gradient graph has room for one.
-        """
-        most = max(len(pairs) for pairs in self._pairs.values())
-        outputs, energies, overlaps, gradients = [], [], [], []
-        groups = self._groups(len(own))
-        for prompt, images in groups.items():
-            pairs, weights = self._pairs[prompt], self._weights[prompt]
-            concepts = len(prompt.concepts)
-            table = torch.zeros(concepts, concepts)
-            table.index_put_((pairs[:, 0], pairs[:, 1]), weights, accumulate=True)
+    ) -> tuple[Any, _Energy, torch.Tensor]:
+        """As `_gradient`, by the engine's graph of it: a run a target."""
+        given = GivenMaps(slice(0, len(own)), self._groups(len(own)))
+        predictions, gradients = [], []
+        for target, images in given.groups.items():
             part_args, part_kwargs = _take((args, kwargs), images, len(own))
             with present_rows([own[image] for image in images]):
                 found = self._engine.energy_gradient(
                     part_args,
                     part_kwargs,
-                    self._states[prompt],
-                    table,
+                    [self._states[prompt] for prompt in target.prompts],
+                    target.indices,
+                    target.weights,
                     fraction=self._settings.fraction,
                     temperature=self._settings.temperature,
                 )
-            outputs.append(found.prediction)
-            energies.append(found.energy)
+            given.put(target, found.maps)
+            predictions.append(found.prediction)
             gradients.append(found.gradient)
-            own_pairs = found.soft_iou[:, pairs[:, 0], pairs[:, 1]]  # [b, P]
-            missing = most - own_pairs.shape[1]
-            overlaps.append(torch.nn.functional.pad(own_pairs, (0, missing), value=math.nan))
-        order = [image for images in groups.values() for image in images]
-        back = torch.tensor(order, device=energies[0].device).argsort()
-        joined = [torch.cat(each)[back] for each in (outputs, energies, overlaps, gradients)]
-        return self._engine.output(joined[0]), joined[1], joined[2], joined[3]
+        output = self._engine.output(in_batch_order(given.groups, predictions))
+        return output, self._energy(given), in_batch_order(given.groups, gradients)
 
-    def _delta(
+    @_not_compiled
+    def _step(
         self, gradient: torch.Tensor, alpha_bar: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What to add to the prediction ``[B, C, H, W]``, the gradient's norms, clip factors."""
+        """What one gradient adds to epsilon ``[B, C, H, W]``, the norms, the clip factors."""
         settings = self._settings
         norm = gradient.flatten(1).norm(dim=1)  # [B]
         if settings.clip is None:
@@ -480,51 +477,63 @@ class Guidance:
         factor = torch.where(norm.isfinite(), factor, 0.0)
         if alpha_bar <= 0.0:
             factor = torch.zeros_like(factor)
-        strength = settings.scale * math.sqrt(1.0 - alpha_bar)  # eps <- eps + this * gradient
-        if self._pipe.scheduler.config.prediction_type == "v_prediction" and alpha_bar > 0.0:
-            strength /= math.sqrt(alpha_bar)  # eps = sqrt(abar) v + sqrt(1 - abar) z
-        steps = torch.where(factor > 0.0, strength * factor, 0.0)  # [B]
+        strength = settings.scale * math.sqrt(1.0 - alpha_bar) / settings.inner_steps
         usable = gradient.nan_to_num(0.0, 0.0, 0.0)
-        return usable * steps[:, None, None, None], norm, factor
+        return usable * (strength * factor)[:, None, None, None], norm, factor
 
+    @_not_compiled
     def _note(
         self,
         call: int,
         timestep: Any,
-        overlaps: torch.Tensor,
-        energy: torch.Tensor,
+        energy: _Energy,
         norm: torch.Tensor,
         factor: torch.Tensor,
     ) -> None:
         time = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
-        alpha_bar = _alpha_bar(self._pipe.scheduler, time)
-        self._entries.append(_Entry(call, time, alpha_bar, overlaps, energy, norm, factor))
+        self._entries.append(
+            Entry(
+                call=call,
+                timestep=time,
+                alpha_bar=_alpha_bar(self._pipe.scheduler, time),
+                pairs=energy.pairs,
+                soft_iou=energy.soft_iou.detach(),
+                iou=energy.iou,
+                energy=energy.total.detach(),
+                norm=norm,
+                factor=factor,
+            )
+        )
+
+    def _remember(self, energy: _Energy) -> None:
+        if self._settings.accumulate:
+            self._earlier.update(energy.sums)
 
     @contextmanager
-    def _capturing(self, sample: torch.Tensor, rows: slice) -> Iterator[_Capture]:
+    def _capturing(self, sample: torch.Tensor, rows: slice) -> Iterator[Capture | GivenMaps]:
         """Collects the queries of one forward pass; not of its recomputation in the backward."""
         groups = self._groups(rows.stop - rows.start)
-        capture = _Capture(rows, resolutions(*sample.shape[-2:]), groups)
         if self._engine is not None:
-            states = [self._states[prompt] for prompt in groups]
-            handle = self._engine.register_attribution_hook(states, capture.add_parts)
+            given = GivenMaps(rows, groups)
+            prompts = [self._states[prompt] for prompt in given.prompts]
+            handle = self._engine.register_attribution_hook(prompts, given.add)
             try:
-                yield capture
+                yield given
             finally:
                 handle.remove()
             return
-        self._capture = capture
+        self._capture = Capture(rows, resolutions(*sample.shape[-2:]), groups)
         try:
-            yield capture
+            yield self._capture
         finally:
             self._capture = None
 
-    def _groups(self, images: int) -> dict[AttributionPrompt, list[int]]:
-        """Every prompt and the images that it belongs to."""
-        prompts = self._prompts if len(self._prompts) > 1 else self._prompts * images
-        groups: dict[AttributionPrompt, list[int]] = {}
-        for image, prompt in enumerate(prompts):
-            groups.setdefault(prompt, []).append(image)
+    def _groups(self, images: int) -> dict[Target, list[int]]:
+        """Every target and the images that it belongs to."""
+        targets = self._targets if len(self._targets) > 1 else self._targets * images
+        groups: dict[Target, list[int]] = {}
+        for image, target in enumerate(targets):
+            groups.setdefault(target, []).append(image)
         return groups
 
     def _query_hook(self, layer: CrossAttention) -> Any:
@@ -534,91 +543,55 @@ class Guidance:
 
         return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
-    def _energy(self, capture: _Capture) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energy ``[B]`` and SoftIoU of every pair ``[B, P]``, float32."""
+    @_not_compiled
+    def _energy(self, capture: Capture | GivenMaps) -> _Energy:
+        """The energy of one UNet call's maps, and of the maps before them where `accumulate`."""
         settings = self._settings
-        running = self._running if settings.accumulate else None
-        most = max(len(pairs) for pairs in self._pairs.values())
-        energies: list[torch.Tensor] = []
-        overlaps: list[torch.Tensor] = []
-        for prompt, maps in zip(capture.groups, capture.maps(self._keys, running), strict=True):
-            pairs, weights = self._pairs[prompt], self._weights[prompt].to(maps.device)
-            found = soft_iou(maps.flatten(2), pairs, settings.fraction, settings.temperature)
-            energies.append(found @ weights.to(found.dtype))  # [b]
-            missing = most - found.shape[1]
-            overlaps.append(torch.nn.functional.pad(found, (0, missing), value=math.nan))
-        order = [image for group in capture.groups.values() for image in group]
-        back = torch.tensor(order, device=energies[0].device).argsort()
-        return torch.cat(energies)[back], torch.cat(overlaps)[back]
+        groups = capture.groups
+        most = max(len(target.pairs) for target in groups)
+        totals: list[torch.Tensor] = []
+        soft: list[torch.Tensor] = []
+        hard: list[torch.Tensor] = []
+        sums: dict[Target, Sums] = {}
+        for target in groups:
+            earlier = self._earlier.get(target, {})
+            own = capture.sums(target, self._keys)
+            own = {size: maps + earlier.get(size, 0.0) for size, maps in own.items()}
+            sums[target] = {size: maps.detach() for size, maps in own.items()}
+            maps = total_maps(own)  # [b, K, N]
+            pairs = torch.tensor(target.indices)  # [P, 2]
+            found = soft_iou(maps, pairs, settings.fraction, settings.temperature)  # [b, P]
+            totals.append(found @ self._weights[target].to(found.dtype))
+            percentile = 100.0 * (1.0 - settings.fraction)
+            for values, kept in ((found, soft), (pairs_iou(maps, pairs, percentile).iou, hard)):
+                padding = (0, most - len(target.pairs))
+                kept.append(torch.nn.functional.pad(values, padding, value=math.nan))
+        names = {image: target.pairs for target, images in groups.items() for image in images}
+        return _Energy(
+            total=in_batch_order(groups, totals),
+            soft_iou=in_batch_order(groups, soft),
+            iou=in_batch_order(groups, hard),
+            pairs=tuple(names[image] for image in sorted(names)),
+            sums=sums,
+        )
 
 
-class _Capture:
-    """The queries of one UNet call, and for each prompt the images that it belongs to.
+@_not_compiled
+def _differentiate(energy: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    # Images do not meet in the UNet: the gradient of the sum is each image's own.
+    (gradient,) = torch.autograd.grad(energy.sum(), latents)
+    return gradient
 
-    Maps are computed when the call is over: under activation checkpointing a hook that computes
-    inside the checkpointed part would have to do so again, uncounted, when that is recomputed.
-    """
 
-    def __init__(
-        self,
-        rows: slice,
-        sizes: dict[int, tuple[int, int]],
-        groups: dict[AttributionPrompt, list[int]],
-    ) -> None:
-        self.groups = groups
-        self._rows = rows
-        self._sizes = sizes
-        self._queries: dict[str, tuple[CrossAttention, torch.Tensor]] = {}
-        self._given: list[dict[tuple[int, int], torch.Tensor]] = []  # an engine's sums a prompt
+@dataclass(frozen=True)
+class _Energy:
+    """The energy of one UNet call, and what it is made of."""
 
-    def add(self, layer: CrossAttention, query: torch.Tensor) -> None:
-        """Keeps one layer's queries ``[rows, n, heads * d]``."""
-        self._queries.setdefault(layer.name, (layer, query[self._rows]))
-
-    def add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
-        """Keeps an engine's maps: part -> for every prompt ``[rows, K, h, w]``."""
-        self._given = [{} for _ in self.groups]
-        for by_prompt in found.values():
-            for sums, maps, images in zip(
-                self._given, by_prompt, self.groups.values(), strict=True
-            ):
-                size = (maps.shape[-2], maps.shape[-1])
-                own = maps[self._rows][images]
-                sums[size] = sums[size] + own if size in sums else own
-
-    def maps(
-        self,
-        keys: Mapping[AttributionPrompt, AttributionKeys],
-        running: _Running | None,
-    ) -> list[torch.Tensor]:
-        """One ``[b, K, H, W]`` a prompt: summed over heads and layers, at the largest resolution.
-
-        Args:
-            keys: every prompt's attribution keys.
-            running: earlier calls' sums, to be added as constants and brought up to date.
-        """
-        found = []
-        for index, (prompt, images) in enumerate(self.groups.items()):
-            sums = self._given[index] if self._given else self._sums(keys[prompt], images)
-            if running is not None:
-                earlier = running.get(prompt, {})
-                sums = {size: maps + earlier.get(size, 0.0) for size, maps in sums.items()}
-                running[prompt] = {size: maps.detach() for size, maps in sums.items()}
-            largest = max(sums)
-            found.append(torch.stack([resize(maps, largest) for maps in sums.values()]).sum(0))
-        return found
-
-    def _sums(
-        self, keys: AttributionKeys, images: list[int]
-    ) -> dict[tuple[int, int], torch.Tensor]:
-        sums: dict[tuple[int, int], torch.Tensor] = {}
-        for layer, query in self._queries.values():
-            size = layer.resolution(query, self._sizes)
-            rows = layer.split_heads(query)[images]  # [b, heads, n, d]
-            maps = concept_map(rows, keys.by_layer[layer.name], keys.weights)  # [b, K, n]
-            maps = maps.view(*maps.shape[:2], *size)
-            sums[size] = sums[size] + maps if size in sums else maps
-        return sums
+    total: torch.Tensor  # [B], with its graph
+    soft_iou: torch.Tensor  # [B, P]
+    iou: torch.Tensor  # [B, P]
+    pairs: tuple[tuple[Pair, ...], ...]  # an entry an image
+    sums: dict[Target, Sums]  # without their graph
 
 
 def _energy_hook(guidance: Guidance) -> Any:
@@ -627,38 +600,11 @@ def _energy_hook(guidance: Guidance) -> Any:
     class EnergyHook(ModelHook):  # type: ignore[misc]
         """Hands every UNet call to the guidance."""
 
+        @_around_forward
         def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             return guidance._call(self.fn_ref.original_forward, *args, **kwargs)
 
     return EnergyHook()
-
-
-def _pair_indices(
-    prompt: AttributionPrompt, pairs: Sequence[tuple[str, str]] | None
-) -> torch.Tensor:
-    """Indices ``[P, 2]`` of the pairs among the prompt's concepts."""
-    if pairs is None:
-        pairs = list(combinations(prompt.concepts, 2))
-    if not pairs:
-        raise ValueError(f"guidance needs a pair of concepts, got {list(prompt.concepts)} alone")
-    for pair in pairs:
-        if len(pair) != 2 or pair[0] == pair[1]:
-            raise ValueError(f"a pair must be two different concepts, got {pair!r}")
-        for concept in pair:
-            if concept not in prompt.concepts:
-                raise ValueError(
-                    f"the pair {pair!r} names {concept!r}, which is no concept of "
-                    f"{prompt.text!r}; there are {list(prompt.concepts)}"
-                )
-    return torch.tensor([[prompt.concepts.index(concept) for concept in pair] for pair in pairs])
-
-
-def _pair_weights(weights: Sequence[float] | None, count: int) -> torch.Tensor:
-    if weights is None:
-        return torch.full((count,), 1.0 / count)
-    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"`weights` must be {count} finite numbers, one a pair, got {weights}")
-    return torch.tensor([float(weight) for weight in weights])
 
 
 def _check_engine(engine: Any, layers: Sequence[str] | None, settings: Settings) -> None:
@@ -685,6 +631,7 @@ def _check_scheduler(scheduler: Any) -> None:
         )
 
 
+@_not_compiled
 def _alpha_bar(scheduler: Any, timestep: Any) -> float:
     """The schedule's cumulative alpha at a timestep; between two, sigma is interpolated."""
     time = float(timestep.flatten()[0]) if torch.is_tensor(timestep) else float(timestep)
@@ -699,6 +646,7 @@ def _alpha_bar(scheduler: Any, timestep: Any) -> float:
     return 1.0 / (1.0 + sigma**2)
 
 
+@_not_compiled
 def _take(value: Any, rows: list[int], batch: int) -> Any:
     """The rows of everything in a UNet call's arguments that has the batch as first dimension."""
     if torch.is_tensor(value):

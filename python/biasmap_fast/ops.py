@@ -1,8 +1,15 @@
-"""The ops: registered natives on the CPU, `reference` for everything else, autograd around both.
+"""The ops: registered natives, `reference` for everything else, autograd around both.
 
-``BIASMAP_BACKEND=reference|native`` forces a path. Left alone, float32, float16 and bfloat16 on the
-CPU take the native kernels; float64 and other devices take the reference. Half types are computed,
-and returned, in float32.
+``BIASMAP_BACKEND=reference|native`` forces a path. Left alone, float32, float16 and bfloat16 take
+the native kernels: on the CPU, and on a GPU if the package was built with CUDA (see ``biasmap
+env``). Float64 and other devices take the reference. Half types are computed, and returned, in
+float32.
+
+On the CPU `concept_map` is the reference's: a fused kernel was no faster there (docs/cuda.md).
+
+On a GPU nothing waits for it. Pairs of concepts may stay on the CPU, where they are checked: up to
+1024 of them travel with the launch. Those on the GPU are not checked: a pair of concepts that there
+are not gives NaN.
 
 Registered with ``torch.library.define``/``impl`` under a plain ``autograd.Function``: 3 us a call
 against 10 us for ``custom_op`` (with a gradient 7.3 against 15.7).
@@ -31,7 +38,13 @@ _SCHEMAS = (
     " -> (Tensor iou, Tensor state)",
     "soft_iou_backward(Tensor grad, Tensor iou, Tensor maps, Tensor pairs, Tensor state,"
     " float fraction) -> Tensor",
+    "concept_map(Tensor query, Tensor keys, Tensor weights) -> Tensor",
+    "concept_map_backward(Tensor grad, Tensor query, Tensor keys, Tensor weights) -> Tensor",
+    "add_concept_map(Tensor(a!) maps, Tensor query, Tensor keys, Tensor weights) -> ()",
 )
+
+_HALF = (torch.float16, torch.bfloat16)
+_HAS_CUDA = bool(_C.build_info()["cuda"])
 
 
 class PairsIoU(NamedTuple):
@@ -44,19 +57,19 @@ class PairsIoU(NamedTuple):
 
 def pairs_iou(maps: torch.Tensor, pairs: torch.Tensor, percentile: float) -> PairsIoU:
     """Hard percentile IoU of concept pairs ``[P, 2]`` on maps ``[B, K, N]``; no gradient."""
-    maps = _widen(maps.detach())
-    if _use_native(maps):
-        return PairsIoU(*torch.ops.biasmap.pairs_iou(maps, pairs, percentile))
-    return PairsIoU(*reference.pairs_iou(maps, pairs.to(maps.device), percentile))
+    maps = maps.detach()
+    if _use_native(maps, maps.shape[1]):
+        maps = _readable(maps)
+        return PairsIoU(*torch.ops.biasmap.pairs_iou(maps, _at_hand(pairs, maps), percentile))
+    return PairsIoU(*reference.pairs_iou(_widen(maps), pairs.to(maps.device), percentile))
 
 
 def soft_topk(x: torch.Tensor, fraction: float, temperature: float) -> torch.Tensor:
     """Exact soft top-k mask of each row of ``[M, N]``, differentiable; see `reference`."""
-    x = _widen(x)
     if not _use_native(x):
-        return reference.soft_topk(x, fraction, temperature)
+        return reference.soft_topk(_widen(x), fraction, temperature)
     mask: torch.Tensor
-    mask, _ = _SoftTopk.apply(x, fraction, temperature)  # type: ignore[no-untyped-call]
+    mask, _ = _SoftTopk.apply(_readable(x), fraction, temperature)  # type: ignore[no-untyped-call]
     return mask
 
 
@@ -64,29 +77,86 @@ def soft_iou(
     maps: torch.Tensor, pairs: torch.Tensor, fraction: float, temperature: float
 ) -> torch.Tensor:
     """SoftIoU ``[B, P]`` of pairs ``[P, 2]`` on maps ``[B, K, N]``, differentiable."""
-    maps = _widen(maps)
-    if not _use_native(maps):
-        return reference.soft_iou(maps, pairs.to(maps.device), fraction, temperature)
+    if not _use_native(maps, maps.shape[1]):
+        return reference.soft_iou(_widen(maps), pairs.to(maps.device), fraction, temperature)
+    maps = _readable(maps)
+    pairs = _at_hand(pairs, maps)
     iou: torch.Tensor
     iou, _ = _SoftIoU.apply(maps, pairs, fraction, temperature)  # type: ignore[no-untyped-call]
     return iou
 
 
+def concept_map(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Attribution maps ``[B, K, n]`` of one layer, differentiable in the queries; see `reference`.
+
+    Args:
+        query: ``[B, heads, n, d]``, any floating dtype, any strides.
+        keys: ``[heads, T', d]`` attribution keys, already divided by sqrt(d).
+        weights: ``[K, T']``, the pieces of each concept.
+    """
+    if not _use_native_attention(query, keys, weights):
+        return reference.concept_map(query, keys, weights)
+    maps: torch.Tensor = _ConceptMap.apply(query, keys, weights)  # type: ignore[no-untyped-call]
+    return maps
+
+
+def add_concept_map(
+    maps: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """Adds `concept_map` of the arguments to contiguous ``maps`` ``[B, K, n]``; no gradient."""
+    if _use_native_attention(query, keys, weights):
+        torch.ops.biasmap.add_concept_map(maps, query, keys, weights)
+    else:
+        maps += reference.concept_map(query, keys, weights)
+
+
 def _widen(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in _HALF else x
 
 
-def _use_native(x: torch.Tensor) -> bool:
-    possible = x.device.type == "cpu" and x.dtype == torch.float32
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as the kernels of its device read it: those of the CPU know float32 only."""
+    return x if x.is_cuda else _widen(x)
+
+
+def _at_hand(pairs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Pairs where the kernels find them: on a GPU only if they are too many for a launch."""
+    if maps.is_cuda and not pairs.is_cuda and pairs.shape[0] > _C.pairs_by_value:
+        return pairs.to(maps.device)
+    return pairs
+
+
+def _forced() -> str:
     forced = os.environ.get("BIASMAP_BACKEND", "")
     if forced and forced not in _BACKENDS:
         raise ValueError(f"BIASMAP_BACKEND must be 'reference' or 'native', got {forced!r}")
+    return forced
+
+
+def _use_native(x: torch.Tensor, concepts: int = 1) -> bool:
+    on_gpu = x.is_cuda and _HAS_CUDA and concepts <= _C.most_concepts_on_gpu
+    possible = (x.device.type == "cpu" or on_gpu) and x.dtype in (torch.float32, *_HALF)
+    forced = _forced()
     if forced == "native" and not possible:
+        places = "the CPU or a GPU" if _HAS_CUDA else "the CPU (this build has no CUDA kernels)"
         raise ValueError(
             "BIASMAP_BACKEND=native, but the native kernels take float32, float16 and bfloat16 on "
-            f"the CPU, got {str(x.dtype).removeprefix('torch.')} on {x.device}"
+            f"{places}, on a GPU with {_C.most_concepts_on_gpu} concepts at most, got "
+            f"{str(x.dtype).removeprefix('torch.')} on {x.device}, {concepts} concepts"
         )
     return possible and forced != "reference"
+
+
+def _use_native_attention(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> bool:
+    possible = (
+        query.is_cuda
+        and _HAS_CUDA
+        and query.dtype in (torch.float32, *_HALF)
+        and keys.dtype == weights.dtype == torch.float32
+        and keys.shape[1] <= _C.most_tokens
+        and not (keys.requires_grad or weights.requires_grad)
+    )
+    return possible and _forced() != "reference"
 
 
 def _refuse_create_graph() -> None:
@@ -111,12 +181,13 @@ class _SoftTopk(torch.autograd.Function):
         mask, state = output
         ctx.mark_non_differentiable(state)
         ctx.save_for_backward(mask, state)
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         _refuse_create_graph()
         mask, state = ctx.saved_tensors
-        return torch.ops.biasmap.soft_topk_backward(grad, mask, state), None, None
+        return torch.ops.biasmap.soft_topk_backward(grad, mask, state).to(ctx.dtype), None, None
 
 
 class _SoftIoU(torch.autograd.Function):
@@ -142,7 +213,27 @@ class _SoftIoU(torch.autograd.Function):
         return grad_maps, None, None, None
 
 
-# The kernels behind the schemas: torch allocates, C++ fills. Every tensor is float32 on the CPU.
+class _ConceptMap(torch.autograd.Function):
+    @staticmethod
+    def forward(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        maps: torch.Tensor = torch.ops.biasmap.concept_map(query, keys, weights)
+        return maps
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        _refuse_create_graph()
+        return torch.ops.biasmap.concept_map_backward(grad, *ctx.saved_tensors), None, None
+
+
+# The kernels behind the schemas: torch allocates, C++ fills.
+
+
+def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _pairs_iou(maps: torch.Tensor, pairs: torch.Tensor, percentile: float) -> PairsIoU:
@@ -156,7 +247,7 @@ def _pairs_iou(maps: torch.Tensor, pairs: torch.Tensor, percentile: float) -> Pa
 def _pairs_iou_outputs(maps: torch.Tensor, pairs: torch.Tensor, percentile: float) -> PairsIoU:
     batch, concepts = maps.shape[:2]
     return PairsIoU(
-        maps.new_empty(batch, pairs.shape[0]),
+        _floats(maps, batch, pairs.shape[0]),
         maps.new_empty(batch, pairs.shape[0], dtype=torch.int32),
         maps.new_empty(batch, concepts, dtype=torch.int32),
     )
@@ -173,7 +264,7 @@ def _soft_topk(
 def _soft_topk_outputs(
     x: torch.Tensor, fraction: float, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], 4)
+    return _floats(x, *x.shape), _floats(x, x.shape[0], 4)
 
 
 def _soft_topk_backward(
@@ -202,7 +293,7 @@ def _soft_iou_outputs(
     maps: torch.Tensor, pairs: torch.Tensor, fraction: float, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, concepts = maps.shape[:2]
-    return maps.new_empty(batch, pairs.shape[0]), maps.new_empty(batch, concepts, 4)
+    return _floats(maps, batch, pairs.shape[0]), _floats(maps, batch, concepts, 4)
 
 
 def _soft_iou_backward(
@@ -230,19 +321,63 @@ def _soft_iou_backward_outputs(
     return maps.new_empty(maps.shape)
 
 
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "pairs_iou": (_pairs_iou, _pairs_iou_outputs),
-    "soft_topk": (_soft_topk, _soft_topk_outputs),
-    "soft_topk_backward": (_soft_topk_backward, _soft_topk_backward_outputs),
-    "soft_iou": (_soft_iou, _soft_iou_outputs),
-    "soft_iou_backward": (_soft_iou_backward, _soft_iou_backward_outputs),
+def _concept_map(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    out = _concept_map_outputs(query, keys, weights)
+    _C.concept_map(query, keys.contiguous(), weights.contiguous(), out, False)
+    return out
+
+
+def _concept_map_outputs(
+    query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    return _floats(query, query.shape[0], weights.shape[0], query.shape[2])
+
+
+def _concept_map_backward(
+    grad: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    out = _concept_map_backward_outputs(grad, query, keys, weights)
+    _C.concept_map_backward(grad.contiguous(), query, keys.contiguous(), weights.contiguous(), out)
+    return out
+
+
+def _concept_map_backward_outputs(
+    grad: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    batch, heads, n, depth = query.shape
+    return query.new_empty(batch, n, heads, depth).transpose(1, 2)  # as `to_q` lays it out
+
+
+def _add_concept_map(
+    maps: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
+) -> None:
+    _C.concept_map(query, keys.contiguous(), weights.contiguous(), maps, True)
+
+
+def _add_concept_map_outputs(
+    maps: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
+) -> None:
+    return None
+
+
+_ANYWHERE, _ON_GPU = ("CPU", "CUDA"), ("CUDA",)
+_KERNELS: dict[str, tuple[tuple[str, ...], Callable[..., Any], Callable[..., Any]]] = {
+    "pairs_iou": (_ANYWHERE, _pairs_iou, _pairs_iou_outputs),
+    "soft_topk": (_ANYWHERE, _soft_topk, _soft_topk_outputs),
+    "soft_topk_backward": (_ANYWHERE, _soft_topk_backward, _soft_topk_backward_outputs),
+    "soft_iou": (_ANYWHERE, _soft_iou, _soft_iou_outputs),
+    "soft_iou_backward": (_ANYWHERE, _soft_iou_backward, _soft_iou_backward_outputs),
+    "concept_map": (_ON_GPU, _concept_map, _concept_map_outputs),
+    "concept_map_backward": (_ON_GPU, _concept_map_backward, _concept_map_backward_outputs),
+    "add_concept_map": (_ON_GPU, _add_concept_map, _add_concept_map_outputs),
 }
 
 # The definitions last as long as this object.
 _LIBRARY = torch.library.Library("biasmap", "DEF")  # type: ignore[no-untyped-call]
 for _schema in _SCHEMAS:
     _name = _schema.partition("(")[0]
-    _kernel, _outputs = _KERNELS[_name]
+    _places, _kernel, _outputs = _KERNELS[_name]
     _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(_name, _kernel, "CPU")  # type: ignore[no-untyped-call]
+    for _place in _places:
+        _LIBRARY.impl(_name, _kernel, _place)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"biasmap::{_name}", _outputs, lib=_LIBRARY)

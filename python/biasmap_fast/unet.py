@@ -156,8 +156,29 @@ def _unsupported(module: Any) -> str | None:
     return None
 
 
+def guider_of(pipe: Any) -> Any | None:
+    """The guider of a modular pipeline, which calls the UNet once for each branch; else None.
+
+    Raises:
+        ValueError: a guider of another kind than classifier-free guidance: others call the
+            conditional branch more than once, or project what is added to it.
+    """
+    guider = getattr(pipe, "guider", None)
+    if guider is None:
+        return None
+    from diffusers import ClassifierFreeGuidance
+
+    if not isinstance(guider, ClassifierFreeGuidance):
+        raise ValueError(
+            f"expected a modular pipeline with ClassifierFreeGuidance, got {type(guider).__name__}"
+        )
+    return guider
+
+
 def guidance_chunks(pipe: Any) -> int:
     """How many copies of the latents the pipeline puts into one UNet batch."""
+    if guider_of(pipe) is not None:
+        return 1
     try:
         guided = pipe.do_classifier_free_guidance
     except AttributeError:
@@ -169,8 +190,15 @@ def guidance_chunks(pipe: Any) -> int:
     return 1 + bool(guided) + bool(perturbed)
 
 
-def branch_rows(sample: torch.Tensor, chunks: int, branch: str) -> slice:
-    """Rows of the branch in a batch laid out [unconditional, conditional, ...]."""
+def branch_rows(sample: torch.Tensor, chunks: int, branch: str, *, separate: bool = False) -> slice:
+    """Rows of the branch in a batch laid out [unconditional, conditional, ...].
+
+    Args:
+        sample: the latents.
+        chunks: copies of them in the batch.
+        branch: ``"cond"`` or ``"uncond"``.
+        separate: whether this UNet call is one of the branch alone.
+    """
     batch = sample.shape[0]
     copies = sample.chunk(chunks) if batch % chunks == 0 else ()
     if not copies or any(not torch.equal(copies[0], copy) for copy in copies[1:]):
@@ -178,7 +206,7 @@ def branch_rows(sample: torch.Tensor, chunks: int, branch: str) -> slice:
             f"expected a UNet batch of {chunks} copies of the same latents (guidance chunks), got "
             f"a batch of {batch} that is not; pass attribute(..., chunks=) if the layout differs"
         )
-    if branch == "uncond" and chunks == 1:
+    if branch == "uncond" and chunks == 1 and not separate:
         raise ValueError(
             "branch='uncond' needs classifier-free guidance (guidance_scale > 1), got a UNet "
             "batch without an unconditional chunk"
@@ -205,6 +233,12 @@ def present_rows(rows: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         _PRESENT.reset(token)
+
+
+def as_slice(places: list[int]) -> slice | list[int]:
+    """Consecutive places as a slice, whose indexing copies nothing; others as they are."""
+    consecutive = all(place == places[0] + i for i, place in enumerate(places))
+    return slice(places[0], places[-1] + 1) if places and consecutive else places
 
 
 def rows_here(wanted: slice, batch: int) -> tuple[list[int], list[int]]:

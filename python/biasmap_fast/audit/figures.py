@@ -183,6 +183,45 @@ def columns(
         return _svg(figure, label)
 
 
+def bands(
+    xs: Sequence[float],
+    series: Mapping[str, Sequence[Mapping[str, float] | None]],
+    *,
+    x_label: str,
+    label: str,
+) -> str:
+    """Medians as lines, quartiles as bands around them: SVG.
+
+    Args:
+        xs: places on the horizontal axis.
+        series: name -> ``{"median", "low", "high"}`` a place, or ``None``.
+        x_label: of the horizontal axis.
+        label: of the vertical axis.
+    """
+    with _style():
+        figure, axes = _canvas(8.6, 2.9)
+        for index, (name, values) in enumerate(series.items()):
+            colour, shape = _look(index)
+            kept = [(x, one) for x, one in zip(xs, values, strict=True) if one is not None]
+            places = [x for x, _ in kept]
+            axes.fill_between(
+                places,
+                [one["low"] for _, one in kept],
+                [one["high"] for _, one in kept],
+                color=colour,
+                alpha=0.18,
+                linewidth=0,
+            )
+            medians = [one["median"] for _, one in kept]
+            axes.plot(places, medians, color=colour, marker=shape, markersize=3.5, label=name)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(label)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        _legend(axes, len(series))
+        return _svg(figure, f"{label} over {x_label}")
+
+
 def picture_panel(picture: Image) -> str:
     """A picture as PNG data URI, at the size of a panel."""
     return _png(_sized(picture))

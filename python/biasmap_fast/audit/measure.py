@@ -7,7 +7,8 @@ here writes files or knows about other chunks, so chunks can be measured anywher
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +16,16 @@ import torch
 
 from .. import entanglement, presets
 from ..attribution import attribute
+from ..guidance import Guidance, guide
 from ..maps import resize
-from .records import OK, to_table
+from .plan import GUIDED, PLAIN
+from .records import LEDGER_SCHEMA, OK, to_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from PIL.Image import Image
 
+    from ..ledger import LedgerRow
     from ..maps import AttributionMaps
     from .plan import AuditPlan, Pair, Unit
 
@@ -52,11 +56,23 @@ class Chunk:
         table: its records.
         pictures: file stem -> picture, those that the plan keeps.
         maps: file stem -> tensor name -> ``[H, W]`` map, those that the plan keeps.
+        ledger: what guidance did to each picture in each UNet call; None without guidance.
     """
 
     table: pa.Table
     pictures: dict[str, Image]
     maps: dict[str, dict[str, torch.Tensor]]
+    ledger: pa.Table | None = None
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a batch of pictures left."""
+
+    arrays: np.ndarray[Any, Any]  # [B, H, W, 3] in [0, 1]
+    filtered: list[bool]  # blanked by a safety checker
+    maps: dict[str, AttributionMaps]
+    ledger: list[LedgerRow]  # empty without guidance
 
 
 @dataclass(frozen=True)
@@ -76,9 +92,12 @@ def stem(plan: AuditPlan, unit: Unit) -> str:
         >>> plan = AuditPlan(professions=["doctor", "police officer"])
         >>> stem(plan, Unit("police officer", 7))
         '001-police-officer-7'
+        >>> stem(plan, Unit("doctor", 7, "guided"))
+        '000-doctor-7-guided'
     """
     word = "".join(c if c.isalnum() and c.isascii() else "-" for c in unit.profession)
-    return f"{plan.professions.index(unit.profession):03d}-{word}-{unit.seed}"
+    name = f"{plan.professions.index(unit.profession):03d}-{word}-{unit.seed}"
+    return name if unit.condition == PLAIN else f"{name}-{unit.condition}"
 
 
 def kept(choice: str, plan: AuditPlan, unit: Unit) -> bool:
@@ -108,18 +127,23 @@ def measure_chunk(
         for image, unit in enumerate(units)
         for pair in plan.pairs(unit.profession)
     ]
-    arrays, filtered, maps = _draw(pipe, plan, units, cells)
+    drawn = _draw(pipe, plan, units, cells)
+    guided = [_guidance_fields(drawn.ledger, image) for image in range(len(units))]
     faults = [
-        _picture_fault(array, blocked) for array, blocked in zip(arrays, filtered, strict=True)
+        _picture_fault(array, blocked) or _guidance_fault(fields)
+        for array, blocked, fields in zip(drawn.arrays, drawn.filtered, guided, strict=True)
     ]
-    pictures = [None if fault else _to_picture(a) for a, fault in zip(arrays, faults, strict=True)]
+    pictures = [
+        None if fault else _to_picture(array)
+        for array, fault in zip(drawn.arrays, faults, strict=True)
+    ]
     readings = _read(read, pictures)
-    height, width = arrays.shape[1:3]
+    height, width = drawn.arrays.shape[1:3]
     rows: list[dict[str, Any]] = []
-    for measured, cell in zip(_measured(plan, cells, maps, faults), cells, strict=True):
+    for measured, cell in zip(_measured(plan, cells, drawn.maps, faults), cells, strict=True):
         common = _settings(pipe, plan, cell, (height, width))
         reading = _reading_fields(readings[cell.image], cell.pair, plan)
-        rows.extend({**common, **reading, **values} for values in measured)
+        rows.extend({**common, **guided[cell.image], **reading, **values} for values in measured)
     return Chunk(
         table=to_table(rows),
         pictures={
@@ -127,7 +151,8 @@ def measure_chunk(
             for unit, picture in zip(units, pictures, strict=True)
             if picture is not None and kept(plan.save_pictures, plan, unit)
         },
-        maps=_kept_maps(plan, cells, maps),
+        maps=_kept_maps(plan, cells, drawn.maps),
+        ledger=_ledger_table(units, drawn.ledger),
     )
 
 
@@ -149,10 +174,8 @@ def reader_for_testbed() -> Reader:
     return read
 
 
-def _draw(
-    pipe: Any, plan: AuditPlan, units: Sequence[Unit], cells: Sequence[_Cell]
-) -> tuple[np.ndarray[Any, Any], list[bool], dict[str, AttributionMaps]]:
-    """Pictures ``[B, H, W, 3]`` in [0, 1], which of them a safety checker blanked, and the maps."""
+def _draw(pipe: Any, plan: AuditPlan, units: Sequence[Unit], cells: Sequence[_Cell]) -> _Drawn:
+    """Draws one batch under its condition and attributes it."""
     prompts = {
         prompt.name: prompt
         for cell in cells
@@ -170,19 +193,90 @@ def _draw(
     }
     if plan.negative_prompt is not None:
         settings["negative_prompt"] = [plan.negative_prompt] * len(units)
-    with attribute(
-        pipe,
-        list(prompts.values()),
-        branch=plan.branch,
-        layers=plan.layers,
-        by="block",
-    ) as recorder:
+    (condition,) = {unit.condition for unit in units}
+    recorder = attribute(
+        pipe, list(prompts.values()), branch=plan.branch, layers=plan.layers, by="block"
+    )
+    guidance = _guidance(pipe, plan, units) if condition == GUIDED else nullcontext()
+    with recorder, guidance:
         output = pipe(**settings)
     maps = recorder.maps()
     if not isinstance(maps, dict):
         raise TypeError(f"expected maps by prompt name, got {type(maps).__name__}")
     filtered = getattr(output, "nsfw_content_detected", None) or [False] * len(units)
-    return np.asarray(output.images), [bool(blocked) for blocked in filtered], maps
+    return _Drawn(
+        arrays=np.asarray(output.images),
+        filtered=[bool(blocked) for blocked in filtered],
+        maps=maps,
+        ledger=guidance.ledger if isinstance(guidance, Guidance) else [],
+    )
+
+
+def _guidance(pipe: Any, plan: AuditPlan, units: Sequence[Unit]) -> Guidance:
+    """Guidance of every picture by the pairs that are measured on it."""
+    if plan.energy is None:
+        raise ValueError("the condition 'guided' needs `energy`")
+    measured = [plan.pairs(unit.profession) for unit in units]
+    return guide(
+        pipe,
+        [
+            list(
+                dict.fromkeys(
+                    p for pair in pairs for p in (pair.semantic_prompt, pair.demographic_prompt)
+                )
+            )
+            for pairs in measured
+        ],
+        pairs=[
+            [(unit.profession, pair.demographic) for pair in pairs]
+            for unit, pairs in zip(units, measured, strict=True)
+        ],
+        branch=plan.branch,
+        strict=False,  # a picture that was hardly guided becomes a row that says so
+        **plan.energy.model_dump(),
+    )
+
+
+def _guidance_fields(ledger: Sequence[LedgerRow], image: int) -> dict[str, Any]:
+    """The columns that say what guidance did to one image; none without guidance."""
+    rows = [row for row in ledger if row.image == image]
+    if not rows:
+        return {}
+    applied = sum(row.applied for row in rows)
+    return {
+        "guidance_energy_first": rows[0].energy,
+        "guidance_energy_last": rows[-1].energy,
+        "guidance_applied": applied,
+        "guidance_skipped": len(rows) - applied,
+    }
+
+
+def _guidance_fault(fields: dict[str, Any]) -> tuple[str, str] | None:
+    if not fields or fields["guidance_skipped"] <= fields["guidance_applied"]:
+        return None
+    calls = fields["guidance_skipped"] + fields["guidance_applied"]
+    return (
+        "guidance_skipped",
+        f"guidance was skipped in {fields['guidance_skipped']} of {calls} UNet calls (see ledger/)",
+    )
+
+
+def _ledger_table(units: Sequence[Unit], ledger: Sequence[LedgerRow]) -> pa.Table | None:
+    if not ledger:
+        return None
+    return to_table(
+        [
+            {
+                "condition": units[row.image].condition,
+                "semantic": units[row.image].profession,
+                "seed": units[row.image].seed,
+                **{name: value for name, value in asdict(row).items() if name != "image"},
+                "pairs": ["+".join(pair) for pair in row.pairs],
+            }
+            for row in ledger
+        ],
+        LEDGER_SCHEMA,
+    )
 
 
 def _picture_fault(array: np.ndarray[Any, Any], filtered: bool) -> tuple[str, str] | None:
@@ -325,7 +419,7 @@ def _block_pairs(
 def _settings(pipe: Any, plan: AuditPlan, cell: _Cell, size: tuple[int, int]) -> dict[str, Any]:
     """The columns that say what was asked for: enough to draw the picture again."""
     return {
-        "condition": "plain",
+        "condition": cell.unit.condition,
         "model": plan.model,
         "revision": plan.revision,
         "semantic": cell.unit.profession,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from collections.abc import Set as AbstractSet
 
+PLAIN: Literal["plain"] = "plain"
+GUIDED: Literal["guided"] = "guided"
+
 # What the published scripts fix (design, section 2): a conflicting setting is refused.
 _PAPER: dict[str, Any] = {
     "branch": presets.PAPER.branch,
@@ -58,10 +61,31 @@ class Pair:
 
 @dataclass(frozen=True)
 class Unit:
-    """One picture to draw: a profession and the seed of its generator."""
+    """One picture to draw: a profession, the seed of its generator, and under which condition."""
 
     profession: str
     seed: int
+    condition: str = PLAIN
+
+
+class Energy(BaseModel):
+    """The energy of the condition ``"guided"``; every field as in `biasmap_fast.guide`.
+
+    Its pairs are those that the audit measures, its branch is the plan's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: float = Field(100.0, allow_inf_nan=False)
+    fraction: float = Field(0.3, gt=0, lt=1)
+    temperature: float = Field(0.01, ge=1e-6, allow_inf_nan=False)
+    clip: float | Literal["skip"] | None = 1.0
+    start: float = Field(0.0, ge=0, lt=1)
+    stop: float = Field(1.0, gt=0, le=1)
+    every: int = Field(1, ge=1)
+    inner_steps: int = Field(1, ge=1)
+    accumulate: bool = False
+    layers: tuple[str, ...] | None = None
 
 
 class AuditPlan(BaseModel):
@@ -85,7 +109,10 @@ class AuditPlan(BaseModel):
             ``{demographic}``, so that the words do not share one softmax. ``{a_demographic}``
             comes with an article.
         negative_prompt: what not to draw.
-        seeds: one picture a profession and seed.
+        conditions: ``"plain"``, ``"guided"`` (by the energy) or both, on the same seeds; what is
+            first is what the others are compared with.
+        energy: settings of the condition ``"guided"``.
+        seeds: one picture a profession, seed and condition.
         steps: inference steps.
         guidance_scale: classifier-free guidance; 1 for none. Default 7.5, on the testbed 1.
         height: of the pictures in pixels; ``None`` for the model's default.
@@ -124,6 +151,8 @@ class AuditPlan(BaseModel):
     prompt_template: str = presets.PROMPT_TEMPLATE
     attribution_template: str | tuple[str, str] = presets.ATTRIBUTION_TEMPLATE
     negative_prompt: str | None = None
+    conditions: tuple[Literal["plain", "guided"], ...] = (PLAIN,)
+    energy: Energy | None = None
     seeds: tuple[int, ...] = tuple(range(20))
     steps: int = Field(25, ge=1)
     guidance_scale: float = Field(7.5, ge=0, allow_inf_nan=False)
@@ -155,9 +184,11 @@ class AuditPlan(BaseModel):
         if filled.get("preset") == "paper":
             filled = {**_PAPER, **_PAPER_DEFAULTS, **filled}
         filled.setdefault("guidance_scale", 1.0 if testbed else 7.5)
+        if GUIDED in filled.get("conditions", ()) and filled.get("energy") is None:
+            filled["energy"] = {}
         return filled
 
-    @field_validator("professions", "seeds", "percentiles")
+    @field_validator("professions", "conditions", "seeds", "percentiles")
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if not values:
@@ -223,6 +254,15 @@ class AuditPlan(BaseModel):
                         f"preset 'paper' means {name}={value!r}, got {getattr(self, name)!r}; "
                         "leave it out or use preset 'default'"
                     )
+            if GUIDED in self.conditions:
+                raise ValueError(
+                    "preset 'paper' measures; its energy (per-row masks of 20 iterations) is not "
+                    "one that guides. Use preset 'default' for the condition 'guided'"
+                )
+        if self.energy is not None and GUIDED not in self.conditions:
+            raise ValueError(
+                f"`energy` belongs to the condition 'guided', got conditions {self.conditions}"
+            )
         if self.branch == "uncond" and self.guidance_scale <= 1:
             raise ValueError(
                 "branch 'uncond' needs classifier-free guidance: expected guidance_scale > 1, "
@@ -249,15 +289,26 @@ class AuditPlan(BaseModel):
         ]
 
     def units(self) -> Iterator[Unit]:
-        """The pictures in canonical order: by profession, then by seed, as the plan lists them."""
-        for profession in self.professions:
-            for seed in self.seeds:
-                yield Unit(profession, seed)
+        """The pictures in the plan's order: by condition, then profession, then seed."""
+        for condition in self.conditions:
+            for profession in self.professions:
+                for seed in self.seeds:
+                    yield Unit(profession, seed, condition)
 
     def chunks(self) -> list[list[Unit]]:
         """The pictures in the batches they are drawn in; the plan alone decides, not the past."""
-        units = list(self.units())
-        return [units[i : i + self.batch_size] for i in range(0, len(units), self.batch_size)]
+        chunks = []
+        for condition in self.conditions:
+            units = [unit for unit in self.units() if unit.condition == condition]
+            chunks += [
+                units[i : i + self.batch_size] for i in range(0, len(units), self.batch_size)
+            ]
+        return chunks
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the plan asks for."""
+        return len(self.conditions) * len(self.professions) * len(self.seeds)
 
     def differences(self, other: AuditPlan) -> list[str]:
         """Fields in which two plans differ, each as ``"name: mine, theirs"``."""

@@ -86,18 +86,41 @@ SCHEMA = pa.schema(
 )
 
 
-def to_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Rows as a table of `SCHEMA`; columns that a row does not have are null.
+LEDGER_SCHEMA = pa.schema(
+    [
+        _field("condition", pa.string(), "intervention", nullable=False),
+        _field("semantic", pa.string(), "profession", nullable=False),
+        _field("seed", pa.int64(), "of the image's own CPU generator", nullable=False),
+        _field("call", pa.int32(), "UNet call of the picture, from 0", nullable=False),
+        _field("timestep", pa.float64(), "of the call", nullable=False),
+        _field("energy", pa.float64(), "weighted mean of the pairs' SoftIoU", nullable=False),
+        _field("pairs", pa.list_(pa.string()), "'profession+word'", nullable=False),
+        _field("soft_iou", pa.list_(pa.float64()), "of each pair", nullable=False),
+        _field("iou", pa.list_(pa.float64()), "hard IoU of each pair", nullable=False),
+        _field("gradient_norm", pa.float64(), "L2, before clipping", nullable=False),
+        _field(
+            "clip_factor", pa.float64(), "what the gradient was multiplied with", nullable=False
+        ),
+        _field("applied", pa.bool_(), "whether the prediction was changed", nullable=False),
+        _field("reason", pa.string(), "why not, empty if it was", nullable=False),
+    ],
+    metadata={"biasmap_fast.schema_version": SCHEMA_VERSION},
+)
+"""What guidance did: one row a picture and guided UNet call, in ``ledger/part-*.parquet``."""
+
+
+def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema = SCHEMA) -> pa.Table:
+    """Rows as a table of a schema; columns that a row does not have are null.
 
     Raises:
         RecordError: a row has a column that the schema does not know, or lacks a required one.
     """
     listed = list(rows)
-    known = set(SCHEMA.names)
+    known = set(schema.names)
     for row in listed:
         if unknown := sorted(row.keys() - known):
             raise RecordError(f"a record has unknown columns {unknown}")
-    table = pa.Table.from_pylist([dict(row) for row in listed], schema=SCHEMA)
+    table = pa.Table.from_pylist([dict(row) for row in listed], schema=schema)
     _check_required(table, "the records to write")
     return table
 
@@ -115,7 +138,34 @@ def write_part(folder: Path, chunk: int, table: pa.Table) -> Path:
         chunk: number of the chunk.
         table: its records.
     """
-    path = part_path(folder, chunk)
+    return _write(part_path(folder, chunk), table)
+
+
+def ledger_path(folder: Path, chunk: int) -> Path:
+    """Where chunk ``chunk`` of the run in ``folder`` keeps its ledger."""
+    return folder / "ledger" / f"part-{chunk:05d}.parquet"
+
+
+def write_ledger(folder: Path, chunk: int, table: pa.Table) -> Path:
+    """Writes one ledger file, whole or not at all."""
+    return _write(ledger_path(folder, chunk), table)
+
+
+def read_ledger(folder: Path) -> pa.Table:
+    """The ledger of a run: of the chunks whose records are there, in the order of the chunks.
+
+    Raises:
+        RecordError: a file is damaged.
+    """
+    tables = []
+    for part in sorted((folder / "records").glob("part-*.parquet")):
+        path = folder / "ledger" / part.name
+        if path.exists():
+            tables.append(read_part(path, LEDGER_SCHEMA))
+    return pa.concat_tables([LEDGER_SCHEMA.empty_table(), *tables]).combine_chunks()
+
+
+def _write(path: Path, table: pa.Table) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".parquet.tmp")
     with partial.open("wb") as file:
@@ -127,7 +177,7 @@ def write_part(folder: Path, chunk: int, table: pa.Table) -> Path:
     return path
 
 
-def read_part(path: Path) -> pa.Table:
+def read_part(path: Path, schema: pa.Schema = SCHEMA) -> pa.Table:
     """Reads and checks one part file.
 
     Raises:
@@ -140,8 +190,8 @@ def read_part(path: Path) -> pa.Table:
             f"the record file {path} cannot be read ({error}). Nothing else was touched: delete "
             "this one file and start the same audit again to measure its images once more"
         ) from error
-    if not table.schema.equals(SCHEMA, check_metadata=False):
-        difference = _difference(table.schema)
+    if not table.schema.equals(schema, check_metadata=False):
+        difference = _difference(table.schema, schema)
         raise RecordError(
             f"the record file {path} does not have this version's columns ({difference}); it was "
             "written by another version of biasmap-fast: use that one, or a new folder"
@@ -173,18 +223,18 @@ def read_records(folder: Path) -> pa.Table:
 
 
 def _check_required(table: pa.Table, what: str) -> None:
-    missing = [f.name for f in SCHEMA if not f.nullable and table[f.name].null_count]
+    missing = [f.name for f in table.schema if not f.nullable and table[f.name].null_count]
     if missing:
         raise RecordError(f"{what} lack values in the required columns {missing}")
 
 
-def _difference(schema: pa.Schema) -> str:
-    missing = [name for name in SCHEMA.names if name not in schema.names]
-    added = [name for name in schema.names if name not in SCHEMA.names]
+def _difference(found: pa.Schema, expected: pa.Schema) -> str:
+    missing = [name for name in expected.names if name not in found.names]
+    added = [name for name in found.names if name not in expected.names]
     changed = [
-        f"{f.name}: expected {f.type}, got {schema.field(f.name).type}"
-        for f in SCHEMA
-        if f.name in schema.names and schema.field(f.name).type != f.type
+        f"{f.name}: expected {f.type}, got {found.field(f.name).type}"
+        for f in expected
+        if f.name in found.names and found.field(f.name).type != f.type
     ]
     return f"missing {missing}, unknown {added}, changed {changed}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from ..entanglement import chance_iou
 from ..pipelines import TESTBED
 from . import figures, sentences
 from .measure import stem
-from .plan import AuditPlan, Unit
+from .plan import GUIDED, AuditPlan, Unit
 from .records import OK
 
 if TYPE_CHECKING:
@@ -57,16 +58,19 @@ def write_report(
         The report's path.
     """
     environment = _environment(folder)
-    axes = [_axis(name, words, folder, plan, records, summary) for name, words in plan.axes.items()]
+    main = _under(plan.conditions[0], summary)
+    axes = [_axis(name, words, folder, plan, records, main) for name, words in plan.axes.items()]
     html = _template().render(
         plan=plan,
         model="the embedded testbed model" if plan.model == TESTBED else plan.model,
         axes=axes,
-        summary=summary,
+        conditions=_conditions(folder, plan, records, summary),
+        summary=main,
         run=summary["run"],
         failures=_failures(records),
         headline=sentences.headline(plan, summary),
         limits=sentences.limits(plan, summary),
+        guided_maps=sentences.guided_maps(),
         settings=_settings(plan),
         environment=_flat(environment),
         colours={part: figures.hex_colour(part) for part in ("semantic", "demographic", "both")},
@@ -77,6 +81,114 @@ def write_report(
     partial.write_text(html, encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def _under(condition: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary's rows of one condition alone."""
+
+    def own(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [row for row in rows if row["condition"] == condition]
+
+    found = dict(summary)
+    for name in ("professions", "overall", "comparisons", "shares"):
+        found[name] = own(summary[name])
+    if summary["testbed"] is not None:
+        found["testbed"] = {**summary["testbed"], "rank": own(summary["testbed"]["rank"])}
+    return found
+
+
+def _conditions(
+    folder: Path, plan: AuditPlan, records: pa.Table, summary: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What the report shows of every condition but the first, in the plan's order."""
+    found = []
+    for condition in plan.conditions[1:]:
+        rows = [row for row in summary["differences"] if row["condition"] == condition]
+        curves = [row for row in summary["guidance"] if row["condition"] == condition]
+        found.append(
+            {
+                "name": condition,
+                "guided": condition == GUIDED,
+                "rows": rows,
+                "axes": [
+                    _condition_axis(name, words, condition, rows, folder, plan, records, summary)
+                    for name, words in plan.axes.items()
+                ],
+                "curves": _ledger_figures(curves),
+                "skipped": _skips(curves),
+                "outputs": summary["outputs"],
+            }
+        )
+    return found
+
+
+def _condition_axis(
+    name: str,
+    words: tuple[str, ...],
+    condition: str,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    plan: AuditPlan,
+    records: pa.Table,
+    summary: Mapping[str, Any],
+) -> dict[str, Any]:
+    first = plan.percentiles[0]
+    main = [row for row in rows if row["axis"] == name and row["percentile"] == first]
+    by_word = {
+        row["demographic"]: {one["semantic"]: one["iou"] for one in row["professions"]}
+        for row in main
+    }
+    cells = {
+        (row["semantic"], row["demographic"]): row
+        for row in summary["professions"]
+        if (row["axis"], row["percentile"], row["condition"]) == (name, first, plan.conditions[0])
+    }
+    order = _order(plan.professions, words, cells)
+    means = {row["demographic"]: row["iou"] for row in main}
+    chart = figures.intervals(
+        [*order, "mean over professions"],
+        {
+            word: [*(by_word[word].get(p) for p in order), means[word]]
+            for word in words
+            if word in by_word
+        },
+        label=f"change of IoU under {condition}, {name}, percentile {first:g}",
+        reference=0.0,
+        reference_label="no change",
+        rule_above=len(order),
+    )
+    strips, scales = _strips(name, words, order, folder, plan, records, condition)
+    return {
+        "name": name,
+        "sentences": [sentences.difference(row) for row in main],
+        "chart": chart if by_word else "",
+        "strips": strips,
+        "scales": scales,
+    }
+
+
+def _ledger_figures(curves: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Energy and IoU, and the gradient's norm, over the UNet calls."""
+    if not curves:
+        return []
+    calls = [row["call"] for row in curves]
+    overlap = {
+        "energy (mean SoftIoU)": [row["energy"] for row in curves],
+        "IoU of the same call's maps": [row["iou"] for row in curves],
+    }
+    norm = {"gradient norm": [row["gradient_norm"] for row in curves]}
+    return [
+        figures.bands(calls, overlap, x_label="UNet call", label="overlap"),
+        figures.bands(calls, norm, x_label="UNet call", label="gradient norm"),
+    ]
+
+
+def _skips(curves: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """Reason -> how many calls of pictures were not guided for it."""
+    counts: Counter[str] = Counter()
+    for row in curves:
+        counts.update(row["skipped"])
+    return sorted(counts.items())
 
 
 def _template() -> Any:
@@ -112,7 +224,7 @@ def _axis(
         (row["semantic"], row["demographic"]): row for row in rows if row["percentile"] == first
     }
     order = _order(plan.professions, words, by_cell)
-    strips, scales = _strips(name, words, order, folder, plan, records)
+    strips, scales = _strips(name, words, order, folder, plan, records, plan.conditions[0])
     ranks = [row for row in (summary["testbed"] or {}).get("rank", []) if row["axis"] == name]
     main = [row for row in ranks if row["percentile"] == first and row["against"] == "overlap"]
     return _Axis(
@@ -226,6 +338,7 @@ def _strips(
     folder: Path,
     plan: AuditPlan,
     records: pa.Table,
+    condition: str,
 ) -> tuple[list[dict[str, Any]], dict[str, tuple[float, float]]]:
     """Pictures with maps for the highest, median and lowest profession that has both kept."""
     from PIL import Image
@@ -234,7 +347,7 @@ def _strips(
     seed = plan.seeds[0]
     kept = []
     for profession in order:
-        name = stem(plan, Unit(profession, seed))
+        name = stem(plan, Unit(profession, seed, condition))
         picture, maps = folder / f"pictures/{name}.png", folder / f"maps/{name}.safetensors"
         if picture.is_file() and maps.is_file():
             kept.append((profession, picture, maps))
@@ -252,7 +365,7 @@ def _strips(
         for side in ("semantic", "demographic")
     }
     joint = isinstance(plan.attribution_template, str)
-    ious = _ious(records, axis, seed, plan.percentiles[0])
+    ious = _ious(records, condition, axis, seed, plan.percentiles[0])
     strips = []
     for profession, rank, image, tensors in loaded:
         panels = [
@@ -293,14 +406,14 @@ def _range(maps: Sequence[Any]) -> tuple[float, float]:
 
 
 def _ious(
-    records: pa.Table, axis: str, seed: int, percentile: float
+    records: pa.Table, condition: str, axis: str, seed: int, percentile: float
 ) -> dict[tuple[str, str], float]:
-    columns = ["semantic", "demographic", "axis", "seed", "percentile", "iou", "status"]
+    key = ["condition", "axis", "seed", "percentile", "status"]
+    columns = [*key, "semantic", "demographic", "iou"]
     return {
         (row["semantic"], row["demographic"]): row["iou"]
         for row in records.select(columns).to_pylist()
-        if (row["axis"], row["seed"], row["percentile"], row["status"])
-        == (axis, seed, percentile, OK)
+        if [row[name] for name in key] == [condition, axis, seed, percentile, OK]
     }
 
 
@@ -410,7 +523,8 @@ def _share_chart(
 
 
 def _failures(records: pa.Table) -> list[dict[str, Any]]:
-    columns = ["semantic", "seed", "axis", "demographic", "percentile", "status", "reason"]
+    columns = ["condition", "semantic", "seed", "axis", "demographic", "percentile"]
+    columns += ["status", "reason"]
     return [row for row in records.select(columns).to_pylist() if row["status"] != OK]
 
 

@@ -25,7 +25,7 @@ from ..concepts import text_encoders, tokenize
 from ..pipelines import TESTBED, load_pipeline
 from .measure import Chunk, measure_chunk, reader_for_testbed
 from .plan import AuditPlan, explain
-from .records import part_path, read_part, read_records, write_part
+from .records import part_path, read_ledger, read_part, read_records, write_ledger, write_part
 from .report import write_report
 from .summary import summarise
 
@@ -133,7 +133,8 @@ def load_audit(path: str | Path) -> AuditResult:
     folder = Path(path)
     plan = _read_plan(folder)
     records = read_records(folder)
-    return AuditResult(folder, plan, records, summarise(plan, records, planted(plan)))
+    summary = summarise(plan, records, planted(plan), read_ledger(folder))
+    return AuditResult(folder, plan, records, summary)
 
 
 def render(path: str | Path) -> AuditResult:
@@ -318,7 +319,7 @@ def _measure(
     *,
     progress: bool,
 ) -> None:
-    total = len(plan.professions) * len(plan.seeds)
+    total = plan.pictures
     left = sum(len(units) for _, units in todo)
     read = reader_for_testbed() if plan.model == TESTBED else None
     with tqdm(
@@ -334,6 +335,8 @@ def _measure(
             with _explained(index, len(plan.chunks()), folder, plan):
                 chunk = measure_chunk(pipe, plan, units, read)
                 _store(chunk, plan, folder)
+                if chunk.ledger is not None:
+                    write_ledger(folder, index, chunk.ledger)
                 write_part(folder, index, chunk.table)
             bar.update(len(units))
 

@@ -52,6 +52,8 @@ def headline(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
         f"{_count(len(plan.professions), 'profession')}, {_count(len(plan.seeds), 'seed')} each, "
         f"{plan.steps} steps, {guidance}."
     )
+    if len(plan.conditions) > 1:
+        text += f" Conditions, on the same seeds: {_listed(list(plan.conditions))}."
     if not run["complete"]:
         text += (
             f" The run is not finished: {run['images_drawn']} pictures were drawn so far. "
@@ -82,6 +84,38 @@ def finding(axis: str, summary: Mapping[str, Any]) -> str:
     return (
         f"The 95 % interval of mean IoU lies above the chance level {measured[0]['chance']:.3f} "
         f"for {above}; below it for {below}."
+    )
+
+
+def difference(row: Mapping[str, Any]) -> str:
+    """What a condition changed in the measured IoU with one word, and whether the interval has 0.
+
+    Example:
+        >>> change = {"value": -0.06, "low": -0.08, "high": -0.04, "n": 20}
+        >>> row = {"condition": "guided", "baseline": "plain", "demographic": "man", "iou": change}
+        >>> difference({**row, "percentile": 70.0, "baseline_iou": 0.31, "condition_iou": 0.25})
+        'With “man”, mean IoU is 0.310 plain and 0.250 guided: −0.060 [−0.080, −0.040] ...'
+    """
+    figure = row["iou"]
+    if figure["value"] is None:
+        return f"With “{row['demographic']}”, nothing was measured under both conditions yet."
+    text = (
+        f"With “{row['demographic']}”, mean IoU is {number(row['baseline_iou'])} "
+        f"{row['baseline']} and {number(row['condition_iou'])} {row['condition']}: "
+        f"{interval(figure, 3)} on the same seeds, mean over {_count(figure['n'], 'profession')}"
+    )
+    if figure["low"] is None:
+        return f"{text}; too little for an interval."
+    holds_zero = figure["low"] <= 0.0 <= figure["high"]
+    return f"{text}; the interval holds 0." if holds_zero else f"{text}."
+
+
+def guided_maps() -> str:
+    """What a lower IoU under guidance does and does not say."""
+    return (
+        "Guidance lowers an overlap of maps, and these maps are made while it does so. That their "
+        "IoU falls shows that it reached its own aim; it does not show that the pictures bind the "
+        "two concepts any less."
     )
 
 
@@ -185,8 +219,14 @@ def limits(plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
 
 
 def _first_percentile(axis: str, summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    rows = [row for row in summary["comparisons"] if row["axis"] == axis]
-    return [row for row in rows if row["percentile"] == summary["run"]["percentiles"][0]]
+    """Comparisons of the first condition at the first percentile."""
+    run = summary["run"]
+    wanted = (axis, run["conditions"][0], run["percentiles"][0])
+    return [
+        row
+        for row in summary["comparisons"]
+        if (row["axis"], row["condition"], row["percentile"]) == wanted
+    ]
 
 
 def _listed(parts: list[str]) -> str:

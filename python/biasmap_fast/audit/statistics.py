@@ -81,26 +81,30 @@ class Figure:
         )
 
 
-def mean_interval(values: Sequence[float] | FloatArray, confidence: float = CONFIDENCE) -> Figure:
-    """Mean of independent measurements with Student's t interval, cut to [0, 1].
+def mean_interval(
+    values: Sequence[float] | FloatArray, confidence: float = CONFIDENCE, *, lowest: float = 0.0
+) -> Figure:
+    """Mean of independent measurements with Student's t interval, cut to the possible values.
 
     Args:
-        values: ``[n]`` measurements in [0, 1], for example the IoU of the images of a profession.
+        values: ``[n]`` measurements in [lowest, 1], for example the IoU of the images of a
+            profession, or, with ``lowest=-1``, the differences between two conditions.
         confidence: nominal coverage, between 0 and 1.
+        lowest: the smallest possible value.
 
     Returns:
         A figure without interval for n < 2 and for values that do not vary: neither says anything
         about the spread.
 
     Raises:
-        ValueError: a value is not finite, or outside [0, 1].
+        ValueError: a value is not finite, or outside [lowest, 1].
 
     Example:
         >>> figure = mean_interval([0.2, 0.3, 0.4])
         >>> round(figure.value, 3), round(figure.low, 3), round(figure.high, 3), figure.n
         (0.3, 0.052, 0.548, 3)
     """
-    x = _checked(np.asarray(values, dtype=np.float64))
+    x = _checked(np.asarray(values, dtype=np.float64), lowest)
     n = int(x.size)
     if n == 0:
         return Figure(None, None, None, 0, confidence, "nothing was measured")
@@ -111,7 +115,7 @@ def mean_interval(values: Sequence[float] | FloatArray, confidence: float = CONF
     if error <= 1e-12:
         return Figure(mean, None, None, n, confidence, "no interval: the values do not vary")
     reach = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
-    low, high = max(0.0, mean - reach), min(1.0, mean + reach)
+    low, high = max(lowest, mean - reach), min(1.0, mean + reach)
     return Figure(mean, low, high, n, confidence, "Student t over images")
 
 
@@ -119,14 +123,16 @@ def crossed_mean_interval(
     values: FloatArray,
     confidence: float = CONFIDENCE,
     *,
+    lowest: float = 0.0,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Figure:
     """Mean of the professions' means; professions and seeds resampled (pigeonhole bootstrap).
 
     Args:
-        values: ``[professions, seeds]`` in [0, 1]; NaN where an image could not be measured.
+        values: ``[professions, seeds]`` in [lowest, 1]; NaN where an image was not measured.
         confidence: nominal coverage.
+        lowest: the smallest possible value: 0, or -1 for differences between two conditions.
         resamples: bootstrap resamples.
         seed: of the bootstrap's own random numbers.
 
@@ -157,7 +163,7 @@ def crossed_mean_interval(
     if error <= 1e-12:
         return Figure(mean, None, None, count, confidence, "no interval: the values do not vary")
     reach = float(stats.t.ppf(0.5 + confidence / 2, min(count, seeds) - 1)) * error
-    low, high = max(0.0, mean - reach), min(1.0, mean + reach)
+    low, high = max(lowest, mean - reach), min(1.0, mean + reach)
     method = "pigeonhole bootstrap over professions and seeds, t reach"
     return Figure(mean, low, high, count, confidence, method)
 
@@ -228,11 +234,12 @@ def stable_seed(*parts: object) -> int:
     return zlib.crc32("\x1f".join(map(str, parts)).encode())
 
 
-def _checked(x: FloatArray) -> FloatArray:
-    if x.size and not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
+def _checked(x: FloatArray, lowest: float) -> FloatArray:
+    if x.size and not (np.isfinite(x).all() and x.min() >= lowest and x.max() <= 1):
         raise ValueError(
-            f"`values` must be finite and lie in [0, 1], got {int((~np.isfinite(x)).sum())} "
-            f"non-finite values and the range {np.nanmin(x)} to {np.nanmax(x)}"
+            f"`values` must be finite and lie in [{lowest:g}, 1], got "
+            f"{int((~np.isfinite(x)).sum())} non-finite values and the range {np.nanmin(x)} to "
+            f"{np.nanmax(x)}"
         )
     return x
 

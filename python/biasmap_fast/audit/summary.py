@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import compare
 from .records import OK
 from .statistics import (
     CONFIDENCE,
@@ -66,7 +67,10 @@ _Key = tuple[str, str, str, str, float]
 
 
 def summarise(
-    plan: AuditPlan, records: pa.Table, planted: Sequence[Mapping[str, Any]] | None = None
+    plan: AuditPlan,
+    records: pa.Table,
+    planted: Sequence[Mapping[str, Any]] | None = None,
+    ledger: pa.Table | None = None,
 ) -> dict[str, Any]:
     """Every figure of a run, as plain values for JSON.
 
@@ -74,12 +78,14 @@ def summarise(
         plan: the run's plan.
         records: its records, in canonical order.
         planted: the testbed's table (``semantic``, ``shares``, ``level``, ``overlap``).
+        ledger: what guidance did, where there was any.
 
     Returns:
         A dict with ``schema_version``, ``run`` (what was planned and measured), ``professions``
         (a figure set a group), ``overall`` (over professions), ``comparisons`` (how many intervals
         leave chance, and how many do so with the level shared out over all of them), ``shares``
-        (demographics read in the pictures) and ``testbed`` (``None`` for other models).
+        (demographics read in the pictures), ``testbed`` (``None`` for other models), and, for the
+        conditions, ``differences`` (on the same seeds), ``outputs`` and ``guidance``.
 
     Example:
         >>> from .plan import AuditPlan
@@ -90,7 +96,8 @@ def summarise(
     """
     rows = records.select(_COLUMNS).to_pylist()
     groups = _in_plan_order(_grouped(rows), plan)
-    sides = sum(len(words) for words in plan.axes.values()) * len(plan.professions)
+    words = sum(len(listed) for listed in plan.axes.values())
+    sides = words * len(plan.professions) * len(plan.conditions)
     professions = [_profession(key, group, sides) for key, group in groups.items()]
     shares = _shares(rows, plan)
     return {
@@ -101,6 +108,9 @@ def summarise(
         "professions": professions,
         "shares": shares,
         "testbed": None if planted is None else _testbed(groups, shares, planted),
+        "differences": compare.differences(plan, _values(groups, "iou"), _values(groups, "soft")),
+        "outputs": compare.outputs(plan, rows),
+        "guidance": [] if ledger is None else compare.ledger_curves(ledger),
     }
 
 
@@ -134,7 +144,7 @@ def _in_plan_order(groups: Mapping[_Key, _Group], plan: AuditPlan) -> dict[_Key,
     def place(key: _Key) -> tuple[Any, ...]:
         condition, semantic, axis, demographic, percentile = key
         return (
-            condition,
+            plan.conditions.index(condition),
             words.index((axis, demographic)),
             plan.percentiles.index(percentile),
             plan.professions.index(semantic),
@@ -146,8 +156,9 @@ def _in_plan_order(groups: Mapping[_Key, _Group], plan: AuditPlan) -> dict[_Key,
 def _run(plan: AuditPlan, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     images = {(row["condition"], row["semantic"], row["seed"]) for row in rows}
     good = {(row["condition"], row["semantic"], row["seed"]) for row in rows if row["status"] == OK}
-    asked = len(plan.professions) * len(plan.seeds)
+    asked = plan.pictures
     return {
+        "conditions": list(plan.conditions),
         "percentiles": list(plan.percentiles),
         "images_planned": asked,
         "images_drawn": len(images),
@@ -237,6 +248,14 @@ def _by_word(
     for (condition, semantic, axis, demographic, percentile), group in groups.items():
         parts[condition, axis, demographic, percentile].append((semantic, group))
     return parts
+
+
+def _values(groups: Mapping[_Key, _Group], name: str) -> dict[Any, dict[str, dict[int, float]]]:
+    """Measured values: (condition, axis, word, percentile) -> profession -> seed -> value."""
+    return {
+        part: {semantic: getattr(group, name) for semantic, group in members}
+        for part, members in _by_word(groups).items()
+    }
 
 
 def _matrix(groups: Sequence[_Group]) -> np.ndarray[Any, np.dtype[np.float64]]:

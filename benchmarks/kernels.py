@@ -1,0 +1,421 @@
+"""The CUDA kernels against plain torch, torch.compile and what the GPU can do at most.
+
+    python benchmarks/kernels.py [--out DIR] [--rounds N] [--sets N] [--no-compile] [--device cpu]
+
+Inputs rotate among four sets, so that the cache holds none of them where they are large. "In a
+graph" is a CUDA graph of one call on each: the kernels without Python's share. A bound is the
+larger of the bytes that must move over the measured bandwidth of a copy and the exponentials that
+must be taken over their measured rate; the share of it stands in the table. ``--device cpu --sets
+2`` runs everything small, to test this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import biasmap_fast as bm
+from biasmap_fast import ops, presets, reference
+from harness import Row, Variant, device_clock, device_name, measure, save, show, wall_clock
+
+SETS, CONCEPTS, SIDE, ROTATED = 256, 8, 64, 4
+TOKENS, MAPS = 12, 2
+# Cross-attention of SD 1.5 at 512 x 512: queries, heads, d; five layers each in the recorder
+LAYERS = ((4096, 8, 40), (1024, 8, 80), (256, 8, 160))
+
+
+@dataclass
+class Setting:
+    device: torch.device
+    rounds: int
+    compiled: bool
+    copy_gb_s: float | None  # read and written
+    exponentials_g_s: float | None
+
+    def bound(self, gigabytes: float, exponentials: float = 0.0) -> float | None:
+        """Milliseconds; exponentials in 1e9."""
+        if self.copy_gb_s is None:
+            return None
+        moved = gigabytes / self.copy_gb_s
+        taken = exponentials / self.exponentials_g_s if self.exponentials_g_s else 0.0
+        return max(moved, taken) * 1e3
+
+    def measure(self, group: str, workload: str, variants: list[Variant]) -> list[Row]:
+        if self.compiled:
+            group += ", torch compiled"
+        clock = device_clock if self.device.type == "cuda" else wall_clock
+        return measure(group, workload, variants, self.rounds, clock)
+
+
+def rotating(run: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], Any]:
+    """Calls ``run`` on the inputs in turn."""
+    turn: Iterator[Any] = itertools.cycle(inputs)
+    return lambda: run(next(turn))
+
+
+def in_a_graph(run: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], Any]:
+    """One CUDA graph of a call on every input; gives the first one's result."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(inputs[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [run(x) for x in inputs]
+
+    def replay() -> Any:
+        graph.replay()
+        return results[0]
+
+    return replay
+
+
+Function = Callable[[Any], Any]
+
+
+def as_it_is(function: Function) -> Function:
+    return function
+
+
+def compare(
+    setting: Setting,
+    inputs: Sequence[Any],
+    plain: Function,
+    native: Function,
+    error: Callable[[Any], float | None],
+    bound: float | None,
+    wrap: Callable[[Function], Function] = as_it_is,
+) -> list[Variant]:
+    """Torch, compiled torch, ours, and ours without Python; each in ``wrap``, not compiled."""
+    found = [Variant("torch reference", rotating(wrap(plain), inputs), error, bound_ms=bound)]
+    if setting.compiled:
+        fast = wrap(torch.compile(plain))
+        name = "torch reference, compiled"
+        found.append(Variant(name, rotating(fast, inputs), error, bound_ms=bound))
+    found.append(Variant("native", rotating(wrap(native), inputs), error, bound_ms=bound))
+    if setting.device.type == "cuda":
+        replay = in_a_graph(wrap(native), inputs)
+        name = "native, in a graph"
+        found.append(Variant(name, replay, error, bound_ms=bound, calls=len(inputs)))
+    return found
+
+
+def copy_bandwidth(device: torch.device) -> tuple[float, Row]:
+    """GB/s read and written by a copy of 1 GiB."""
+    source = torch.rand(1 << (28 if device.type == "cuda" else 22), device=device)
+    target = torch.empty_like(source)
+    clock = device_clock if device.type == "cuda" else wall_clock
+    rows = measure(
+        "ceilings",
+        f"{source.nbytes >> 20} MiB",
+        [Variant("copy", lambda: target.copy_(source), lambda _: None)],
+        9,
+        clock,
+    )
+    rate = 2 * source.nbytes / 1e6 / rows[0].median_ms
+    rows[0].note = f"{rate:.0f} GB/s read and written"
+    return rate, rows[0]
+
+
+def exponential_rate() -> float | None:
+    """1e9 exponentials of float32 a second, measured through Triton; None without it."""
+    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+        return None
+    from exponentials import STEPS, take_exponentials
+
+    x = torch.rand(1 << 24, device="cuda")
+    take_exponentials(x)
+    times = [device_clock(lambda: take_exponentials(x), 3) for _ in range(5)]
+    return STEPS * x.numel() / 1e6 / statistics.median(times)
+
+
+def attribution_like(sets: int, device: torch.device, seed: int) -> torch.Tensor:
+    """Maps ``[sets, CONCEPTS, N]``: coarse blobs, some noise, range about 5."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(sets, CONCEPTS, 8, 8, generator=generator) ** 2
+    maps = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic")
+    return ((maps + 0.05 * torch.rand(maps.shape, generator=generator)) * 5).flatten(2).to(device)
+
+
+def with_gradient(function: Function) -> Function:
+    """The gradient of the values' sum to the one argument, or the first of a tuple."""
+
+    def run(argument: Any) -> torch.Tensor:
+        first, *others = argument if isinstance(argument, tuple) else (argument,)
+        x = first.detach().requires_grad_()
+        values = function((x, *others) if others else x)
+        gradient: torch.Tensor
+        (gradient,) = torch.autograd.grad(values.sum(), x)
+        return gradient
+
+    return run
+
+
+def largest_error(exact: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    return lambda found: float((found.double() - exact).abs().nan_to_num(torch.inf).max())
+
+
+def relative_error(exact: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    return lambda found: float((found.double() - exact).norm() / exact.norm())
+
+
+def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Row]]:
+    pairs = torch.combinations(torch.arange(concepts))
+    inputs = [
+        attribution_like(sets, setting.device, seed)[:, :concepts].contiguous()
+        for seed in range(ROTATED)
+    ]
+    on_device = pairs.to(setting.device)
+    workload = f"{sets} sets of {concepts} concepts at {SIDE} x {SIDE}, {len(pairs)} pairs"
+    gigabytes, pixels = inputs[0].nbytes / 1e9, inputs[0].numel() / 1e9
+
+    yield setting.measure(
+        "hard IoU",
+        workload,
+        compare(
+            setting,
+            inputs,
+            lambda maps: reference.pairs_iou(maps, on_device, 70.0)[0],
+            lambda maps: ops.pairs_iou(maps, pairs, 70.0).iou,
+            largest_error(reference.pairs_iou(inputs[0], on_device, 70.0)[0].double()),
+            setting.bound(gigabytes),
+        ),
+    )
+    exact = inputs[0].double().requires_grad_()
+    expected = reference.soft_iou(exact, on_device, 0.3, 0.01)
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+
+    if not setting.compiled:
+        # A mask at the root, once: no method that finds it does with less.
+        yield setting.measure(
+            "SoftIoU",
+            workload,
+            compare(
+                setting,
+                inputs,
+                lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
+                lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
+                largest_error(expected.detach()),
+                setting.bound(gigabytes, pixels),
+            ),
+        )
+    # A mask at the root, and once more for the gradient, as masks are not kept
+    variants = compare(
+        setting,
+        inputs,
+        lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
+        lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
+        relative_error(gradient),
+        setting.bound(2 * gigabytes, 2 * pixels),
+        with_gradient,
+    )
+    if concepts == CONCEPTS and not setting.compiled:
+        variants.insert(0, published(inputs[0], pairs))
+    yield setting.measure("SoftIoU with gradient", workload, variants)
+    if setting.compiled:
+        return
+
+    rows = [maps.flatten(0, 1) for maps in inputs]
+    exact = rows[0].double().requires_grad_()
+    (gradient,) = torch.autograd.grad(reference.soft_topk(exact, 0.3, 0.01)[:, ::2].sum(), exact)
+    yield setting.measure(
+        "soft top-k with gradient",
+        f"{len(rows[0])} maps at {SIDE} x {SIDE}",
+        compare(
+            setting,
+            rows,
+            lambda x: reference.soft_topk(x, 0.3, 0.01)[:, ::2],
+            lambda x: ops.soft_topk(x, 0.3, 0.01)[:, ::2],
+            relative_error(gradient),
+            setting.bound(5 * gigabytes, pixels),  # maps, mask; mask, its gradient, theirs
+            with_gradient,
+        ),
+    )
+
+
+def published(maps: torch.Tensor, pairs: torch.Tensor) -> Variant:
+    """The unrolled iteration, sixteen sets at a time: more of its states do not fit."""
+    i, j = pairs.unbind(1)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        square = x.view(*x.shape[:2], SIDE, SIDE)
+        return presets.paper_soft_iou(square[:, i], square[:, j])
+
+    some = maps[:16]
+    run = with_gradient(function)
+    parts = -(-len(maps) // len(some))
+
+    def every() -> Any:
+        for _ in range(parts):
+            run(some)
+
+    note = "another quantity: row by row, not converged"
+    return Variant("unrolled, batched (published)", every, lambda _: None, note)
+
+
+def attention_inputs(
+    batch: int, shape: tuple[int, int, int], device: torch.device
+) -> list[tuple[torch.Tensor, ...]]:
+    """Float16 queries as `to_q` leaves them, keys and weights; as many as rotate."""
+    n, heads, depth = shape
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    keys = (torch.randn(heads, TOKENS, depth, generator=generator) / depth**0.5).to(device)
+    weights = torch.zeros(MAPS, TOKENS, device=device)
+    weights[0, 3] = weights[1, 5] = 1.0
+    queries = (torch.randn(batch, n, heads * depth, device=device) for _ in range(ROTATED))
+    return [
+        (q.to(dtype).view(batch, n, heads, depth).transpose(1, 2), keys, weights) for q in queries
+    ]
+
+
+def concept_map_rows(setting: Setting) -> Iterator[list[Row]]:
+    batch = 16 if setting.device.type == "cuda" else 1
+    for shape in LAYERS[: 1 if setting.compiled else None]:
+        inputs = attention_inputs(batch, shape, setting.device)
+        query, keys, weights = inputs[0]
+        exact = query.double().requires_grad_()
+        expected = reference.concept_map(exact, keys.double(), weights.double())
+        (gradient,) = torch.autograd.grad(expected.sum(), exact)
+        n, heads, depth = shape
+        workload = (
+            f"{batch} x {n} queries, {heads} heads of {depth}, {TOKENS} tokens, {query.dtype}"
+        )
+
+        if not setting.compiled:
+            yield setting.measure(
+                "concept maps",
+                workload,
+                compare(
+                    setting,
+                    inputs,
+                    lambda arguments: reference.concept_map(*arguments),
+                    lambda arguments: ops.concept_map(*arguments),
+                    largest_error(expected.detach()),
+                    setting.bound(query.nbytes / 1e9),
+                ),
+            )
+        yield setting.measure(
+            "concept maps with gradient",
+            workload,
+            compare(
+                setting,
+                inputs,
+                lambda arguments: reference.concept_map(*arguments),
+                lambda arguments: ops.concept_map(*arguments),
+                relative_error(gradient),
+                setting.bound(3 * query.nbytes / 1e9),  # queries twice, their gradient once
+                with_gradient,
+            ),
+        )
+
+
+def recorder_rows(setting: Setting) -> list[Row]:
+    """All that the recorder computes in one UNet call of one image: fifteen layers."""
+    layers = [attention_inputs(1, shape, setting.device)[0] for shape in LAYERS for _ in range(5)]
+    sums = {
+        n: torch.zeros(1, MAPS, n, device=setting.device) for n in (shape[0] for shape in LAYERS)
+    }
+
+    def plain(_: Any) -> None:
+        for query, keys, weights in layers:
+            sums[query.shape[2]] += reference.concept_map(query, keys, weights)
+
+    def native(_: Any) -> None:
+        for query, keys, weights in layers:
+            ops.add_concept_map(sums[query.shape[2]], query, keys, weights)
+
+    bound = setting.bound(sum(query.nbytes for query, *_ in layers) / 1e9)
+    with torch.no_grad():
+        return setting.measure(
+            "the recorder's share of a UNet call",
+            "15 layers of SD 1.5, one image",
+            compare(setting, [None], plain, native, lambda _: None, bound),
+        )
+
+
+def unet_rows(setting: Setting) -> list[Row]:
+    """A whole UNet call at the shapes of SD 1.5, with and without the recorder."""
+    from guidance import PROMPT, build
+
+    pipe = build(320)
+    pipe.unet.to(setting.device, torch.float16)
+    pipe.text_encoder.to(setting.device, torch.float16)
+    sample = torch.randn(1, 4, 64, 64, device=setting.device, dtype=torch.float16)
+    sample = sample.repeat(2, 1, 1, 1)
+    states = torch.randn(2, 77, 768, device=setting.device, dtype=torch.float16)
+    recorder = bm.attribute(pipe, PROMPT, chunks=2)
+
+    def call() -> None:
+        pipe.unet(sample, 500, encoder_hidden_states=states)
+
+    def recorded() -> None:
+        with recorder:
+            for _ in range(10):
+                call()
+
+    with torch.no_grad():
+        return setting.measure(
+            "UNet call of SD 1.5, float16, guidance batch of 2",
+            "64 x 64 latents, random weights",
+            [
+                Variant("alone", call, lambda _: None),
+                Variant("recorded", recorded, lambda _: None, "ten a block", calls=10),
+            ],
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sets", type=int, default=SETS)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+    bandwidth, copied = copy_bandwidth(device)
+    rate = exponential_rate() if gpu else None
+    if rate is not None:
+        copied.note += f"; {rate:.0f}e9 exponentials a second"
+    setting = Setting(device, options.rounds, False, bandwidth, rate)
+    rows = [copied]
+
+    def keep(more: list[Row]) -> None:
+        rows.extend(more)  # and what there is, should the time run out
+        save(rows, options.out, torch.get_num_threads(), "kernels", gpu)
+
+    groups = itertools.chain(
+        overlap_rows(setting, options.sets, CONCEPTS),
+        overlap_rows(setting, 1, 2),
+        concept_map_rows(setting),
+    )
+    for more in groups:
+        keep(more)
+    keep(recorder_rows(setting))
+    if gpu and importlib.util.find_spec("diffusers") is not None:
+        keep(unet_rows(setting))
+    if not options.no_compile:  # last, as compiling takes longest
+        setting = replace(setting, compiled=True)
+        for more in itertools.chain(
+            concept_map_rows(setting), overlap_rows(setting, options.sets, CONCEPTS)
+        ):
+            keep(more)
+    show(rows)
+    print(f"\n{gpu or device_name()}: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+// Attribution maps of one cross-attention layer from its queries, and the gradient to them, without
+// ever storing the attention matrix. Kernels know plain pointers; the caller owns all memory.
+#pragma once
+
+#include "device.h"
+#include "overlap_math.h"
+
+namespace biasmap {
+
+// A = softmax over T' of (q k'^T), maps = sum over heads and tokens of weights * A.
+struct ConceptMapParams {
+    const void *query;    // [B, heads, n, d]
+    int64_t strides[4];   // of it, in elements
+    Float type;           // of it
+    const float *keys;    // [heads, T', d], already times 1 / sqrt(d)
+    const float *weights; // [K, T']
+    float *maps;          // [B, K, n] out
+    bool add;             // to what is in `maps`
+    int64_t batch, heads, pixels, depth, tokens, concepts;
+};
+
+struct ConceptMapBackwardParams {
+    const float *grad;    // [B, K, n]
+    const void *query;    // [B, heads, n, d]
+    int64_t strides[4];   // of it, in elements
+    Float type;           // of it and of its gradient
+    const float *keys;    // [heads, T', d]
+    const float *weights; // [K, T']
+    void *grad_query;     // [B, heads, n, d] out
+    int64_t grad_strides[4];
+    int64_t batch, heads, pixels, depth, tokens, concepts;
+};
+
+// T' of the kernels at most: those of CLIP are 77.
+constexpr int kMostTokens = 80;
+
+// dL/ds of a softmax's argument: p = softmax(s), g = dL/dp, mean = sum(p g).
+BIASMAP_HD float softmax_gradient(float p, float g, float mean) { return p * (g - mean); }
+
+// On the CPU reference.py does this: a fused kernel was no faster there (docs/cuda.md).
+void concept_map_cuda(const ConceptMapParams &p, const CudaQueue &queue);
+void concept_map_backward_cuda(const ConceptMapBackwardParams &p, const CudaQueue &queue);
+
+} // namespace biasmap

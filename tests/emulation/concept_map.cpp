@@ -1,0 +1,1 @@
+#include "concept_map_cuda.cu"
