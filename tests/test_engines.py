@@ -287,9 +287,8 @@ class TestGradient:
         states = 2 * torch.randn(9, 32, generator=generator)
         weights = torch.zeros(2, 9)
         weights[0, 4] = weights[1, 6:8] = 1.0
-        pair_weights = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
         found = engine.energy_gradient(
-            (latents, 500, text), {}, (states, weights), pair_weights,
+            (latents, 500, text), {}, [(states, weights)], [(0, 1)], [1.0],
             fraction=0.3, temperature=0.01,
         )  # fmt: skip
         graph = graph_of(small_pipe.unet.requires_grad_(False))

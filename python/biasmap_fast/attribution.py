@@ -353,18 +353,11 @@ class Recorder:
                 if not isinstance(place, slice):
                     target[place] = mine
 
-    def _images_at_once(self, layer: CrossAttention, rows: torch.Tensor) -> int:
-        """How many images' scores stay in a CPU's cache.
-
-        At the shapes of SD 1.5 that is one: half the time of a batch of 4 at once. Of the embedded
-        model it is dozens, where one by one the calls of torch take longer than what they do.
-        """
-        tokens = max(keys.by_layer[layer.name].shape[-2] for keys in self._attributed)
-        return max(1, _CACHED_SCORES // (rows.shape[1] * rows.shape[2] * tokens))
-
     @torch.no_grad()
     def _add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
         """Adds an engine's maps: part -> for every prompt ``[rows, K, h, w]``."""
+        if self._other_branch:
+            return
         run = self._runs[-1]
         for part in self._layers:
             fresh = self._fresh(part.name)
@@ -373,8 +366,7 @@ class Recorder:
             taken, images = (list(each) for each in zip(*fresh, strict=True))
             for index, maps in enumerate(found[part]):
                 size = (maps.shape[-2], maps.shape[-1])
-                name = (index, self._part(part, run))
-                target = self._sum(run, name, size, maps[0])
+                target = self._sum(run, (index, self._part(part, run)), size, maps[0])
                 target[images] += maps[taken]
 
     def _fresh(self, name: str) -> list[tuple[int, int]]:
@@ -384,6 +376,15 @@ class Recorder:
         fresh = [(place, image) for place, image in found_here if (name, image) not in self._seen]
         self._seen.update((name, image) for _, image in fresh)
         return fresh
+
+    def _images_at_once(self, layer: CrossAttention, rows: torch.Tensor) -> int:
+        """How many images' scores stay in a CPU's cache.
+
+        At the shapes of SD 1.5 that is one: half the time of a batch of 4 at once. Of the embedded
+        model it is dozens, where one by one the calls of torch take longer than what they do.
+        """
+        tokens = max(keys.by_layer[layer.name].shape[-2] for keys in self._attributed)
+        return max(1, _CACHED_SCORES // (rows.shape[1] * rows.shape[2] * tokens))
 
     def _part(self, layer: Any, run: _Run) -> str:
         """Name of the part of the total that one layer's maps belong to."""
@@ -396,13 +397,12 @@ class Recorder:
         return names[self._by]
 
     def _sum(
-        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], like: torch.Tensor
+        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], weights: torch.Tensor
     ) -> torch.Tensor:
-        """The sum of one part at one resolution; ``like`` has the concepts first, and a device."""
         by_resolution = run.sums.setdefault(part, {})
         if resolution not in by_resolution:
-            shape = (run.images, like.shape[0], *resolution)
-            by_resolution[resolution] = torch.zeros(shape, device=like.device)
+            shape = (run.images, weights.shape[0], *resolution)
+            by_resolution[resolution] = torch.zeros(shape, device=weights.device)
         return by_resolution[resolution]
 
     def _result(self, index: int) -> AttributionMaps:

@@ -44,37 +44,6 @@ class Target:
     indices: tuple[tuple[int, int], ...]
     weights: tuple[float, ...]
 
-    def places(self) -> list[tuple[int, int, int]]:
-        """Each pair as (which prompt, indices of both among its own concepts).
-
-        Raises:
-            ValueError: a pair's concepts are of two prompts.
-        """
-        owners = [
-            (which, own)
-            for which, prompt in enumerate(self.prompts)
-            for own in range(len(prompt.concepts))
-        ]
-        found = []
-        for pair, (first, second) in zip(self.pairs, self.indices, strict=True):
-            (prompt, a), (other, b) = owners[first], owners[second]
-            if prompt != other:
-                raise ValueError(
-                    f"an engine's energy knows pairs inside one prompt, got {pair!r} of "
-                    f"{self.prompts[prompt].text!r} and {self.prompts[other].text!r}"
-                )
-            found.append((prompt, a, b))
-        return found
-
-    def tables(self) -> dict[int, torch.Tensor]:
-        """Which prompt -> what the SoftIoU of every two of its concepts counts, ``[K, K]``."""
-        tables: dict[int, torch.Tensor] = {}
-        for (prompt, a, b), weight in zip(self.places(), self.weights, strict=True):
-            count = len(self.prompts[prompt].concepts)
-            table = tables.setdefault(prompt, torch.zeros(count, count))
-            table[a, b] += weight
-        return tables
-
 
 def make_targets(
     prompt: AttributionPrompt | Sequence[Prompts],
@@ -200,33 +169,14 @@ class Capture:
         self._rows = rows
         self._sizes = sizes
         self._queries: dict[str, tuple[CrossAttention, torch.Tensor]] = {}
-        self._given: dict[AttributionPrompt, Sums] = {}  # an engine's, of all images
 
     def add(self, layer: CrossAttention, query: torch.Tensor) -> None:
         """Keeps one layer's queries ``[rows, n, heads * d]``."""
         self._queries.setdefault(layer.name, (layer, query[self._rows]))
 
-    def add_parts(
-        self,
-        prompts: Sequence[AttributionPrompt],
-        found: Mapping[Any, Sequence[torch.Tensor]],
-    ) -> None:
-        """Keeps an engine's maps: part -> for every prompt ``[rows, K, h, w]``."""
-        for by_prompt in found.values():
-            for prompt, maps in zip(prompts, by_prompt, strict=True):
-                sums = self._given.setdefault(prompt, {})
-                size = (maps.shape[-2], maps.shape[-1])
-                own = maps[self._rows]
-                sums[size] = sums[size] + own if size in sums else own
-
     def sums(self, target: Target, keys: Mapping[AttributionPrompt, AttributionKeys]) -> Sums:
         """The target's maps, summed over heads and the layers of one resolution."""
         images = self.groups[target]
-        if self._given:
-            given = [self._given[prompt] for prompt in target.prompts]
-            return {
-                size: torch.cat([sums[size][images] for sums in given], dim=1) for size in given[0]
-            }
         sums: Sums = {}
         for layer, query in self._queries.values():
             size = layer.resolution(query, self._sizes)
@@ -241,6 +191,40 @@ class Capture:
             maps = maps.view(*maps.shape[:2], *size)
             sums[size] = sums[size] + maps if size in sums else maps
         return sums
+
+
+class GivenMaps:
+    """The maps of one UNet call where the UNet is an engine, whose outputs they are."""
+
+    def __init__(self, rows: slice, groups: dict[Target, list[int]]) -> None:
+        self.groups = groups
+        self._rows = rows
+        self._sums: dict[Target, Sums] = {}
+
+    @property
+    def prompts(self) -> list[AttributionPrompt]:
+        """The targets' prompts, each once."""
+        return list(dict.fromkeys(one for target in self.groups for one in target.prompts))
+
+    def add(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
+        """Takes the maps of a whole call: part -> for each of the prompts ``[rows, K, h, w]``."""
+        places = {prompt: place for place, prompt in enumerate(self.prompts)}
+        for target, images in self.groups.items():
+            sums: Sums = {}
+            for by_prompt in found.values():
+                own = [by_prompt[places[prompt]] for prompt in target.prompts]
+                maps = torch.cat(own, dim=1)[self._rows][as_slice(images)]  # [b, K, h, w]
+                size = (maps.shape[-2], maps.shape[-1])
+                sums[size] = sums[size] + maps if size in sums else maps
+            self._sums[target] = sums
+
+    def put(self, target: Target, maps: torch.Tensor) -> None:
+        """Takes the maps ``[b, K, h, w]`` of one target's images."""
+        self._sums[target] = {(maps.shape[-2], maps.shape[-1]): maps}
+
+    def sums(self, target: Target, keys: Any) -> Sums:
+        """As `Capture.sums`; the engine has needed no keys."""
+        return self._sums[target]
 
 
 def total_maps(sums: Sums) -> torch.Tensor:

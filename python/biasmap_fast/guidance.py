@@ -23,6 +23,7 @@ from .attribution import AttributionKeys, Branch, attribution_keys, attribution_
 from .concepts import AttributionPrompt, tokenize_all
 from .energy import (
     Capture,
+    GivenMaps,
     Pair,
     Prompts,
     Sums,
@@ -199,21 +200,21 @@ class Guidance:
     ) -> None:
         self._pipe = pipe
         self._settings = settings
-        self._targets = make_targets(prompt, pairs, weights)
         self._engine = engine_of(pipe)
         self._layers: list[CrossAttention] = []
         if self._engine is None:
             self._layers = cross_attention_layers(pipe, layers)
         else:
-            _check_engine(self._engine, layers, settings, self._targets)
+            _check_engine(self._engine, layers, settings)
+        self._targets = make_targets(prompt, pairs, weights)
         self._tokenized = {
             each: tokenize_all(each, pipe) for target in self._targets for each in target.prompts
         }
         self._entries: list[Entry] = []
         self._keys: dict[AttributionPrompt, AttributionKeys] = {}
-        self._weights: dict[Target, torch.Tensor] = {}  # [P], on the UNet's device
-        # of an engine: hidden states [T', D], weights [K, T']
+        # of an engine: prompt -> hidden states [T', D], weights [K, T']
         self._states: dict[AttributionPrompt, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._weights: dict[Target, torch.Tensor] = {}  # [P], on the UNet's device
         self._handles: list[Any] = []
         self._frozen: list[torch.nn.Parameter] = []
         self._timesteps: Any = None
@@ -236,14 +237,18 @@ class Guidance:
                 "prediction before the unconditional branch is run"
             )
         self._entries, self._timesteps = [], None
+        concept_weights = {}
         for prompt, tokens in self._tokenized.items():
             if self._engine is None:
                 self._keys[prompt] = attribution_keys(self._pipe, self._layers, tokens)
+                concept_weights[prompt] = self._keys[prompt].weights
             else:
                 self._states[prompt] = attribution_states(self._pipe, tokens)
+                concept_weights[prompt] = self._states[prompt][1]
         # Moved once: a list that goes to the GPU in every call waits for it.
         self._weights = {
-            target: torch.tensor(target.weights, device=unet.device) for target in self._targets
+            target: concept_weights[target.prompts[0]].new_tensor(target.weights)
+            for target in self._targets
         }
         registry.register_hook(_energy_hook(self), _HOOK)
         for layer in self._layers:
@@ -435,42 +440,26 @@ class Guidance:
     def _by_engine(
         self, args: Any, kwargs: Any, own: list[int]
     ) -> tuple[Any, _Energy, torch.Tensor]:
-        """The same from an engine's gradient graph, which takes one prompt at a time."""
-        groups = self._groups(len(own))
-        predictions, gradients, totals = [], [], []
-        overlaps: dict[str, list[torch.Tensor]] = {"soft": [], "hard": []}
-        for target, images in groups.items():
-            rows = [own[image] for image in images]
+        """As `_gradient`, by the engine's graph of it: a run a target."""
+        given = GivenMaps(slice(0, len(own)), self._groups(len(own)))
+        predictions, gradients = [], []
+        for target, images in given.groups.items():
             part_args, part_kwargs = _take((args, kwargs), images, len(own))
-            found = {}
-            for place, table in target.tables().items():
-                with present_rows(rows):
-                    found[place] = self._engine.energy_gradient(
-                        part_args,
-                        part_kwargs,
-                        self._states[target.prompts[place]],
-                        table,
-                        fraction=self._settings.fraction,
-                        temperature=self._settings.temperature,
-                    )
-            one = next(iter(found.values()))
-            predictions.append(one.prediction)
-            gradients.append(torch.stack([each.gradient for each in found.values()]).sum(0))
-            totals.append(torch.stack([each.energy for each in found.values()]).sum(0))
-            percentile = 100.0 * (1.0 - self._settings.fraction)
-            for kind, columns in overlaps.items():
-                values = []
-                for place, a, b in target.places():
-                    each = found[place]
-                    if kind == "soft":
-                        values.append(each.soft_iou[:, a, b])
-                    else:
-                        pair = torch.tensor([[a, b]])
-                        values.append(pairs_iou(each.maps.flatten(2), pair, percentile).iou[:, 0])
-                columns.append(torch.stack(values, dim=1))  # [b, P]
-        energy = _gathered(groups, totals, overlaps["soft"], overlaps["hard"], {})
-        output = self._engine.output(in_batch_order(groups, predictions))
-        return output, energy, in_batch_order(groups, gradients)
+            with present_rows([own[image] for image in images]):
+                found = self._engine.energy_gradient(
+                    part_args,
+                    part_kwargs,
+                    [self._states[prompt] for prompt in target.prompts],
+                    target.indices,
+                    target.weights,
+                    fraction=self._settings.fraction,
+                    temperature=self._settings.temperature,
+                )
+            given.put(target, found.maps)
+            predictions.append(found.prediction)
+            gradients.append(found.gradient)
+        output = self._engine.output(in_batch_order(given.groups, predictions))
+        return output, self._energy(given), in_batch_order(given.groups, gradients)
 
     @_not_compiled
     def _step(
@@ -521,24 +510,21 @@ class Guidance:
             self._earlier.update(energy.sums)
 
     @contextmanager
-    def _capturing(self, sample: torch.Tensor, rows: slice) -> Iterator[Capture]:
+    def _capturing(self, sample: torch.Tensor, rows: slice) -> Iterator[Capture | GivenMaps]:
         """Collects the queries of one forward pass; not of its recomputation in the backward."""
         groups = self._groups(rows.stop - rows.start)
-        capture = Capture(rows, resolutions(*sample.shape[-2:]), groups)
         if self._engine is not None:
-            prompts = list(self._states)
-            handle = self._engine.register_attribution_hook(
-                [self._states[prompt] for prompt in prompts],
-                lambda found: capture.add_parts(prompts, found),
-            )
+            given = GivenMaps(rows, groups)
+            prompts = [self._states[prompt] for prompt in given.prompts]
+            handle = self._engine.register_attribution_hook(prompts, given.add)
             try:
-                yield capture
+                yield given
             finally:
                 handle.remove()
             return
-        self._capture = capture
+        self._capture = Capture(rows, resolutions(*sample.shape[-2:]), groups)
         try:
-            yield capture
+            yield self._capture
         finally:
             self._capture = None
 
@@ -558,10 +544,11 @@ class Guidance:
         return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
     @_not_compiled
-    def _energy(self, capture: Capture) -> _Energy:
+    def _energy(self, capture: Capture | GivenMaps) -> _Energy:
         """The energy of one UNet call's maps, and of the maps before them where `accumulate`."""
         settings = self._settings
         groups = capture.groups
+        most = max(len(target.pairs) for target in groups)
         totals: list[torch.Tensor] = []
         soft: list[torch.Tensor] = []
         hard: list[torch.Tensor] = []
@@ -575,9 +562,18 @@ class Guidance:
             pairs = torch.tensor(target.indices)  # [P, 2]
             found = soft_iou(maps, pairs, settings.fraction, settings.temperature)  # [b, P]
             totals.append(found @ self._weights[target].to(found.dtype))
-            soft.append(found)
-            hard.append(pairs_iou(maps, pairs, 100.0 * (1.0 - settings.fraction)).iou)
-        return _gathered(groups, totals, soft, hard, sums)
+            percentile = 100.0 * (1.0 - settings.fraction)
+            for values, kept in ((found, soft), (pairs_iou(maps, pairs, percentile).iou, hard)):
+                padding = (0, most - len(target.pairs))
+                kept.append(torch.nn.functional.pad(values, padding, value=math.nan))
+        names = {image: target.pairs for target, images in groups.items() for image in images}
+        return _Energy(
+            total=in_batch_order(groups, totals),
+            soft_iou=in_batch_order(groups, soft),
+            iou=in_batch_order(groups, hard),
+            pairs=tuple(names[image] for image in sorted(names)),
+            sums=sums,
+        )
 
 
 @_not_compiled
@@ -598,30 +594,6 @@ class _Energy:
     sums: dict[Target, Sums]  # without their graph
 
 
-def _gathered(
-    groups: Mapping[Target, list[int]],
-    totals: Sequence[torch.Tensor],
-    soft: Sequence[torch.Tensor],
-    hard: Sequence[torch.Tensor],
-    sums: dict[Target, Sums],
-) -> _Energy:
-    """The groups' values ``[b]`` and ``[b, P]`` as those of the batch."""
-    most = max(len(target.pairs) for target in groups)
-
-    def padded(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        pad = torch.nn.functional.pad
-        return [pad(part, (0, most - part.shape[1]), value=math.nan) for part in parts]
-
-    names = {image: target.pairs for target, images in groups.items() for image in images}
-    return _Energy(
-        total=in_batch_order(groups, totals),
-        soft_iou=in_batch_order(groups, padded(soft)),
-        iou=in_batch_order(groups, padded(hard)),
-        pairs=tuple(names[image] for image in sorted(names)),
-        sums=sums,
-    )
-
-
 def _energy_hook(guidance: Guidance) -> Any:
     from diffusers.hooks import ModelHook
 
@@ -635,17 +607,13 @@ def _energy_hook(guidance: Guidance) -> Any:
     return EnergyHook()
 
 
-def _check_engine(
-    engine: Any, layers: Sequence[str] | None, settings: Settings, targets: Sequence[Target]
-) -> None:
+def _check_engine(engine: Any, layers: Sequence[str] | None, settings: Settings) -> None:
     if engine.attribution_parts(layers, "total") != engine.attribution_parts(None, "total"):
         raise ValueError(
             "the layers of an engine's energy are fixed; leave `layers` out, or export with it"
         )
     if settings.accumulate:
         raise ValueError("accumulate=True needs the torch UNet: engines know one call's energy")
-    for target in targets:
-        target.places()  # refuses pairs between prompts
 
 
 def _check_scheduler(scheduler: Any) -> None:

@@ -192,8 +192,8 @@ class AttributionGraph(torch.nn.Module):
 class EnergyGraph(torch.nn.Module):
     """UNet -> noise prediction, maps, energy, SoftIoU of every two concepts, dE / d latents.
 
-    ``E = sum over prompts and pairs of weight * SoftIoU``, the weights being an input
-    ``pair_weights [1, P, K, K]``; padding has zeros there.
+    ``E = sum over pairs of weight * SoftIoU``, the weights of any two concepts of any two prompts
+    being an input ``pair_weights [1, P, K, P, K]``; padding has zeros there.
     """
 
     def __init__(self, graph: AttributionGraph, fraction: float, temperature: float) -> None:
@@ -207,13 +207,13 @@ class EnergyGraph(torch.nn.Module):
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The inputs of `forward`, in order."""
-        pairs = (1, "prompts", "concepts", "concepts")
+        pairs = (1, "prompts", "concepts", "prompts", "concepts")
         return (*self.graph.inputs, Tensor("pair_weights", "float32", pairs))
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
         """What `forward` returns, in order."""
-        pairs = ("batch", "prompts", "concepts", "concepts")
+        pairs = ("batch", "prompts", "concepts", "prompts", "concepts")
         sample = self.graph.inputs[0].shape
         return (
             *self.graph.outputs,
@@ -228,11 +228,12 @@ class EnergyGraph(torch.nn.Module):
         latents = others[0].detach().requires_grad_()
         with torch.enable_grad():
             noise, maps = self.graph(latents, *others[1:])
-            total = maps.sum(dim=2).flatten(-2)  # [B, P, K, N]
+            total = maps.sum(dim=2).flatten(-2).flatten(1, 2)  # [B, P * K, N]
             masks = soft_topk(total, self.fraction, self.temperature)
-            both = masks @ masks.transpose(-1, -2)  # [B, P, K, K]
+            both = masks @ masks.transpose(-1, -2)  # [B, P * K, P * K]
             area = masks.sum(dim=-1)
             soft_iou = both / (area[..., :, None] + area[..., None, :] - both)
+            soft_iou = soft_iou.reshape(-1, *pair_weights.shape[1:])  # [B, P, K, P, K]
             energy = (pair_weights * soft_iou).flatten(1).sum(dim=1)  # [B]
             # Images do not meet in the UNet: the gradient of the sum is each image's own.
             (gradient,) = torch.autograd.grad(energy.sum(), latents)

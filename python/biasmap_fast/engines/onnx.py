@@ -55,6 +55,7 @@ class Gradient:
         width: of the latents.
         batch: images a run of the graph; more images take several runs.
         tokens: of the text that draws.
+        prompts: most attribution prompts of one image.
         attribution_tokens: most tokens of an attribution prompt; shorter ones are padded.
         concepts: most concepts of an attribution prompt.
         fraction: of the soft masks, as in `guide`.
@@ -65,6 +66,7 @@ class Gradient:
     width: int
     batch: int = 1
     tokens: int = 77
+    prompts: int = 1
     attribution_tokens: int = 16
     concepts: int = 4
     fraction: float = 0.3
@@ -73,8 +75,7 @@ class Gradient:
     @property
     def sizes(self) -> dict[str, int]:
         """Dimension name -> size."""
-        names = (name for name in Shapes.__dataclass_fields__ if name != "prompts")
-        return {"prompts": 1, **{name: getattr(self, name) for name in names}}
+        return {name: getattr(self, name) for name in Shapes.__dataclass_fields__}
 
 
 def export_unet(
@@ -411,7 +412,8 @@ def example_inputs(
         elif each.name == "concept_weights":
             value = (torch.rand(shape, generator=generator) < 0.5).float()
         elif each.name == "pair_weights":
-            value = torch.ones(shape).triu(1)
+            rows = shape[1] * shape[2]
+            value = torch.ones(rows, rows).triu(1).reshape(shape)
         else:
             value = torch.randn(shape, generator=generator)
         made.append(value.to(getattr(torch, each.dtype)))

@@ -45,16 +45,14 @@ class EngineEnergy:
 
     Attributes:
         prediction: the noise prediction ``[B, C, H, W]``.
+        maps: of all prompts' concepts, one prompt after another, ``[B, K, h, w]`` float32.
         energy: ``[B]`` float32.
-        maps: of the prompt's concepts, ``[B, K, H, W]`` float32.
-        soft_iou: of every two concepts, ``[B, K, K]`` float32.
         gradient: of the energy by the latents, ``[B, C, H, W]`` float32.
     """
 
     prediction: torch.Tensor
-    energy: torch.Tensor
     maps: torch.Tensor
-    soft_iou: torch.Tensor
+    energy: torch.Tensor
     gradient: torch.Tensor
 
 
@@ -270,8 +268,9 @@ class EngineUNet(torch.nn.Module):
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        prompt: tuple[torch.Tensor, torch.Tensor],
-        pair_weights: torch.Tensor,
+        prompts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        pairs: Sequence[tuple[int, int]],
+        weights: Sequence[float],
         *,
         fraction: float,
         temperature: float,
@@ -281,8 +280,9 @@ class EngineUNet(torch.nn.Module):
         Args:
             args: the call's positional arguments.
             kwargs: the call's keyword arguments.
-            prompt: hidden states ``[T', D]`` and concept weights ``[K, T']``.
-            pair_weights: ``[K, K]``, what the SoftIoU of two concepts counts.
+            prompts: hidden states ``[T', D]`` and concept weights ``[K, T']`` of each.
+            pairs: indices of two concepts among those of all prompts, one prompt after another.
+            weights: what the SoftIoU of each pair counts.
             fraction: of the soft masks.
             temperature: of the soft masks.
 
@@ -303,11 +303,15 @@ class EngineUNet(torch.nn.Module):
         if chosen.graph.file not in self._gradients:
             self._gradients[chosen.graph.file] = self._open(chosen.graph)
         session = self._gradients[chosen.graph.file]
-        images, step, count = given["sample"].shape[0], sizes["batch"], len(pair_weights)
-        padded = self._padded([prompt], sizes)
-        most = padded["concept_weights"].shape[1]
-        padded["pair_weights"] = torch.zeros(1, 1, most, most, device=self.device)
-        padded["pair_weights"][..., :count, :count] = pair_weights
+        images, step = given["sample"].shape[0], sizes["batch"]
+        padded = self._padded(prompts, sizes)
+        count, most = padded["concept_weights"].shape[:2]
+        # (prompt, concept) of every concept of the prompts in a row
+        places = [(p, k) for p, (_, columns) in enumerate(prompts) for k in range(len(columns))]
+        table = torch.zeros(1, count, most, count, most)
+        for (first, second), weight in zip(pairs, weights, strict=True):
+            table[0][(*places[first], *places[second])] += weight
+        padded["pair_weights"] = table.to(self.device)
         results = []
         for start in range(0, images, step):
             rows = [min(row, images - 1) for row in range(start, start + step)]
@@ -318,11 +322,11 @@ class EngineUNet(torch.nn.Module):
         joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
         if self._listeners:  # their prompts are not the energy's
             self._run(given)
+        maps = joined["maps"].sum(dim=2)  # [B, P, K, h, w]
         return EngineEnergy(
             prediction=joined["noise_pred"],
+            maps=torch.stack([maps[:, p, k] for p, k in places], dim=1),
             energy=joined["energy"],
-            maps=joined["maps"][:, 0].sum(dim=1),
-            soft_iou=joined["soft_iou"][:, 0],
             gradient=joined["gradient"],
         )
 
