@@ -397,12 +397,13 @@ class Recorder:
         return names[self._by]
 
     def _sum(
-        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], weights: torch.Tensor
+        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], like: torch.Tensor
     ) -> torch.Tensor:
+        """The sum of one part at one resolution; ``like`` has the concepts first, and a device."""
         by_resolution = run.sums.setdefault(part, {})
         if resolution not in by_resolution:
-            shape = (run.images, weights.shape[0], *resolution)
-            by_resolution[resolution] = torch.zeros(shape, device=weights.device)
+            shape = (run.images, like.shape[0], *resolution)
+            by_resolution[resolution] = torch.zeros(shape, device=like.device)
         return by_resolution[resolution]
 
     def _result(self, index: int) -> AttributionMaps:
