@@ -13,6 +13,7 @@ help:
 	@echo "make test     the test suite"
 	@echo "make lint     ruff, mypy --strict, clang-format"
 	@echo "make bench    the CPU benchmarks, into benchmarks/results/"
+	@echo "make study    what guidance moves on the embedded model (an hour on two cores; goes on)"
 	@echo "make gpu      build, test, check and time the CUDA kernels on this machine's GPU; no network"
 	@echo "make testbed  train the embedded model again (under an hour on two cores)"
 
@@ -43,6 +44,10 @@ bench: $(VENV)/.installed-onnx
 	$(BIN)/python benchmarks/guidance.py
 	$(BIN)/python benchmarks/engines.py --part testbed
 	$(BIN)/python benchmarks/engines.py --part audit
+	$(BIN)/python benchmarks/tables.py
+
+study: $(VENV)/.installed
+	$(BIN)/python benchmarks/study_guidance.py
 	$(BIN)/python benchmarks/tables.py
 
 # Not in the environment above: with the packages of a machine that has a GPU, and perhaps no network.

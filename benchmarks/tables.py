@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from committed results, or checks that they are up to date.
+"""Writes the tables of README.md and docs/ from committed results, or checks them.
 
 python benchmarks/tables.py [--check]
 """
@@ -14,8 +14,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+GUIDANCE = ROOT / "docs/guidance.md"
+STUDY = ROOT / "benchmarks/results/studies/guidance.json"
+COST = ROOT / "benchmarks/results/amd-epyc/guidance.json"
 OVERLAP = ROOT / "benchmarks/results/amd-epyc/overlap.json"
-SECOND_SEED = ROOT / "benchmarks/results/amd-epyc/testbed-seed1.json"
 TRAINING = ROOT / "python/biasmap_fast/testbed/weights/training.json"
 
 
@@ -43,51 +45,96 @@ def overlap() -> str:
 
 
 def testbed() -> str:
-    """Evaluation of the packaged weights and of a second training seed, side by side."""
-    found = [read(path)["evaluation"] for path in (TRAINING, SECOND_SEED)]
-
-    def line(name: str, *values: str) -> str:
-        return f"| {name} | {' | '.join(values)} |"
-
-    lines = ["| | packaged (seed 0) | seed 1 |", "|---|---:|---:|"]
-    lines.append(
-        line(
-            "profession right, guidance 3, 25 steps",
-            *(f"{100 * e['drawn']['profession_accuracy']:.1f} %" for e in found),
-        )
-    )
+    """Evaluation of the packaged weights."""
+    found = read(TRAINING)["evaluation"]
+    shares = found["shares"]
+    lines = [
+        "| | |",
+        "|---|---:|",
+        "| profession right, guidance 3, 25 steps "
+        f"| {100 * found['drawn']['profession_accuracy']:.1f} % |",
+    ]
     for form, what in (("joint", "joint prompt"), ("single", "one concept a prompt")):
         for word in ("profession", "man", "woman"):
-            aucs = (f"{e['maps'][f'{form} {word}']['auc']:.3f}" for e in found)
-            lines.append(line(f"pixel AUC of the {word} map on its region, {what}", *aucs))
-    shares = [e["shares"] for e in found]
+            auc = found["maps"][f"{form} {word}"]["auc"]
+            lines.append(f"| pixel AUC of the {word} map on its region, {what} | {auc:.3f} |")
     lines += [
-        line("pictures a profession for the shares", *(str(s["pictures_each"]) for s in shares)),
-        line(
-            "mean error of the shares at guidance 1 (of sampling alone)",
-            *(
-                f"{s['mean_absolute_error']:.3f} ({s['expected_absolute_error']:.3f})"
-                for s in shares
-            ),
-        ),
-        line("chi-square p of the shares", *(f"{s['chi_square_p']:.3f}" for s in shares)),
-        line(
-            "slope of drawn on planted shares, guidance 3",
-            *(f"{e['drawn']['share_slope']:.2f}" for e in found),
-        ),
+        f"| pictures a profession for the shares | {shares['pictures_each']} |",
+        f"| slope of drawn on planted shares, guidance 1 | {shares['share_slope']:.2f} |",
+        "| mean error of the shares at guidance 1 (of sampling alone) "
+        f"| {shares['mean_absolute_error']:.3f} ({shares['expected_absolute_error']:.3f}) |",
+        f"| chi-square p of the shares | {shares['chi_square_p']:.3f} |",
+        f"| slope of drawn on planted shares, guidance 3 | {found['drawn']['share_slope']:.2f} |",
     ]
     return "\n".join(lines)
 
 
-TABLES = {"overlap": overlap, "testbed": testbed}
+def change(measure: dict[str, Any]) -> str:
+    """A relative change in percent with its interval."""
+    if measure["relative"] is None:
+        return "\N{EN DASH}"
+    value = f"{100 * measure['relative']:+.0f}"
+    if measure["relative_low"] is None:
+        return value
+    low, high = (f"{100 * measure[f'relative_{end}']:+.0f}" for end in ("low", "high"))
+    return f"{value} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
 
 
-def rendered(text: str) -> str:
-    """The README with every table between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
-    for name, table in TABLES.items():
+def study() -> str:
+    """What guidance moved, cell by cell; changes in percent of the plain pictures' value."""
+    columns = {
+        "energy": "energy",
+        "IoU during, joint": "IoU during",
+        "IoU after, joint": "IoU after",
+        "IoU after, separate": "IoU after, one word a prompt",
+        "true overlap": "true overlap",
+        "plausibility": "plausibility",
+    }
+    lines = [
+        f"| | pictures | {' | '.join(columns.values())} | profession right |",
+        "|---|---:|" + "---:|" * (len(columns) + 1),
+    ]
+    found = read(STUDY)
+    for row in found["rows"]:
+        right = f"{100 * row['profession_right']['value']:.1f} %"
+        pictures = row["seeds"] * found["professions"]
+        measures = row["measures"]
+        if row["cell"] == "plain":
+            values = [f"{measures[name]['plain']:.3f}" for name in columns]
+        else:
+            values = [change(measures[name]) for name in columns]
+        lines.append(f"| {row['cell']} | {pictures} | {' | '.join(values)} | {right} |")
+    return "\n".join(lines)
+
+
+def cost() -> str:
+    """One guided UNet call at the shapes of SD 1.5."""
+    lines = [
+        "| | median s | quartiles | of the published way | peak MiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    rows = read(COST)["rows"]
+    for row in rows:
+        low, high = (value / 1e3 for value in row["quartiles_ms"])
+        lines.append(
+            f"| {row['name']} | {row['median_ms'] / 1e3:.1f} | {low:.1f} to {high:.1f} | "
+            f"{row['median_ms'] / rows[0]['median_ms']:.2f} | {row['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    README: {"overlap": overlap, "testbed": testbed},
+}
+
+
+def rendered(path: Path) -> str:
+    """A page with every table between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in TABLES[path].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         if not re.search(pattern, text, re.DOTALL):
-            raise ValueError(f"README.md has no place <!-- {name} --> ... <!-- /{name} -->")
+            raise ValueError(f"{path.name} has no place <!-- {name} --> ... <!-- /{name} -->")
         # no backslash of a table may act as a group reference
         filled = table().replace("\\", r"\\")
         text = re.sub(pattern, rf"\g<1>{filled}\n\g<2>", text, flags=re.DOTALL)
@@ -98,11 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit 1 if a table is out of date")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    fresh = rendered(text)
-    if options.check:
-        sys.exit("README.md is out of date: run benchmarks/tables.py" if fresh != text else 0)
-    README.write_text(fresh, encoding="utf-8")
+    for path in TABLES:
+        fresh = rendered(path)
+        if options.check and fresh != path.read_text(encoding="utf-8"):
+            sys.exit(f"{path.relative_to(ROOT)} is out of date: run benchmarks/tables.py")
+        path.write_text(fresh, encoding="utf-8")
 
 
 if __name__ == "__main__":

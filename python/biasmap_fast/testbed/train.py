@@ -1,9 +1,9 @@
 """Trains the embedded model: `python -m biasmap_fast.testbed.train --out DIR`.
 
-Stages of a fixed number of steps: the autoencoder, the UNet on latents and captions (the text
-encoder stays random), and some steps for the UNet to settle on the planted shares. A run that was
+Stages of a fixed number of steps: the autoencoder, then the UNet on latents and captions (the text
+encoder stays random), at last mostly at the times that decide the demographic. A run that was
 killed and started again continues to the same weights, given the same number of threads and the
-same libraries. About 30 minutes on one core.
+same libraries. Under an hour on one core.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def train(
         settings: What to train.
         folder: Where the pipeline goes.
         autoencoder: A trained autoencoder of the same world instead of a new one.
-        stop_after: Take at most this many steps of one stage, then return None.
+        stop_after: Take at most this many steps of each stage, then return None.
 
     Returns:
         The pipeline (float16), or None if `stop_after` cut the run short.
