@@ -125,6 +125,7 @@ def cost() -> str:
 
 TABLES = {
     README: {"overlap": overlap, "testbed": testbed},
+    GUIDANCE: {"study": study, "cost": cost},
 }
 
 

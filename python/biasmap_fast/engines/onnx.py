@@ -132,6 +132,7 @@ def export_unet(
     unet = getattr(unet, "_orig_mod", unet)
     kind = dtype or str(unet.dtype).removeprefix("torch.")
     _check(format, kind, maps, opset, gradients)
+    chosen = attributed_layers(unet, layers)  # refuses before anything is written
     bounds = _bounds(shapes or preset_of(unet))
     _require_onnx()
     if format == "tensorrt":
@@ -140,7 +141,6 @@ def export_unet(
         tensorrt.require()
     target = Path(out)
     say = progress or (lambda step: None)
-    chosen = attributed_layers(unet, layers)  # refuses before anything is written
     names = [layer.name for layer in chosen]
     with _new_folder(target) as folder, prepared(unet, getattr(torch, kind)) as made:
         graph = AttributionGraph(made, attributed_layers(made, names), maps).eval()
@@ -373,11 +373,16 @@ class _Writer:
             for each, right in zip(graph.outputs, expected, strict=True):
                 difference = relative(found[each.name], right)
                 worst[each.name] = max(difference, worst.get(each.name, 0.0))
-        limit = TOLERANCE[self._dtype]
-        if wrong := {name: value for name, value in worst.items() if not value <= limit}:
+        limits = dict.fromkeys(worst, TOLERANCE[self._dtype])
+        if isinstance(graph, EnergyGraph):
+            # A mask's edge is `temperature` of a map's range wide, so the gradient holds the maps'
+            # rounding divided by it: 1.4e-4 at 0.01 in float32 was seen, where maps agreed to 1e-6.
+            limits["gradient"] *= max(1.0, 0.03 / graph.temperature)
+        if wrong := {name: value for name, value in worst.items() if not value <= limits[name]}:
+            allowed = {name: limits[name] for name in wrong}
             raise ParityError(
-                f"{path.name} differs from torch by {wrong} of the outputs' scale; at most {limit} "
-                f"is allowed for {self._dtype}"
+                f"{path.name} differs from torch by {wrong} of the outputs' scale; at most "
+                f"{allowed} is allowed for {self._dtype}"
             )
         return {**worst, "shapes": [dict(sizes) for sizes in calls]}, ""
 
