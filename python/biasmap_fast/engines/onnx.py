@@ -132,8 +132,10 @@ def export_unet(
     unet = getattr(unet, "_orig_mod", unet)
     kind = dtype or str(unet.dtype).removeprefix("torch.")
     _check(format, kind, maps, opset, gradients)
-    chosen = attributed_layers(unet, layers)  # refuses before anything is written
-    bounds = _bounds(shapes or preset_of(unet))
+    if shapes is None:
+        attributed_layers(unet, layers)  # refuses what has no size to choose a preset by
+        shapes = preset_of(unet)
+    bounds = _bounds(shapes)
     _require_onnx()
     if format == "tensorrt":
         from . import tensorrt
@@ -141,6 +143,7 @@ def export_unet(
         tensorrt.require()
     target = Path(out)
     say = progress or (lambda step: None)
+    chosen = attributed_layers(unet, layers)  # refuses before anything is written
     names = [layer.name for layer in chosen]
     with _new_folder(target) as folder, prepared(unet, getattr(torch, kind)) as made:
         graph = AttributionGraph(made, attributed_layers(made, names), maps).eval()
