@@ -58,6 +58,7 @@ class Calls:
     def __init__(self, pipe: Any, given: tuple[torch.Tensor, ...]) -> None:
         self.pipe = pipe
         self.given = given
+        self.unet = pipe.unet
         self.states = attribution_states(pipe, tokenize_all(PROMPT, pipe))
         self.expected = self.plain(pipe.unet)()
 
@@ -88,7 +89,7 @@ class Calls:
 
     def engine(self, name: str, folder: Path) -> Variant:
         """The engine's prompt is asked for once and stays."""
-        engine = bm.load_engine(folder)
+        engine = bm.load_engine(folder, unet=self.unet)
         if ENGINES[name][0] != "none":
             engine.register_attribution_hook([self.states], lambda maps: None)
         return Variant(name, self.plain(engine), self.error, f"opset {ENGINES[name][1]}")
@@ -125,9 +126,9 @@ def sd15(options: argparse.Namespace) -> list[Row]:
     workload = "random weights, batch 1, latents of 64 x 64, float32"
     reduced = calls.engine(names[1], folders[names[1]])
     rows = measure("SD 1.5", workload, [*calls.torch(), reduced], options.rounds)
-    pipe.unet = None
-    gc.collect()
     plain = calls.engine(names[0], folders[names[0]])
+    pipe.unet = calls.unet = None
+    gc.collect()
     return rows + measure("SD 1.5, what maps cost", workload, [plain, reduced], options.rounds)
 
 

@@ -393,9 +393,7 @@ def export(
     maps: Annotated[
         str, typer.Option(help="Beside the noise prediction: reduced, probabilities or none.")
     ] = "reduced",
-    opset: Annotated[
-        int, typer.Option(help="ONNX operator set: 20 for portability, 23 for speed.")
-    ] = 20,
+    opset: Annotated[int, typer.Option(help="ONNX operator set: 18, 20, 23 or 24.")] = 20,
     layer: Layers = None,
     gradient: Annotated[
         list[str] | None,
