@@ -11,7 +11,9 @@ What is complete is summed up in benchmarks/results/studies/ and drawn in docs/.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,9 +21,12 @@ import torch
 
 from validity.collect import collect, load
 from validity.models import GROUPS, train_group
+from validity.report import everything, plot, summarise
 from validity.score import score_model
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/studies"
+FIGURE = ROOT / "docs/validity.png"
 SEEDS = range(12)
 LOG = logging.getLogger(__name__)
 
@@ -41,6 +46,18 @@ def prepare(runs: Path, group: str, indices: tuple[int, ...]) -> None:
             (out / "scores.tmp").rename(out / "scores.parquet")
 
 
+def report(runs: Path) -> None:
+    """Results and figure, from the scores that are there; the choice needs the choosing group."""
+    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **summarise(runs)}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    partial = RESULTS / "validity.tmp"
+    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    partial.replace(RESULTS / "validity.json")
+    pq.write_table(everything(runs), partial, compression="zstd")
+    partial.replace(RESULTS / "validity.parquet")
+    plot(runs, record, FIGURE)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/study-validity")
@@ -54,6 +71,8 @@ def main() -> None:
         if given.group in (None, name):
             chosen = given.models.split(",") if given.models else range(len(group.seeds))
             prepare(given.runs, name, tuple(int(index) for index in chosen))
+    if given.group is None and given.models is None:
+        report(given.runs)
 
 
 if __name__ == "__main__":

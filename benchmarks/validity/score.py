@@ -57,6 +57,12 @@ class Truth:
             "quarter": (level == 0.75)[:, None] & (level == 0.25)[None],
         }
 
+    def means(self, values: Array) -> Array:
+        """Means `[..., U]` of `[..., P, S]` over the pictures that show their profession."""
+        right = self.right[self.used]  # [U, S]
+        found: Array = np.where(right, values[..., self.used, :], 0.0).sum(-1) / right.sum(-1)
+        return found
+
     def scores(self, values: Array) -> dict[str, Array]:
         """Figures of candidates.
 
@@ -66,8 +72,7 @@ class Truth:
         Returns:
             Figure -> `[C]`; nan where no two professions can be told apart by it.
         """
-        right = self.right[self.used]  # [U, S]
-        x = np.where(right, values[:, self.used], 0.0).sum(-1) / right.sum(-1)  # [C, U]
+        x = self.means(values)  # [C, U]
         wins = (np.sign(x[:, :, None] - x[:, None]) + 1) / 2  # [C, U, U], ties half
         found = {
             name: wins[:, pairs].mean(1) if pairs.any() else np.full(len(x), np.nan)
@@ -112,18 +117,34 @@ def score_model(sums: dict[str, torch.Tensor], record: dict[str, Any]) -> pa.Tab
     return pa.concat_tables(tables)
 
 
+def values_of(
+    sums: dict[str, torch.Tensor],
+    record: dict[str, Any],
+    candidate: Candidate,
+    word: str,
+    noun: str = "noun",
+) -> Array:
+    """What a candidate says of every picture, `[P, S]`."""
+    sizes = np.mean(list(record["sizes"].values())) / 64**2
+    measure = measures(100 * float(sizes), 100 * record["region_fraction"])[candidate.measure]
+    a, b = pair_of_maps(layer_maps(sums), record["concepts"], candidate, word, noun)
+    values: Array = overlap(View(a), View(b), measure).diagonal(dim1=1, dim2=2).double().numpy()
+    return values
+
+
 def control(
     sums: dict[str, torch.Tensor], record: dict[str, Any], chosen: Candidate
 ) -> dict[str, float]:
     """A candidate's concordance where "photo" stands for the profession: 0.5 if it says nothing."""
-    layers, truth = layer_maps(sums), Truth(record)
-    measure = measures(3.0, 11.0)[chosen.measure]
-    found = {}
-    for word in WORDS:
-        a, b = pair_of_maps(layers, record["concepts"], chosen, word, noun="control")
-        values = overlap(View(a), View(b), measure).diagonal(dim1=1, dim2=2).double().numpy()
-        found[word] = float(truth.scores(values[None])["concordance"][0])
-    return found
+    truth = Truth(record)
+    return {
+        word: float(
+            truth.scores(values_of(sums, record, chosen, word, noun="control")[None])[
+                "concordance"
+            ][0]
+        )
+        for word in WORDS
+    }
 
 
 def _with_null(matrix: Array) -> dict[str, Array]:
