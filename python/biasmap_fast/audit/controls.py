@@ -115,9 +115,7 @@ def control_prompts(plan: AuditPlan, professions: Sequence[str]) -> list[Attribu
 
 
 @contextmanager
-def sweeping(
-    pipe: Any, plan: AuditPlan, prompts: Sequence[AttributionPrompt]
-) -> Iterator[Swept]:
+def sweeping(pipe: Any, plan: AuditPlan, prompts: Sequence[AttributionPrompt]) -> Iterator[Swept]:
     """Records what the plan sweeps over, beside the main recorder."""
     swept = Swept()
     with ExitStack() as stack:

@@ -65,10 +65,10 @@ def packed(plan: AuditPlan, maps: torch.Tensor, percentile: float) -> dict[str, 
 
 
 def unpacked(bits: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """The mask ``[H * W]`` of what `packed` kept.
+    r"""The mask ``[H * W]`` of what `packed` kept.
 
     Example:
-        >>> unpacked(b"\\xa0", 2, 2).tolist()
+        >>> unpacked(b"\xa0", 2, 2).tolist()
         [True, False, True, False]
     """
     found = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=height * width)

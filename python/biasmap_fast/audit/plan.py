@@ -341,9 +341,7 @@ class AuditPlan(BaseModel):
     def pairs(self, profession: str) -> list[Pair]:
         """Every concept pair measured on the pictures of ``profession``."""
         return [
-            self.pair(profession, axis, word)
-            for axis, words in self.axes.items()
-            for word in words
+            self.pair(profession, axis, word) for axis, words in self.axes.items() for word in words
         ]
 
     def units(self) -> Iterator[Unit]:
