@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +17,10 @@ import torch
 from .. import entanglement, presets
 from ..attribution import attribute
 from ..guidance import Guidance, guide
-from ..maps import resize
+from .controls import Swept, control_prompts, control_rows, mask_rows, sweeping
+from .masks import hard_iou, map_fault
 from .plan import GUIDED, PLAIN
-from .records import LEDGER_SCHEMA, OK, to_table
+from .records import CONTROLS_SCHEMA, LEDGER_SCHEMA, MASKS_SCHEMA, OK, to_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,13 +57,14 @@ class Chunk:
         table: its records.
         pictures: file stem -> picture, those that the plan keeps.
         maps: file stem -> tensor name -> ``[H, W]`` map, those that the plan keeps.
-        ledger: what guidance did to each picture in each UNet call; None without guidance.
+        sides: tables that go beside the records (`records.SIDES`): ``"ledger"``, what guidance
+            did; ``"controls"``, other overlaps on the same pictures; ``"masks"``. Absent if empty.
     """
 
     table: pa.Table
     pictures: dict[str, Image]
     maps: dict[str, dict[str, torch.Tensor]]
-    ledger: pa.Table | None = None
+    sides: dict[str, pa.Table] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class _Drawn:
     filtered: list[bool]  # blanked by a safety checker
     maps: dict[str, AttributionMaps]
     ledger: list[LedgerRow]  # empty without guidance
+    swept: Swept = field(default_factory=Swept)
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def measure_chunk(
             if picture is not None and kept(plan.save_pictures, plan, unit)
         },
         maps=_kept_maps(plan, cells, drawn.maps),
-        ledger=_ledger_table(units, drawn.ledger),
+        sides=_sides(plan, units, cells, drawn, faults),
     )
 
 
@@ -194,11 +197,18 @@ def _draw(pipe: Any, plan: AuditPlan, units: Sequence[Unit], cells: Sequence[_Ce
     if plan.negative_prompt is not None:
         settings["negative_prompt"] = [plan.negative_prompt] * len(units)
     (condition,) = {unit.condition for unit in units}
+    professions = list(dict.fromkeys(unit.profession for unit in units))
+    # in the separate form a control shares the profession's prompt
+    controls = {prompt.name: prompt for prompt in control_prompts(plan, professions)}
     recorder = attribute(
-        pipe, list(prompts.values()), branch=plan.branch, layers=plan.layers, by="block"
+        pipe,
+        list({**prompts, **controls}.values()),
+        branch=plan.branch,
+        layers=plan.layers,
+        by="block",
     )
     guidance = _guidance(pipe, plan, units) if condition == GUIDED else nullcontext()
-    with recorder, guidance:
+    with recorder, sweeping(pipe, plan, list(prompts.values())) as swept, guidance:
         output = pipe(**settings)
     maps = recorder.maps()
     if not isinstance(maps, dict):
@@ -209,6 +219,7 @@ def _draw(pipe: Any, plan: AuditPlan, units: Sequence[Unit], cells: Sequence[_Ce
         filtered=[bool(blocked) for blocked in filtered],
         maps=maps,
         ledger=guidance.ledger if isinstance(guidance, Guidance) else [],
+        swept=swept,
     )
 
 
@@ -279,6 +290,51 @@ def _ledger_table(units: Sequence[Unit], ledger: Sequence[LedgerRow]) -> pa.Tabl
     )
 
 
+def _sides(
+    plan: AuditPlan,
+    units: Sequence[Unit],
+    cells: Sequence[_Cell],
+    drawn: _Drawn,
+    faults: Sequence[tuple[str, str] | None],
+) -> dict[str, pa.Table]:
+    """The tables that go beside the records."""
+    found = {}
+    ledger = _ledger_table(units, drawn.ledger)
+    if ledger is not None:
+        found["ledger"] = ledger
+    rows = control_rows(plan, units, drawn.maps, drawn.swept, faults)
+    if rows:
+        found["controls"] = to_table(rows, CONTROLS_SCHEMA)
+    good = [cell for cell in cells if _fault(cell, drawn.maps, faults) is None]
+    if good:
+        sides = [_pair_maps(cell, drawn.maps) for cell in good]
+        a, b = (torch.stack(side).float().cpu() for side in zip(*sides, strict=True))  # [R, H, W]
+        found["masks"] = to_table(mask_rows(plan, [_key(c) for c in good], a, b), MASKS_SCHEMA)
+    return found
+
+
+def _key(cell: _Cell) -> dict[str, Any]:
+    return {
+        "condition": cell.unit.condition,
+        "semantic": cell.unit.profession,
+        "seed": cell.unit.seed,
+        "axis": cell.pair.axis,
+        "demographic": cell.pair.demographic,
+    }
+
+
+def _fault(
+    cell: _Cell, maps: dict[str, AttributionMaps], faults: Sequence[tuple[str, str] | None]
+) -> tuple[str, str] | None:
+    """What is wrong with a picture, or with one of a pair's maps on it."""
+    semantic, demographic = _pair_maps(cell, maps)  # [H, W]
+    return (
+        faults[cell.image]
+        or map_fault(semantic, cell.unit.profession)
+        or map_fault(demographic, cell.pair.demographic)
+    )
+
+
 def _picture_fault(array: np.ndarray[Any, Any], filtered: bool) -> tuple[str, str] | None:
     if not np.isfinite(array).all():
         count = int((~np.isfinite(array)).sum())
@@ -287,16 +343,6 @@ def _picture_fault(array: np.ndarray[Any, Any], filtered: bool) -> tuple[str, st
         return "filtered_picture", "the pipeline's safety checker blanked the picture"
     if np.ptp(array) == 0:
         return "blank_picture", f"every value of the picture is {array.flat[0]:g}"
-    return None
-
-
-def _map_fault(values: torch.Tensor, concept: str) -> tuple[str, str] | None:
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        count = int((~finite).sum())
-        return "non_finite_map", f"{count} of the values of the map of {concept!r} are not finite"
-    if bool(values.max() == values.min()):
-        return "constant_map", f"every value of the map of {concept!r} is {float(values.max()):g}"
     return None
 
 
@@ -311,12 +357,7 @@ def _measured(
     values: list[list[dict[str, Any]]] = []
     good: list[int] = []
     for index, cell in enumerate(cells):
-        semantic, demographic = _pair_maps(cell, maps)  # [H, W]
-        fault = (
-            faults[cell.image]
-            or _map_fault(semantic, cell.unit.profession)
-            or _map_fault(demographic, cell.pair.demographic)
-        )
+        fault = _fault(cell, maps, faults)
         status, reason = fault or (OK, None)
         values.append(
             [
@@ -347,7 +388,7 @@ def _overlaps(
 ) -> dict[str, list[Any]]:
     """Measured columns of R rows at one percentile."""
     fraction = 1 - percentile / 100
-    found, empty = _hard(plan, a, b, percentile)
+    found, empty = hard_iou(plan, a, b, percentile)
     if plan.soft_mask == "paper":
         soft = presets.paper_soft_iou(a, b)
     else:
@@ -355,7 +396,7 @@ def _overlaps(
     by_block: list[dict[str, float | None]] = [{} for _ in range(a.shape[0])]
     for name, (block_a, block_b) in blocks.items():
         for row, (value, no_union) in enumerate(
-            zip(*_hard(plan, block_a, block_b, percentile), strict=True)
+            zip(*hard_iou(plan, block_a, block_b, percentile), strict=True)
         ):
             by_block[row][name] = None if no_union else value
     return {
@@ -367,17 +408,6 @@ def _overlaps(
         **_ranges("semantic", a),
         **_ranges("demographic", b),
     }
-
-
-def _hard(
-    plan: AuditPlan, a: torch.Tensor, b: torch.Tensor, percentile: float
-) -> tuple[list[float], list[bool]]:
-    """IoU of R map pairs ``[R, H, W]``, and whether both masks are empty."""
-    if plan.evaluation_size is not None:
-        size = (plan.evaluation_size, plan.evaluation_size)
-        a, b = resize(a[:, None], size)[:, 0], resize(b[:, None], size)[:, 0]
-    found, empty = entanglement.iou_with_flags(a, b, percentile=percentile)  # [R], [R]
-    return found.tolist(), empty.tolist()
 
 
 def _ranges(side: str, maps: torch.Tensor) -> dict[str, list[Any]]:

@@ -23,9 +23,10 @@ from tqdm import tqdm
 from .. import environment
 from ..concepts import text_encoders, tokenize
 from ..pipelines import TESTBED, load_pipeline
+from .controls import control_prompts
 from .measure import Chunk, measure_chunk, reader_for_testbed
 from .plan import AuditPlan, explain
-from .records import part_path, read_ledger, read_part, read_records, write_ledger, write_part
+from .records import SIDES, part_path, read_part, read_records, read_side, write_part, write_side
 from .report import write_report
 from .summary import summarise
 
@@ -133,7 +134,8 @@ def load_audit(path: str | Path) -> AuditResult:
     folder = Path(path)
     plan = _read_plan(folder)
     records = read_records(folder)
-    summary = summarise(plan, records, planted(plan), read_ledger(folder))
+    sides = {side: read_side(folder, side) for side in SIDES}
+    summary = summarise(plan, records, planted(plan), **sides)
     return AuditResult(folder, plan, records, summary)
 
 
@@ -275,6 +277,15 @@ def _check_prompts(pipe: Any, plan: AuditPlan) -> None:
             for tokenizer, _ in text_encoders(pipe):
                 tokenize(pair.semantic_prompt, tokenizer)
                 tokenize(pair.demographic_prompt, tokenizer)
+    for prompt in control_prompts(plan, plan.professions):
+        for tokenizer, _ in text_encoders(pipe):
+            try:
+                tokenize(prompt, tokenizer)
+            except ValueError as error:
+                raise ValueError(
+                    f"a control cannot be measured: {error}. Choose other control words, or turn "
+                    "the controls off"
+                ) from error
 
 
 def _check_model(pipe: Any, plan: AuditPlan, folder: Path) -> None:
@@ -335,8 +346,8 @@ def _measure(
             with _explained(index, len(plan.chunks()), folder, plan):
                 chunk = measure_chunk(pipe, plan, units, read)
                 _store(chunk, plan, folder)
-                if chunk.ledger is not None:
-                    write_ledger(folder, index, chunk.ledger)
+                for side, table in chunk.sides.items():
+                    write_side(folder, side, index, table)
                 write_part(folder, index, chunk.table)
             bar.update(len(units))
 
