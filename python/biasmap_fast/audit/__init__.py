@@ -7,7 +7,8 @@ _EXTRA = ("jinja2", "matplotlib", "pyarrow", "pydantic", "scipy", "yaml")
 try:
     from .plan import AuditPlan
     from .records import RecordError
-    from .run import AuditError, AuditResult, load_audit, render, run_audit
+    from .folder import AuditError
+    from .run import AuditResult, load_audit, render, run_audit
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] not in _EXTRA:
         raise

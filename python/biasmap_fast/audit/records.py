@@ -7,13 +7,15 @@ leaving measurements out without a word would bend every figure made from the re
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from .files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -146,11 +148,6 @@ def ledger_path(folder: Path, chunk: int) -> Path:
     return folder / "ledger" / f"part-{chunk:05d}.parquet"
 
 
-def write_ledger(folder: Path, chunk: int, table: pa.Table) -> Path:
-    """Writes one ledger file, whole or not at all."""
-    return _write(ledger_path(folder, chunk), table)
-
-
 def read_ledger(folder: Path) -> pa.Table:
     """The ledger of a run: of the chunks whose records are there, in the order of the chunks.
 
@@ -165,15 +162,16 @@ def read_ledger(folder: Path) -> pa.Table:
     return pa.concat_tables([LEDGER_SCHEMA.empty_table(), *tables]).combine_chunks()
 
 
+def table_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a part file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
 def _write(path: Path, table: pa.Table) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".parquet.tmp")
-    with partial.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
+    write_file(path, table_bytes(table))
     return path
 
 
@@ -237,12 +235,3 @@ def _difference(found: pa.Schema, expected: pa.Schema) -> str:
         if f.name in found.names and found.field(f.name).type != f.type
     ]
     return f"missing {missing}, unknown {added}, changed {changed}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
