@@ -52,7 +52,10 @@ def rows_of(result, **wanted):
     [
         ({"conditions": []}, "conditions: expected at least one, got none"),
         ({"conditions": ["plain", "plain"]}, r"got \['plain'\] more than once"),
-        ({"conditions": ["fair"], "energy": None}, r"conditions: expected 'plain', 'guided' or 'name=.*got 'fair'"),
+        (
+            {"conditions": ["fair"], "energy": None},
+            r"conditions: expected 'plain', 'guided' or 'name=.*got 'fair'",
+        ),
         ({"conditions": ["plain"]}, r"`energy` belongs to the condition 'guided', got conditions"),
         ({"energy": {"scale": math.inf}}, r"energy\.scale: Input should be a finite number"),
         ({"energy": {"strength": 1}}, r"energy\.strength: Extra inputs are not permitted"),

@@ -26,7 +26,8 @@ _PACKAGES = (
     "tensorrt",
 )
 _EXTRAS = {
-    "audit": ("jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy"),
+    "audit": ("filelock", "jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy"),
+    "cluster": ("ray",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "tensorrt": ("tensorrt",),
 }

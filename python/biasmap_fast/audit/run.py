@@ -25,6 +25,7 @@ from .plan import AuditPlan
 from .records import part_path, read_ledger, read_part, read_records
 from .report import write_report
 from .summary import summarise
+from .validate import validate as check
 from .work import Worker
 from .writer import Writer
 
@@ -160,6 +161,22 @@ def render(path: str | Path) -> AuditResult:
     except OSError as error:
         raise AuditError(f"the report of {result.folder} cannot be written: {error}") from error
     return result
+
+
+def validate(path: str | Path) -> list[str]:
+    """Everything in which a run folder contradicts itself: records, plan, hashes, summary.
+
+    Args:
+        path: the run folder, finished or not; nothing in it is changed.
+
+    Returns:
+        One line a difference; none if the folder is whole.
+
+    Raises:
+        AuditError: ``path`` is no run folder.
+    """
+    folder = Path(path)
+    return check(folder, planted(read_plan(folder)))
 
 
 def planted(plan: AuditPlan) -> list[dict[str, Any]] | None:
