@@ -157,6 +157,18 @@ def audit(
         Path | None,
         typer.Option(help="Draw with the engine in this folder, exported from the model."),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure on the workers of a Ray cluster, one a device: 'local' for this machine, "
+            "or its address. Needs the extra cluster."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Workers of the cluster. [default: one a GPU, or one for THREADS CPUs]"),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads of each worker of a cluster.")] = 1,
     retry_failed: Annotated[
         bool,
         typer.Option(
@@ -206,7 +218,15 @@ def audit(
         from .audit.sentences import difference, finding, headline
 
         plan = _plan({name: value for name, value in flags.items() if value is not None}, config)
-        result = run_audit(plan, out, progress=progress, retry_failed=retry_failed)
+        result = run_audit(
+            plan,
+            out,
+            progress=progress,
+            retry_failed=retry_failed,
+            cluster=cluster,
+            workers=workers,
+            threads=threads,
+        )
         if as_json:
             typer.echo(json.dumps(result.summary, indent=1))
             return

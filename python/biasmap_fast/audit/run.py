@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from .cluster import Cluster
     from .measure import Chunk
     from .plan import Unit
 
@@ -82,6 +83,9 @@ def run_audit(
     pipe: Any = None,
     progress: bool = True,
     retry_failed: bool = False,
+    cluster: str | None = None,
+    workers: int | None = None,
+    threads: int = 1,
 ) -> AuditResult:
     """Runs the audit of ``plan``, or what is left of it, and writes the report.
 
@@ -91,6 +95,10 @@ def run_audit(
         pipe: the pipeline to audit, already loaded; default loads ``plan.model``.
         progress: show a progress bar with rate and time left on stderr.
         retry_failed: measure those chunks again that have pictures whose drawing raised.
+        cluster: ``"local"``, or the address of a Ray cluster: one worker a device. Default this
+            process alone.
+        workers: of the cluster; default as many as it has room for.
+        threads: of each worker's CPU work.
 
     Returns:
         The finished run.
@@ -99,6 +107,7 @@ def run_audit(
         AuditError: the folder is in use, cannot be used, holds another plan or was begun with other
             weights; every picture fails; the disk is full.
         ConditionError: a condition's pipeline cannot be made.
+        ImportError: a cluster without Ray installed.
         ModelError: the model cannot be loaded.
         RecordError: a record file is damaged.
         ValueError: a concept is not in its attribution prompt, or too long for the text encoder.
@@ -117,7 +126,8 @@ def run_audit(
             done = {index for index in done if not _has_failed(folder, index)}
         todo = [(index, units) for index, units in chunks if index not in done]
         if todo:
-            _measure(_Here(plan, pipe), plan, folder, todo, progress=progress)
+            source = _source(plan, pipe, cluster, workers, threads)
+            _measure(source, plan, folder, todo, progress=progress)
         else:
             logger.info("all %d chunks of %s are measured", len(chunks), folder)
         return render(folder)
@@ -229,8 +239,24 @@ class _Here(AbstractContextManager["_Here"]):
             yield {}, index, self._worker.measure(units)
 
 
+def _source(
+    plan: AuditPlan, pipe: Any, cluster: str | None, workers: int | None, threads: int
+) -> _Here | Cluster:
+    """What measures the chunks."""
+    if cluster is None:
+        return _Here(plan, pipe)
+    from .cluster import Cluster
+
+    if pipe is not None:
+        raise AuditError(
+            "a pipeline that is already loaded cannot be sent to the workers of a cluster: give "
+            "the plan a model, or a condition 'name=module:function' that makes one"
+        )
+    return Cluster(plan, cluster, workers=workers, threads=threads)
+
+
 def _measure(
-    source: _Here,
+    source: _Here | Cluster,
     plan: AuditPlan,
     folder: Path,
     todo: Sequence[_Work],
