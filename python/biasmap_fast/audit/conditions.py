@@ -132,7 +132,9 @@ def source_of(text: str, folder: str) -> bytes | None:
     if kind != "function":
         return None
     try:
-        return Path(inspect.getsourcefile(find(target, folder)) or "").read_bytes()
+        # a decorator's own file says nothing about what it decorates
+        function = inspect.unwrap(find(target, folder))
+        return Path(inspect.getsourcefile(function) or "").read_bytes()
     except (OSError, TypeError):
         return None
 
@@ -177,7 +179,7 @@ def _with_lora(pipe: Any, target: str) -> Any:
         pipe.load_lora_weights(source, adapter_name="audit")
         if match:
             pipe.set_adapters(["audit"], [float(weight)])
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # of diffusers, peft, safetensors or whatever reaches the hub
         needs = ' (LoRA needs peft: pip install "peft>=0.17")' if "PEFT" in str(error) else ""
         raise ConditionError(
             f"the LoRA {source!r} cannot be loaded into {type(pipe).__name__}: "
