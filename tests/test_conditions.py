@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 from scipy import stats
 
@@ -242,3 +245,29 @@ def test_report_shows_both_conditions(finished):
     assert finding.count("with “man”") == 2  # above and below, of the first condition alone
     row = result.summary["differences"][0]
     assert f"{row['baseline_iou']:.3f}" in text
+
+
+# torch.compile's own code looks at `.grad` of tensors between two graphs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_audit(finished, tmp_path, monkeypatch):
+    """Graph capture alone; plain and guided batches, a smaller one at the end, the same hash."""
+    _, pipe = finished
+    unet = pipe.unet
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plan = make_plan(compile=True, steps=1, professions=["doctor"], batch_size=2)
+    eager = make_plan(steps=1, professions=["doctor"], batch_size=2)
+    found = run_audit(plan, tmp_path / "compiled", pipe=pipe, progress=False)
+    expected = run_audit(eager, tmp_path / "eager", pipe=pipe, progress=False)
+    torch.compiler.reset()
+    assert pipe.unet is unet
+    assert found.records.num_rows == 12
+    for row, right in zip(found.records.to_pylist(), expected.records.to_pylist(), strict=True):
+        assert row["status"] == right["status"] == "ok"
+        assert row["soft_iou"] == pytest.approx(right["soft_iou"], rel=1e-4)
+        assert row["guidance_applied"] == right["guidance_applied"]
+    hashes = {
+        json.loads((tmp_path / name / "environment.json").read_text())["weights_sha256"]
+        for name in ("compiled", "eager")
+    }
+    assert len(hashes) == 1

@@ -157,6 +157,13 @@ def audit(
         Path | None,
         typer.Option(help="Draw with the engine in this folder, exported from the model."),
     ] = None,
+    compile_unet: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile",
+            help="Compile the UNet with torch.compile: minutes at the start, faster calls.",
+        ),
+    ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -212,6 +219,7 @@ def audit(
         "device": device,
         "dtype": dtype,
         "engine": None if engine is None else str(engine),
+        "compile": compile_unet or None,
     }
     with _clear_errors(verbose):
         from .audit import run_audit

@@ -7,6 +7,7 @@ neighbours are drawn without it.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -147,9 +148,7 @@ class Worker:
         """A model loaded anew, by default the plan's own."""
         plan = self._plan
         if model is None and self._given is not None:
-            import copy
-
-            return copy.deepcopy(self._given)
+            return _copied(self._given)
         return load_pipeline(
             model or plan.model,
             revision=revision if model else plan.revision,
@@ -163,6 +162,16 @@ class Worker:
         self._own_stack.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _copied(pipe: Any) -> Any:
+    """A pipeline with weights of its own, and not compiled."""
+    unet = pipe.unet
+    pipe.unet = getattr(unet, "_orig_mod", unet)
+    try:
+        return copy.deepcopy(pipe)
+    finally:
+        pipe.unet = unet
 
 
 def _fault(error: Exception) -> tuple[str, str]:
@@ -187,6 +196,8 @@ def _ready(plan: AuditPlan, ready: Any) -> Iterator[Any]:
     try:
         if plan.engine is not None:
             ready.unet = _engine(plan, unet)
+        if plan.compile:
+            ready.unet = torch.compile(unet)
         if plan.scheduler is not None:
             ready.scheduler = _scheduler(plan.scheduler).from_config(scheduler.config)
         ready.set_progress_bar_config(**{**bar, "disable": True})

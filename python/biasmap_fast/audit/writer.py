@@ -97,7 +97,7 @@ class Writer:
             else "see the log for where it was raised"
         )
         return AuditError(
-            f"out of memory or failing in every picture of chunks {chunks}, the last one with "
+            f"every picture of chunks {chunks} failed, the last chunk's first with "
             f"{row['reason']!r}; none of them is recorded, what was measured before stays in "
             f"{self._folder}: {advice}, then start the same audit again"
         )
