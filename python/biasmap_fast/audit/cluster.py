@@ -77,7 +77,7 @@ class Cluster(AbstractContextManager["Cluster"]):
     def __init__(
         self, plan: AuditPlan, address: str, *, workers: int | None = None, threads: int = 1
     ) -> None:
-        if min(workers or 1, threads) < 1:
+        if min(1 if workers is None else workers, threads) < 1:
             raise ValueError(
                 f"expected at least one worker and one thread, got {workers} and {threads}"
             )
@@ -102,7 +102,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             room = int(resources.get("GPU" if gpus else "CPU", 0)) // (1 if gpus else self._threads)
             wanted = self._workers or room
             if not 0 < wanted <= room:
-                unit = "GPU" if gpus else f"{self._threads} CPU"
+                unit = "one GPU" if gpus else f"{self._threads} CPU"
                 raise AuditError(
                     f"the cluster {self._address!r} has room for {room} workers of {unit} each, "
                     f"asked for {self._workers or 'one at least'}; the plan draws on "

@@ -231,6 +231,7 @@ def store(folder: Path, index: int, chunk: Chunk, plan_sha256: str) -> None:
     hashes = {path.relative_to(folder).as_posix(): sha256(data) for path, data in files.items()}
     text = json.dumps({"plan_sha256": plan_sha256, "files": hashes}, indent=1) + "\n"
     last = files.pop(records)
+    records.unlink(missing_ok=True)  # of a chunk that is measured again: its hashes go first
     for path, data in {**files, hashes_path(folder, index): text.encode(), records: last}.items():
         path.parent.mkdir(exist_ok=True)
         write_file(path, data)

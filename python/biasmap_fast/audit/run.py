@@ -268,8 +268,8 @@ def _measure(
     left = sum(sizes.values())
     measured = len(plan.chunks()) > len(todo)
     with (
-        _explained(folder, len(plan.chunks())),
         source,
+        _explained(folder, len(plan.chunks())),
         tqdm(
             total=plan.pictures,
             initial=plan.pictures - left,
