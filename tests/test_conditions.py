@@ -247,25 +247,23 @@ def test_report_shows_both_conditions(finished):
     assert f"{row['baseline_iou']:.3f}" in text
 
 
-# torch.compile's own code looks at `.grad` of tensors between two graphs
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_audit(finished, tmp_path, monkeypatch):
-    """Graph capture alone; plain and guided batches, a smaller one at the end, the same hash."""
+    """Graph capture alone, over two batches: the second has recorder and hooks of its own."""
     _, pipe = finished
     unet = pipe.unet
+    small = {"conditions": ["plain"], "energy": None, "steps": 1, "professions": ["doctor"]}
+    small |= {"seeds": [0, 1], "batch_size": 1}
+    expected = run_audit(make_plan(**small), tmp_path / "eager", pipe=pipe, progress=False)
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    plan = make_plan(compile=True, steps=1, professions=["doctor"], batch_size=2)
-    eager = make_plan(steps=1, professions=["doctor"], batch_size=2)
+    plan = make_plan(**small, compile=True)
     found = run_audit(plan, tmp_path / "compiled", pipe=pipe, progress=False)
-    expected = run_audit(eager, tmp_path / "eager", pipe=pipe, progress=False)
     torch.compiler.reset()
     assert pipe.unet is unet
-    assert found.records.num_rows == 12
+    assert found.records.num_rows == 4
     for row, right in zip(found.records.to_pylist(), expected.records.to_pylist(), strict=True):
         assert row["status"] == right["status"] == "ok"
         assert row["soft_iou"] == pytest.approx(right["soft_iou"], rel=1e-4)
-        assert row["guidance_applied"] == right["guidance_applied"]
     hashes = {
         json.loads((tmp_path / name / "environment.json").read_text())["weights_sha256"]
         for name in ("compiled", "eager")
