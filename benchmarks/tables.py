@@ -17,6 +17,11 @@ README = ROOT / "README.md"
 GUIDANCE = ROOT / "docs/guidance.md"
 STUDY = ROOT / "benchmarks/results/studies/guidance.json"
 COST = ROOT / "benchmarks/results/amd-epyc/guidance.json"
+SCALE = ROOT / "docs/scale.md"
+PROFILES = {
+    "embedded model": ROOT / "benchmarks/results/amd-epyc/audit-profile-testbed.json",
+    "shapes of SD 1.5": ROOT / "benchmarks/results/amd-epyc/audit-profile-sd15.json",
+}
 OVERLAP = ROOT / "benchmarks/results/amd-epyc/overlap.json"
 TRAINING = ROOT / "python/biasmap_fast/testbed/weights/training.json"
 
@@ -147,9 +152,27 @@ def cost() -> str:
     return "\n".join(lines)
 
 
+def profile() -> str:
+    """What of an audit's processor time its parts take."""
+    found = {name: read(path) for name, path in PROFILES.items() if path.exists()}
+    parts = ("network", "maps", "sampler", "classifier", "overlaps", "records", "loop")
+    lines = [f"| | {' | '.join(found)} |", "|---|" + "---:|" * len(found)]
+    for part in parts:
+        shares = [f"{100 * each['share'].get(part, 0.0):.2f} %" for each in found.values()]
+        lines.append(f"| {part} | {' | '.join(shares)} |")
+    for label, name in (
+        ("all but the networks", "share_of_all_but_the_networks"),
+        ("overlaps, records and loop: the audit's own code", "share_of_the_audits_own_code"),
+    ):
+        shares = [f"{100 * each[name]:.2f} %" for each in found.values()]
+        lines.append(f"| **{label}** | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     README: {"overlap": overlap, "testbed": testbed},
     GUIDANCE: {"study": study, "study more": study_more, "cost": cost},
+    SCALE: {"profile": profile},
 }
 
 

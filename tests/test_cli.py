@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import biasmap_fast
 from biasmap_fast import pipelines
-from biasmap_fast.audit import run
+from biasmap_fast.audit import run, work
 from biasmap_fast.cli import _seeds, app
 
 TEMPLATES = [
@@ -31,7 +31,7 @@ def invoke(make_sd, monkeypatch):
     def load(model, **options):
         return make_sd()
 
-    monkeypatch.setattr(run, "load_pipeline", load)
+    monkeypatch.setattr(work, "load_pipeline", load)
     monkeypatch.setattr(pipelines, "load_pipeline", load)
 
     def call(*args):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 from scipy import stats
 
-from biasmap_fast.audit import AuditPlan, measure, run, run_audit
+from biasmap_fast.audit import AuditPlan, measure, run_audit, work
 from biasmap_fast.audit.plan import Unit, explain
 from biasmap_fast.audit.records import LEDGER_SCHEMA, RecordError, ledger_path, read_ledger
 
@@ -52,7 +55,10 @@ def rows_of(result, **wanted):
     [
         ({"conditions": []}, "conditions: expected at least one, got none"),
         ({"conditions": ["plain", "plain"]}, r"got \['plain'\] more than once"),
-        ({"conditions": ["fair"], "energy": None}, r"conditions\.0: Input should be 'plain' or"),
+        (
+            {"conditions": ["fair"], "energy": None},
+            r"conditions: expected 'plain', 'guided' or 'name=.*got 'fair'",
+        ),
         ({"conditions": ["plain"]}, r"`energy` belongs to the condition 'guided', got conditions"),
         ({"energy": {"scale": math.inf}}, r"energy\.scale: Input should be a finite number"),
         ({"energy": {"strength": 1}}, r"energy\.strength: Extra inputs are not permitted"),
@@ -185,13 +191,13 @@ def test_killed_run_continues_with_the_same_records_and_ledger(finished, tmp_pat
         done.append(args)
         return real(*args)
 
-    monkeypatch.setattr(run, "measure_chunk", stops)
+    monkeypatch.setattr(work, "measure_chunk", stops)
     with pytest.raises(KeyboardInterrupt):
         run_audit(make_plan(), tmp_path / "run", pipe=pipe, progress=False)
     # killed between the two files of a chunk: the ledger is there, the records are not
     (tmp_path / "run" / "records" / "part-00003.parquet").unlink()
     assert read_ledger(tmp_path / "run").num_rows == 0
-    monkeypatch.setattr(run, "measure_chunk", real)
+    monkeypatch.setattr(work, "measure_chunk", real)
     again = run_audit(make_plan(), tmp_path / "run", pipe=pipe, progress=False)
     assert again.records.equals(result.records)
     assert read_ledger(tmp_path / "run").equals(read_ledger(result.folder))
@@ -239,3 +245,27 @@ def test_report_shows_both_conditions(finished):
     assert finding.count("with “man”") == 2  # above and below, of the first condition alone
     row = result.summary["differences"][0]
     assert f"{row['baseline_iou']:.3f}" in text
+
+
+def test_compiled_audit(finished, tmp_path, monkeypatch):
+    """Graph capture alone, over two batches: the second has recorder and hooks of its own."""
+    _, pipe = finished
+    unet = pipe.unet
+    small = {"conditions": ["plain"], "energy": None, "steps": 1, "professions": ["doctor"]}
+    small |= {"seeds": [0, 1], "batch_size": 1}
+    expected = run_audit(make_plan(**small), tmp_path / "eager", pipe=pipe, progress=False)
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plan = make_plan(**small, compile=True)
+    found = run_audit(plan, tmp_path / "compiled", pipe=pipe, progress=False)
+    torch.compiler.reset()
+    assert pipe.unet is unet
+    assert found.records.num_rows == 4
+    for row, right in zip(found.records.to_pylist(), expected.records.to_pylist(), strict=True):
+        assert row["status"] == right["status"] == "ok"
+        assert row["soft_iou"] == pytest.approx(right["soft_iou"], rel=1e-4)
+    hashes = {
+        json.loads((tmp_path / name / "environment.json").read_text())["weights_sha256"]
+        for name in ("compiled", "eager")
+    }
+    assert len(hashes) == 1

@@ -13,10 +13,11 @@ outputs are the maps, and the recorder only adds them up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 
@@ -38,6 +39,7 @@ from .unet import (
 
 Branch = Literal["cond", "uncond"]
 By = Literal["total", "block", "layer", "step", "head"]
+_T = TypeVar("_T")
 
 
 def attribute(
@@ -49,6 +51,7 @@ def attribute(
     by: By = "total",
     size: int | tuple[int, int] | None = None,
     chunks: int | None = None,
+    cache: AttributionCache | None = None,
 ) -> Recorder:
     """Records attribution maps of every picture drawn inside a ``with`` block.
 
@@ -68,6 +71,7 @@ def attribute(
         chunks: how many guidance chunks the UNet's batch has; default asks the pipeline. Needed
             where the pipeline does not say (semantic guidance), or where the UNet is called by
             hand.
+        cache: keeps what prompts become, for further recorders of the same, unchanged model.
 
     Returns:
         A context manager; `Recorder.maps` gives the result, also after the block has ended.
@@ -86,7 +90,16 @@ def attribute(
         >>> recorder.maps().values.shape
         torch.Size([1, 2, 16, 16])
     """
-    return Recorder(pipe, prompts, branch=branch, layers=layers, by=by, size=size, chunks=chunks)
+    return Recorder(
+        pipe,
+        prompts,
+        branch=branch,
+        layers=layers,
+        by=by,
+        size=size,
+        chunks=chunks,
+        cache=cache,
+    )
 
 
 # Scores [heads, T', n] of the images that one product computes, on a CPU: 1 MiB of float32.
@@ -149,6 +162,77 @@ def attribution_states(
     return states, weights.to(device, precision)
 
 
+class AttributionCache:
+    """Attribution keys and states of prompts, made once for many recorders and guidances.
+
+    Of one pipeline, whose weights and adapters do not change meanwhile. The least recently used
+    goes when there are more than ``limit`` entries (two a prompt); at the shapes of SD 1.5 a
+    prompt's keys take about 0.7 MB.
+
+    Args:
+        limit: how many entries are kept.
+
+    Example:
+        >>> import biasmap_fast as bm
+        >>> pipe, cache = bm.testbed.pipeline(), AttributionCache()
+        >>> prompt = bm.AttributionPrompt("a photo of a doctor and woman", ("doctor", "woman"))
+        >>> for seed in (0, 1):
+        ...     with bm.attribute(pipe, prompt, cache=cache) as recorder:
+        ...         images = pipe("a photo of a doctor", num_inference_steps=1).images
+        >>> len(cache)  # its tokens and its keys
+        2
+    """
+
+    def __init__(self, limit: int = 1024) -> None:
+        self._limit = limit
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, prompt: AttributionPrompt, what: Any, make: Callable[[], _T]) -> _T:
+        """What was made of a prompt before, or ``make()``; ``what`` says what it is."""
+        key = (prompt, what)
+        if key not in self._kept:
+            self._kept[key] = make()
+            if len(self._kept) > self._limit:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        found: _T = self._kept[key]
+        return found
+
+
+def tokens_of(
+    cache: AttributionCache | None, prompt: AttributionPrompt, pipe: Any
+) -> list[TokenizedPrompt]:
+    """`concepts.tokenize_all`, from the cache where there is one."""
+    if cache is None:
+        return tokenize_all(prompt, pipe)
+    return cache.get(prompt, "tokens", lambda: tokenize_all(prompt, pipe))
+
+
+def cached_keys(
+    cache: AttributionCache | None,
+    pipe: Any,
+    layers: Sequence[CrossAttention],
+    tokenized: Sequence[TokenizedPrompt],
+) -> AttributionKeys:
+    """`attribution_keys`, from the cache where there is one."""
+    if cache is None:
+        return attribution_keys(pipe, layers, tokenized)
+    names = tuple(layer.name for layer in layers)
+    return cache.get(tokenized[0].prompt, names, lambda: attribution_keys(pipe, layers, tokenized))
+
+
+def cached_states(
+    cache: AttributionCache | None, pipe: Any, tokenized: Sequence[TokenizedPrompt]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attribution_states`, from the cache where there is one."""
+    if cache is None:
+        return attribution_states(pipe, tokenized)
+    return cache.get(tokenized[0].prompt, "states", lambda: attribution_states(pipe, tokenized))
+
+
 class Recorder:
     """Records attribution maps between ``__enter__`` and ``__exit__``; made by `attribute`.
 
@@ -166,6 +250,7 @@ class Recorder:
         by: By = "total",
         size: int | tuple[int, int] | None = None,
         chunks: int | None = None,
+        cache: AttributionCache | None = None,
     ) -> None:
         if branch not in ("cond", "uncond"):
             raise ValueError(f"`branch` must be 'cond' or 'uncond', got {branch!r}")
@@ -190,7 +275,8 @@ class Recorder:
         self._by = by
         self._size = _checked_size(size)
         self._chunks = chunks
-        self._tokenized = [tokenize_all(prompt, pipe) for prompt in self._prompts]
+        self._cache = cache
+        self._tokenized = [tokens_of(cache, prompt, pipe) for prompt in self._prompts]
         self._attributed: list[AttributionKeys] = []
         self._handles: list[Any] = []
         self._runs: list[_Run] = []
@@ -209,11 +295,12 @@ class Recorder:
         self._runs, self._interrupted, self._timesteps = [], None, None
         unet = self._pipe.unet
         if self._engine is not None:
-            prompts = [attribution_states(self._pipe, tokens) for tokens in self._tokenized]
+            prompts = [cached_states(self._cache, self._pipe, tokens) for tokens in self._tokenized]
             self._handles.append(self._engine.register_attribution_hook(prompts, self._add_parts))
         else:
             self._attributed = [
-                attribution_keys(self._pipe, self._layers, tokens) for tokens in self._tokenized
+                cached_keys(self._cache, self._pipe, self._layers, tokens)
+                for tokens in self._tokenized
             ]
             for layer in self._layers:
                 hook = self._query_hook(layer)

@@ -101,8 +101,10 @@ def audit(
     condition: Annotated[
         list[str] | None,
         typer.Option(
-            help="'plain' or 'guided' (by the energy); give both to compare them on the same "
-            "seeds. [default: plain]"
+            help="'plain', 'guided' (by the energy), or NAME=INTERVENTION, one of "
+            "NAME=prompt:TEMPLATE, NAME=lora:PATH[@WEIGHT], NAME=model:ID, NAME=module:function "
+            "(a pipeline factory). Repeatable: all are drawn on the same seeds, and compared with "
+            "the first. [default: plain]"
         ),
     ] = None,
     scale: Annotated[
@@ -134,7 +136,13 @@ def audit(
     ] = None,
     pictures: Annotated[
         str | None,
-        typer.Option(help="Pictures and maps to keep: none, sample or all. [default: sample]"),
+        typer.Option(
+            "--images",
+            "--pictures",
+            help="Pictures and maps to keep: none, sample (the first seed of each profession) or "
+            "all. What is not kept is not decoded, unless a classifier reads it. "
+            "[default: sample]",
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Plan in YAML; flags override what it says.")
@@ -149,6 +157,32 @@ def audit(
         Path | None,
         typer.Option(help="Draw with the engine in this folder, exported from the model."),
     ] = None,
+    compile_unet: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile",
+            help="Compile the UNet with torch.compile: minutes at the start, faster calls.",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure on the workers of a Ray cluster, one a device: 'local' for this machine, "
+            "or its address. Needs the extra cluster."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Workers of the cluster. [default: one a GPU, or one for THREADS CPUs]"),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads of each worker of a cluster.")] = 1,
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed",
+            help="Measure those chunks again that have pictures whose drawing failed.",
+        ),
+    ] = False,
     progress: Annotated[bool, typer.Option(help="Progress bar on stderr.")] = True,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -185,13 +219,22 @@ def audit(
         "device": device,
         "dtype": dtype,
         "engine": None if engine is None else str(engine),
+        "compile": compile_unet or None,
     }
     with _clear_errors(verbose):
         from .audit import run_audit
         from .audit.sentences import difference, finding, headline
 
         plan = _plan({name: value for name, value in flags.items() if value is not None}, config)
-        result = run_audit(plan, out, progress=progress)
+        result = run_audit(
+            plan,
+            out,
+            progress=progress,
+            retry_failed=retry_failed,
+            cluster=cluster,
+            workers=workers,
+            threads=threads,
+        )
         if as_json:
             typer.echo(json.dumps(result.summary, indent=1))
             return
@@ -207,6 +250,15 @@ def audit(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--validate",
+            help="Write nothing: compute the summary from the records again, check every file's "
+            "hash and every record against the plan, list what differs, and exit with 1 if "
+            "anything does.",
+        ),
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -215,7 +267,16 @@ def report(
     Works on unfinished runs too: the report then says how much is missing.
     """
     with _clear_errors(verbose):
-        from .audit import render
+        from .audit import render, validate
+
+        if check:
+            differences = validate(folder)
+            if as_json:
+                typer.echo(json.dumps({"valid": not differences, "differences": differences}))
+            else:
+                for line in differences or [f"{folder} is whole and agrees with its records"]:
+                    typer.echo(line)
+            raise typer.Exit(bool(differences))
 
         result = render(folder)
         typer.echo(json.dumps(result.summary, indent=1) if as_json else f"Report: {result.report}")

@@ -26,7 +26,8 @@ _PACKAGES = (
     "tensorrt",
 )
 _EXTRAS = {
-    "audit": ("jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy"),
+    "audit": ("filelock", "jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy"),
+    "cluster": ("ray",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "tensorrt": ("tensorrt",),
 }
@@ -105,7 +106,8 @@ def weights_hash(pipe: Any) -> str:
             continue
         if engine := getattr(module, "weights_sha256", None):
             digest.update(f"{part} engine {engine}\n".encode())
-        for name, tensor in sorted(module.state_dict().items()):
+        weights = getattr(module, "_orig_mod", module).state_dict()  # under a compiled one's name
+        for name, tensor in sorted(weights.items()):
             digest.update(f"{part}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(memoryview(data.numpy()))

@@ -19,8 +19,15 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from .attribution import AttributionKeys, Branch, attribution_keys, attribution_states
-from .concepts import AttributionPrompt, tokenize_all
+from .attribution import (
+    AttributionCache,
+    AttributionKeys,
+    Branch,
+    cached_keys,
+    cached_states,
+    tokens_of,
+)
+from .concepts import AttributionPrompt
 from .energy import (
     Capture,
     GivenMaps,
@@ -81,6 +88,7 @@ def guide(
     chunks: int | None = None,
     strict: bool = True,
     containment: tuple[float, float] | None = None,
+    cache: AttributionCache | None = None,
 ) -> Guidance:
     """Guides every picture drawn inside a ``with`` block towards less overlap of concept pairs.
 
@@ -111,6 +119,7 @@ def guide(
         containment: shares of the pixels in the masks of a pair's first and second concept,
             ``(0.05, 0.1)`` say: the energy is then `soft_containment` with these instead of
             SoftIoU, which the ledger still reports with ``fraction``. Give the profession first.
+        cache: as in `attribute`.
 
     Returns:
         A context manager whose `Guidance.ledger` tells, also after the block, what was done.
@@ -150,6 +159,7 @@ def guide(
             containment=containment,
         ),
         layers=layers,
+        cache=cache,
     )
 
 
@@ -205,8 +215,10 @@ class Guidance:
         weights: Sequence[float] | None,
         settings: Settings,
         layers: Sequence[str] | None,
+        cache: AttributionCache | None = None,
     ) -> None:
         self._pipe = pipe
+        self._cache = cache
         self._settings = settings
         self._engine = engine_of(pipe)
         self._layers: list[CrossAttention] = []
@@ -216,7 +228,9 @@ class Guidance:
             _check_engine(self._engine, layers, settings)
         self._targets = make_targets(prompt, pairs, weights)
         self._tokenized = {
-            each: tokenize_all(each, pipe) for target in self._targets for each in target.prompts
+            each: tokens_of(cache, each, pipe)
+            for target in self._targets
+            for each in target.prompts
         }
         self._entries: list[Entry] = []
         self._keys: dict[AttributionPrompt, AttributionKeys] = {}
@@ -248,10 +262,10 @@ class Guidance:
         concept_weights = {}
         for prompt, tokens in self._tokenized.items():
             if self._engine is None:
-                self._keys[prompt] = attribution_keys(self._pipe, self._layers, tokens)
+                self._keys[prompt] = cached_keys(self._cache, self._pipe, self._layers, tokens)
                 concept_weights[prompt] = self._keys[prompt].weights
             else:
-                self._states[prompt] = attribution_states(self._pipe, tokens)
+                self._states[prompt] = cached_states(self._cache, self._pipe, tokens)
                 concept_weights[prompt] = self._states[prompt][1]
         # Moved once: a list that goes to the GPU in every call waits for it.
         self._weights = {

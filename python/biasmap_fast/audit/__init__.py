@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-_EXTRA = ("jinja2", "matplotlib", "pyarrow", "pydantic", "scipy", "yaml")
+_EXTRA = ("filelock", "jinja2", "matplotlib", "pyarrow", "pydantic", "scipy", "yaml")
 
 try:
+    from .conditions import ConditionError
+    from .folder import AuditError
     from .plan import AuditPlan
     from .records import RecordError
-    from .run import AuditError, AuditResult, load_audit, render, run_audit
+    from .run import AuditResult, load_audit, render, run_audit, validate
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] not in _EXTRA:
         raise
@@ -19,8 +21,10 @@ __all__ = [
     "AuditError",
     "AuditPlan",
     "AuditResult",
+    "ConditionError",
     "RecordError",
     "load_audit",
     "render",
     "run_audit",
+    "validate",
 ]

@@ -33,6 +33,7 @@ from .records import OK
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from ..attribution import AttributionCache
     from ..maps import AttributionMaps
     from .plan import AuditPlan, Pair, Unit
 
@@ -115,7 +116,9 @@ def control_prompts(plan: AuditPlan, professions: Sequence[str]) -> list[Attribu
 
 
 @contextmanager
-def sweeping(pipe: Any, plan: AuditPlan, prompts: Sequence[AttributionPrompt]) -> Iterator[Swept]:
+def sweeping(
+    pipe: Any, plan: AuditPlan, prompts: Sequence[AttributionPrompt], cache: AttributionCache
+) -> Iterator[Swept]:
     """Records what the plan sweeps over, beside the main recorder."""
     swept = Swept()
     with ExitStack() as stack:
@@ -123,10 +126,12 @@ def sweeping(pipe: Any, plan: AuditPlan, prompts: Sequence[AttributionPrompt]) -
             other = "uncond" if plan.branch == "cond" else "cond"
             recorder = attribute(
                 pipe,
-                prompts,
+                list(prompts),
                 branch=other if by == "branch" else plan.branch,
                 layers=plan.layers,
                 by="total" if by == "branch" else by,
+                chunks=getattr(pipe, "attribution_chunks", None),
+                cache=cache,
             )
             swept.recorders[by] = stack.enter_context(recorder)
         yield swept

@@ -7,7 +7,6 @@ here writes files or knows about other chunks, so chunks can be measured anywher
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,10 @@ import numpy as np
 import torch
 
 from .. import entanglement, presets
-from ..attribution import attribute
-from ..guidance import Guidance, guide
-from .controls import Swept, control_prompts, control_rows, mask_rows, sweeping
+from .controls import control_rows, mask_rows
+from .draw import Cache, Drawn, draw
 from .masks import hard_iou, map_fault
-from .plan import GUIDED, PLAIN
+from .plan import PLAIN
 from .records import CONTROLS_SCHEMA, LEDGER_SCHEMA, MASKS_SCHEMA, OK, to_table
 
 if TYPE_CHECKING:
@@ -46,6 +44,9 @@ class Reading:
     score: float
 
 
+# Statuses of pictures whose drawing raised: another attempt may well succeed.
+RAISED = ("error", "out_of_memory", "worker_lost")
+
 Reader = Callable[[Sequence["Image"]], Sequence[Reading]]
 
 
@@ -66,16 +67,26 @@ class Chunk:
     maps: dict[str, dict[str, torch.Tensor]]
     sides: dict[str, pa.Table] = field(default_factory=dict)
 
+    @property
+    def raised(self) -> bool:
+        """Whether none of its pictures could be drawn, because drawing them raised."""
+        return set(self.table["status"].to_pylist()) <= set(RAISED)
 
-@dataclass(frozen=True)
-class _Drawn:
-    """What a batch of pictures left."""
 
-    arrays: np.ndarray[Any, Any]  # [B, H, W, 3] in [0, 1]
-    filtered: list[bool]  # blanked by a safety checker
-    maps: dict[str, AttributionMaps]
-    ledger: list[LedgerRow]  # empty without guidance
-    swept: Swept = field(default_factory=Swept)
+def merged(first: Chunk, second: Chunk) -> Chunk:
+    """Two halves of a chunk as one, the first half's rows first."""
+    import pyarrow as pa
+
+    halves = [half.sides for half in (first, second)]
+    return Chunk(
+        pa.concat_tables([first.table, second.table]),
+        {**first.pictures, **second.pictures},
+        {**first.maps, **second.maps},
+        {
+            side: pa.concat_tables([half[side] for half in halves if side in half])
+            for side in {**halves[0], **halves[1]}
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,11 @@ def kept(choice: str, plan: AuditPlan, unit: Unit) -> bool:
 
 
 def measure_chunk(
-    pipe: Any, plan: AuditPlan, units: Sequence[Unit], read: Reader | None = None
+    pipe: Any,
+    plan: AuditPlan,
+    units: Sequence[Unit],
+    read: Reader | None = None,
+    cache: Cache | None = None,
 ) -> Chunk:
     """Draws the pictures of ``units`` in one batch and measures every concept pair on each.
 
@@ -118,6 +133,7 @@ def measure_chunk(
         plan: what to draw and measure.
         units: the pictures.
         read: reads profession and demographic from pictures, where there is a classifier.
+        cache: what prompts became in this pipeline before.
 
     Returns:
         Records, and the pictures and maps that the plan keeps.
@@ -125,26 +141,29 @@ def measure_chunk(
     Raises:
         ValueError: a concept is not in its attribution prompt, or the prompt is too long.
     """
-    cells = [
-        _Cell(image, unit, pair)
-        for image, unit in enumerate(units)
-        for pair in plan.pairs(unit.profession)
-    ]
-    drawn = _draw(pipe, plan, units, cells)
+    cells = _cells(plan, units)
+    prompts = {
+        prompt.name: prompt
+        for cell in cells
+        for prompt in (cell.pair.semantic_prompt, cell.pair.demographic_prompt)
+    }
+    wanted = [read is not None or kept(plan.save_pictures, plan, unit) for unit in units]
+    drawn = draw(pipe, plan, units, list(prompts.values()), wanted, cache)
     guided = [_guidance_fields(drawn.ledger, image) for image in range(len(units))]
     faults = [
-        _picture_fault(array, blocked) or _guidance_fault(fields)
-        for array, blocked, fields in zip(drawn.arrays, drawn.filtered, guided, strict=True)
+        fault or _picture_fault(array, blocked) or _guidance_fault(fields)
+        for fault, array, blocked, fields in zip(
+            drawn.faults, drawn.arrays, drawn.filtered, guided, strict=True
+        )
     ]
     pictures = [
-        None if fault else _to_picture(array)
+        None if fault or array is None else _to_picture(array)
         for array, fault in zip(drawn.arrays, faults, strict=True)
     ]
     readings = _read(read, pictures)
-    height, width = drawn.arrays.shape[1:3]
     rows: list[dict[str, Any]] = []
     for measured, cell in zip(_measured(plan, cells, drawn.maps, faults), cells, strict=True):
-        common = _settings(pipe, plan, cell, (height, width))
+        common = _settings(pipe, plan, cell, drawn.size)
         reading = _reading_fields(readings[cell.image], cell.pair, plan)
         rows.extend({**common, **guided[cell.image], **reading, **values} for values in measured)
     return Chunk(
@@ -157,6 +176,43 @@ def measure_chunk(
         maps=_kept_maps(plan, cells, drawn.maps),
         sides=_sides(plan, units, cells, drawn, faults),
     )
+
+
+def failed_chunk(
+    pipe: Any, plan: AuditPlan, units: Sequence[Unit], status: str, reason: str
+) -> Chunk:
+    """The records of pictures that could not be drawn: a status and a reason, no numbers.
+
+    Args:
+        pipe: the pipeline that should have drawn them.
+        plan: what to draw and measure.
+        units: the pictures.
+        status: what went wrong, in a word (`RAISED`).
+        reason: in a sentence.
+    """
+    cells = _cells(plan, units)
+    faults = [(status, reason)] * len(units)
+    size = (plan.height or _side(pipe, 0), plan.width or _side(pipe, 1))
+    rows = [
+        {**_settings(pipe, plan, cell, size), **values}
+        for measured, cell in zip(_measured(plan, cells, {}, faults), cells, strict=True)
+        for values in measured
+    ]
+    return Chunk(to_table(rows), {}, {})
+
+
+def _side(pipe: Any, axis: int) -> int:
+    """Height or width of the pictures that a pipeline draws unless told otherwise."""
+    size = pipe.unet.config.sample_size
+    return int((size if isinstance(size, int) else size[axis]) * pipe.vae_scale_factor)
+
+
+def _cells(plan: AuditPlan, units: Sequence[Unit]) -> list[_Cell]:
+    return [
+        _Cell(image, unit, pair)
+        for image, unit in enumerate(units)
+        for pair in plan.pairs(unit.profession)
+    ]
 
 
 def reader_for_testbed() -> Reader:
@@ -175,77 +231,6 @@ def reader_for_testbed() -> Reader:
         ]
 
     return read
-
-
-def _draw(pipe: Any, plan: AuditPlan, units: Sequence[Unit], cells: Sequence[_Cell]) -> _Drawn:
-    """Draws one batch under its condition and attributes it."""
-    prompts = {
-        prompt.name: prompt
-        for cell in cells
-        for prompt in (cell.pair.semantic_prompt, cell.pair.demographic_prompt)
-    }
-    settings: dict[str, Any] = {
-        "prompt": [plan.prompt(unit.profession) for unit in units],
-        # One CPU generator an image: the picture depends on its seed, not on its batch.
-        "generator": [torch.Generator("cpu").manual_seed(unit.seed) for unit in units],
-        "num_inference_steps": plan.steps,
-        "guidance_scale": plan.guidance_scale,
-        "height": plan.height,
-        "width": plan.width,
-        "output_type": "np",
-    }
-    if plan.negative_prompt is not None:
-        settings["negative_prompt"] = [plan.negative_prompt] * len(units)
-    (condition,) = {unit.condition for unit in units}
-    professions = list(dict.fromkeys(unit.profession for unit in units))
-    # in the separate form a control shares the profession's prompt
-    controls = {prompt.name: prompt for prompt in control_prompts(plan, professions)}
-    recorder = attribute(
-        pipe,
-        list({**prompts, **controls}.values()),
-        branch=plan.branch,
-        layers=plan.layers,
-        by="block",
-    )
-    guidance = _guidance(pipe, plan, units) if condition == GUIDED else nullcontext()
-    with recorder, sweeping(pipe, plan, list(prompts.values())) as swept, guidance:
-        output = pipe(**settings)
-    maps = recorder.maps()
-    if not isinstance(maps, dict):
-        raise TypeError(f"expected maps by prompt name, got {type(maps).__name__}")
-    filtered = getattr(output, "nsfw_content_detected", None) or [False] * len(units)
-    return _Drawn(
-        arrays=np.asarray(output.images),
-        filtered=[bool(blocked) for blocked in filtered],
-        maps=maps,
-        ledger=guidance.ledger if isinstance(guidance, Guidance) else [],
-        swept=swept,
-    )
-
-
-def _guidance(pipe: Any, plan: AuditPlan, units: Sequence[Unit]) -> Guidance:
-    """Guidance of every picture by the pairs that are measured on it."""
-    if plan.energy is None:
-        raise ValueError("the condition 'guided' needs `energy`")
-    measured = [plan.pairs(unit.profession) for unit in units]
-    return guide(
-        pipe,
-        [
-            list(
-                dict.fromkeys(
-                    p for pair in pairs for p in (pair.semantic_prompt, pair.demographic_prompt)
-                )
-            )
-            for pairs in measured
-        ],
-        pairs=[
-            [(unit.profession, pair.demographic) for pair in pairs]
-            for unit, pairs in zip(units, measured, strict=True)
-        ],
-        branch=plan.branch,
-        strict=False,  # a picture that was hardly guided becomes a row that says so
-        **plan.energy.model_dump(),
-    )
 
 
 def _guidance_fields(ledger: Sequence[LedgerRow], image: int) -> dict[str, Any]:
@@ -294,7 +279,7 @@ def _sides(
     plan: AuditPlan,
     units: Sequence[Unit],
     cells: Sequence[_Cell],
-    drawn: _Drawn,
+    drawn: Drawn,
     faults: Sequence[tuple[str, str] | None],
 ) -> dict[str, pa.Table]:
     """The tables that go beside the records."""
@@ -327,15 +312,17 @@ def _fault(
     cell: _Cell, maps: dict[str, AttributionMaps], faults: Sequence[tuple[str, str] | None]
 ) -> tuple[str, str] | None:
     """What is wrong with a picture, or with one of a pair's maps on it."""
+    if faults[cell.image] is not None:  # where drawing raised there are no maps
+        return faults[cell.image]
     semantic, demographic = _pair_maps(cell, maps)  # [H, W]
-    return (
-        faults[cell.image]
-        or map_fault(semantic, cell.unit.profession)
-        or map_fault(demographic, cell.pair.demographic)
+    return map_fault(semantic, cell.unit.profession) or map_fault(
+        demographic, cell.pair.demographic
     )
 
 
-def _picture_fault(array: np.ndarray[Any, Any], filtered: bool) -> tuple[str, str] | None:
+def _picture_fault(array: np.ndarray[Any, Any] | None, filtered: bool) -> tuple[str, str] | None:
+    if array is None:
+        return None
     if not np.isfinite(array).all():
         count = int((~np.isfinite(array)).sum())
         return "non_finite_picture", f"{count} of the decoded picture's values are not finite"
@@ -455,8 +442,8 @@ def _settings(pipe: Any, plan: AuditPlan, cell: _Cell, size: tuple[int, int]) ->
         "semantic": cell.unit.profession,
         "axis": cell.pair.axis,
         "demographic": cell.pair.demographic,
-        "template": plan.prompt_template,
-        "prompt": plan.prompt(cell.unit.profession),
+        "template": plan.template(cell.unit.condition),
+        "prompt": plan.prompt(cell.unit.profession, cell.unit.condition),
         "negative_prompt": plan.negative_prompt,
         "attribution_prompts": cell.pair.texts,
         "seed": cell.unit.seed,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .. import presets
 from ..concepts import AttributionPrompt
 from ..pipelines import TESTBED
+from .conditions import parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,6 +118,7 @@ class AuditPlan(BaseModel):
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` becomes one of them.
         engine: folder of an engine that was exported from the model's UNet and takes its place;
             ``None`` to draw with torch.
+        compile: compile the UNet with ``torch.compile``: some minutes at the start, faster calls.
         scheduler: class name in diffusers; ``None`` for the checkpoint's own.
         professions: the semantic words, or the name of a list in `presets.PROFESSIONS`; default
             the testbed's own, else the published scripts'.
@@ -128,8 +130,11 @@ class AuditPlan(BaseModel):
             ``{demographic}``, so that the words do not share one softmax. ``{a_demographic}``
             comes with an article.
         negative_prompt: what not to draw.
-        conditions: ``"plain"``, ``"guided"`` (by the energy) or both, on the same seeds; what is
-            first is what the others are compared with.
+        conditions: ``"plain"``, ``"guided"`` (by the energy) and those of ``interventions``, all on
+            the same seeds; what is first is what the others are compared with. ``"name=..."``
+            names a condition and gives its intervention in one.
+        interventions: condition -> what it changes: ``"prompt:TEMPLATE"``, ``"lora:PATH"``,
+            ``"model:ID"`` or ``"module:function"`` (`conditions.parse`).
         energy: settings of the condition ``"guided"``.
         seeds: one picture a profession, seed and condition.
         steps: inference steps.
@@ -171,13 +176,15 @@ class AuditPlan(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
     engine: str | None = None
+    compile: bool = False
     scheduler: str | None = None
     professions: tuple[str, ...] = Field(default_factory=tuple)
     axes: dict[str, tuple[str, ...]] = Field(default_factory=lambda: _axes("gender"))
     prompt_template: str = presets.PROMPT_TEMPLATE
     attribution_template: str | tuple[str, str] = presets.ATTRIBUTION_TEMPLATE
     negative_prompt: str | None = None
-    conditions: tuple[Literal["plain", "guided"], ...] = (PLAIN,)
+    conditions: tuple[str, ...] = (PLAIN,)
+    interventions: dict[str, str] = Field(default_factory=dict)
     energy: Energy | None = None
     seeds: tuple[int, ...] = tuple(range(20))
     steps: int = Field(25, ge=1)
@@ -214,6 +221,7 @@ class AuditPlan(BaseModel):
         if filled.get("preset") == "paper":
             filled = {**_PAPER, **_PAPER_DEFAULTS, **filled}
         filled.setdefault("guidance_scale", 1.0 if testbed else 7.5)
+        _name_interventions(filled)
         if GUIDED in filled.get("conditions", ()) and filled.get("energy") is None:
             filled["energy"] = {}
         filled.setdefault("classifier", TESTBED if testbed else "none")
@@ -281,6 +289,22 @@ class AuditPlan(BaseModel):
             raise ValueError(f"percentiles must lie between 0 and 100, both excluded, got {wrong}")
         return percentiles
 
+    @field_validator("interventions")
+    @classmethod
+    def _readable(cls, interventions: dict[str, str]) -> dict[str, str]:
+        for name, text in interventions.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise ValueError(
+                    "a condition's name is part of file names: expected letters, digits, '-', '_' "
+                    f"and '.', got {name!r}"
+                )
+            if name in (PLAIN, GUIDED):
+                raise ValueError(f"the condition {name!r} has a meaning already: give another name")
+            kind, target = parse(text)
+            if kind == "prompt":
+                _checked_template(target, {"profession"}, {"profession"})
+        return interventions
+
     @field_validator("prompt_template")
     @classmethod
     def _prompt_placeholder(cls, template: str) -> str:
@@ -309,6 +333,7 @@ class AuditPlan(BaseModel):
                     "preset 'paper' measures; its energy (per-row masks of 20 iterations) is not "
                     "one that guides. Use preset 'default' for the condition 'guided'"
                 )
+        self._check_conditions()
         if self.energy is not None and GUIDED not in self.conditions:
             raise ValueError(
                 f"`energy` belongs to the condition 'guided', got conditions {self.conditions}"
@@ -334,9 +359,36 @@ class AuditPlan(BaseModel):
                     _check_single(self.pair(profession, kind, word).demographic_prompt)
         return self
 
-    def prompt(self, profession: str) -> str:
-        """The text that draws a picture of ``profession``."""
-        return self.prompt_template.format(profession=presets.with_article(profession))
+    def _check_conditions(self) -> None:
+        for name in self.conditions:
+            if name not in (PLAIN, GUIDED, *self.interventions):
+                raise ValueError(
+                    "conditions: expected 'plain', 'guided' or 'name=intervention' "
+                    f"('name=module:function'), got {name!r}"
+                )
+        if unused := [name for name in self.interventions if name not in self.conditions]:
+            raise ValueError(f"interventions of conditions that are not asked for: {unused}")
+        if self.engine is not None and self.compile:
+            raise ValueError("an engine stands in the UNet's place: there is nothing to compile")
+        own = [name for name in self.conditions if self.pipeline_of(name) is not None]
+        if self.engine is not None and own:
+            raise ValueError(
+                f"an engine stands in the place of one UNet, got conditions with their own: {own}"
+            )
+
+    def template(self, condition: str = PLAIN) -> str:
+        """The template of the prompts that draw under a condition."""
+        kind, target = parse(self.interventions.get(condition, f"prompt:{self.prompt_template}"))
+        return target if kind == "prompt" else self.prompt_template
+
+    def prompt(self, profession: str, condition: str = PLAIN) -> str:
+        """The text that draws a picture of ``profession`` under a condition."""
+        return self.template(condition).format(profession=presets.with_article(profession))
+
+    def pipeline_of(self, condition: str) -> str | None:
+        """The condition whose pipeline draws, or ``None`` for the plan's model."""
+        text = self.interventions.get(condition)
+        return None if text is None or parse(text)[0] == "prompt" else condition
 
     def pairs(self, profession: str) -> list[Pair]:
         """Every concept pair measured on the pictures of ``profession``."""
@@ -352,14 +404,20 @@ class AuditPlan(BaseModel):
                     yield Unit(profession, seed, condition)
 
     def chunks(self) -> list[list[Unit]]:
-        """The pictures in the batches they are drawn in; the plan alone decides, not the past."""
-        chunks = []
-        for condition in self.conditions:
-            units = [unit for unit in self.units() if unit.condition == condition]
-            chunks += [
-                units[i : i + self.batch_size] for i in range(0, len(units), self.batch_size)
-            ]
-        return chunks
+        """The pictures in the batches they are drawn in; the plan alone decides, not the past.
+
+        A batch goes over professions and over conditions that one pipeline draws in one way: those
+        that change no more than the prompt.
+        """
+        alike: dict[tuple[str | None, bool], list[Unit]] = {}
+        for unit in self.units():
+            way = (self.pipeline_of(unit.condition), unit.condition == GUIDED)
+            alike.setdefault(way, []).append(unit)
+        return [
+            units[i : i + self.batch_size]
+            for units in alike.values()
+            for i in range(0, len(units), self.batch_size)
+        ]
 
     @property
     def pictures(self) -> int:
@@ -402,6 +460,29 @@ class AuditPlan(BaseModel):
             AttributionPrompt(semantic, (profession,), f"{semantic} [{profession}]"),
             AttributionPrompt(demographic, (word,), f"{demographic} [{word}]"),
         )
+
+
+def _name_interventions(settings: dict[str, Any]) -> None:
+    """Moves what follows ``name=`` in the conditions to the interventions."""
+    given = settings.get("conditions", ())
+    if isinstance(given, str):
+        given = (given,)
+    if not isinstance(given, (list, tuple)):
+        return
+    interventions = dict(settings.get("interventions") or {})
+    names = []
+    for entry in given:
+        name, explicit, text = str(entry).partition("=")
+        names.append(name)
+        if explicit:
+            if interventions.get(name, text) != text:
+                raise ValueError(
+                    f"conditions: {name!r} is given twice, {interventions[name]!r} and {text!r}"
+                )
+            interventions[name] = text
+    if given:
+        settings["conditions"] = tuple(names)
+        settings["interventions"] = interventions
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

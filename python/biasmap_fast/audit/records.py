@@ -7,13 +7,15 @@ leaving measurements out without a word would bend every figure made from the re
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from .files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -185,11 +187,6 @@ def side_path(folder: Path, side: str, chunk: int) -> Path:
     return folder / side / f"part-{chunk:05d}.parquet"
 
 
-def write_side(folder: Path, side: str, chunk: int, table: pa.Table) -> Path:
-    """Writes one file beside the records, whole or not at all; before the records of its chunk."""
-    return _write(side_path(folder, side, chunk), table)
-
-
 def read_side(folder: Path, side: str) -> pa.Table:
     """One of `SIDES` of a run: of the chunks whose records are there, in the order of the chunks.
 
@@ -215,15 +212,16 @@ def read_ledger(folder: Path) -> pa.Table:
     return read_side(folder, "ledger")
 
 
+def table_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a part file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
 def _write(path: Path, table: pa.Table) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".parquet.tmp")
-    with partial.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
+    write_file(path, table_bytes(table))
     return path
 
 
@@ -287,12 +285,3 @@ def _difference(found: pa.Schema, expected: pa.Schema) -> str:
         if f.name in found.names and found.field(f.name).type != f.type
     ]
     return f"missing {missing}, unknown {added}, changed {changed}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,38 +10,37 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from pydantic import ValidationError
 from tqdm import tqdm
 
-from .. import environment
-from ..concepts import text_encoders, tokenize
-from ..pipelines import TESTBED, load_pipeline
-from .controls import control_prompts
-from .measure import Chunk, measure_chunk, reader_for_testbed
-from .plan import AuditPlan, explain
-from .records import SIDES, part_path, read_part, read_records, read_side, write_part, write_side
+from ..pipelines import TESTBED
+from .files import write_text
+from .folder import AuditError, check_environment, finished, open_folder, read_plan
+from .measure import RAISED
+from .plan import AuditPlan
+from .records import SIDES, part_path, read_part, read_records, read_side
 from .report import write_report
 from .summary import summarise
+from .validate import validate as check
+from .work import Worker
+from .writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import pyarrow as pa
 
+    from .cluster import Cluster
+    from .measure import Chunk
     from .plan import Unit
 
 logger = logging.getLogger(__name__)
 
-
-class AuditError(RuntimeError):
-    """An audit cannot start or go on; what was measured before is kept."""
+_Work = tuple[int, "list[Unit]"]  # index of a chunk, and its pictures
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,15 @@ class AuditResult:
 
 
 def run_audit(
-    plan: AuditPlan, out: str | Path, *, pipe: Any = None, progress: bool = True
+    plan: AuditPlan,
+    out: str | Path,
+    *,
+    pipe: Any = None,
+    progress: bool = True,
+    retry_failed: bool = False,
+    cluster: str | None = None,
+    workers: int | None = None,
+    threads: int = 1,
 ) -> AuditResult:
     """Runs the audit of ``plan``, or what is left of it, and writes the report.
 
@@ -87,13 +94,20 @@ def run_audit(
         out: the run folder; made if it does not exist, continued if it holds the same plan.
         pipe: the pipeline to audit, already loaded; default loads ``plan.model``.
         progress: show a progress bar with rate and time left on stderr.
+        retry_failed: measure those chunks again that have pictures whose drawing raised.
+        cluster: ``"local"``, or the address of a Ray cluster: one worker a device. Default this
+            process alone.
+        workers: of the cluster; default as many as it has room for.
+        threads: of each worker's CPU work.
 
     Returns:
         The finished run.
 
     Raises:
-        AuditError: the folder cannot be used, holds another plan or was begun with other weights;
-            memory or disk ran out.
+        AuditError: the folder is in use, cannot be used, holds another plan or was begun with other
+            weights; every picture fails; the disk is full.
+        ConditionError: a condition's pipeline cannot be made.
+        ImportError: a cluster without Ray installed.
         ModelError: the model cannot be loaded.
         RecordError: a record file is damaged.
         ValueError: a concept is not in its attribution prompt, or too long for the text encoder.
@@ -105,17 +119,18 @@ def run_audit(
         8
     """
     folder = Path(out)
-    _open_folder(plan, folder)
-    chunks = list(enumerate(plan.chunks()))
-    todo = [(index, units) for index, units in chunks if not _finished(folder, index)]
-    if todo:
-        with _ready(plan, pipe) as ready:
-            _check_prompts(ready, plan)
-            _check_model(ready, plan, folder)
-            _measure(ready, plan, folder, todo, progress=progress)
-    else:
-        logger.info("all %d chunks of %s are measured", len(chunks), folder)
-    return render(folder)
+    with open_folder(plan, folder):
+        chunks = list(enumerate(plan.chunks()))
+        done = {index for index, _ in chunks if finished(folder, index)}
+        if retry_failed:
+            done = {index for index in done if not _has_failed(folder, index)}
+        todo = [(index, units) for index, units in chunks if index not in done]
+        if todo:
+            source = _source(plan, pipe, cluster, workers, threads)
+            _measure(source, plan, folder, todo, progress=progress)
+        else:
+            logger.info("all %d chunks of %s are measured", len(chunks), folder)
+        return render(folder)
 
 
 def load_audit(path: str | Path) -> AuditResult:
@@ -132,7 +147,7 @@ def load_audit(path: str | Path) -> AuditResult:
         RecordError: a record file is damaged.
     """
     folder = Path(path)
-    plan = _read_plan(folder)
+    plan = read_plan(folder)
     records = read_records(folder)
     sides = {side: read_side(folder, side) for side in SIDES}
     summary = summarise(plan, records, planted(plan), **sides)
@@ -159,6 +174,22 @@ def render(path: str | Path) -> AuditResult:
     return result
 
 
+def validate(path: str | Path) -> list[str]:
+    """Everything in which a run folder contradicts itself: records, plan, hashes, summary.
+
+    Args:
+        path: the run folder, finished or not; nothing in it is changed.
+
+    Returns:
+        One line a difference; none if the folder is whole.
+
+    Raises:
+        AuditError: ``path`` is no run folder.
+    """
+    folder = Path(path)
+    return check(folder, planted(read_plan(folder)))
+
+
 def planted(plan: AuditPlan) -> list[dict[str, Any]] | None:
     """The testbed's planted table, or ``None`` for any other model."""
     if plan.model != TESTBED:
@@ -177,207 +208,97 @@ def planted(plan: AuditPlan) -> list[dict[str, Any]] | None:
     ]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _has_failed(folder: Path, chunk: int) -> bool:
+    return not set(RAISED).isdisjoint(read_part(part_path(folder, chunk))["status"].to_pylist())
 
 
-def _open_folder(plan: AuditPlan, folder: Path) -> None:
-    """Makes the run folder, or checks that it can be continued, before any model is loaded."""
-    if (folder / "plan.yaml").exists():
-        differences = _read_plan(folder).differences(plan)
-        if differences:
-            raise AuditError(
-                f"{folder} holds an audit of another plan (setting: there, here): "
-                f"{'; '.join(differences)}. Use another folder, or the same plan to continue"
-            )
-    elif folder.is_dir() and any(path.name != ".plan.yaml.tmp" for path in folder.iterdir()):
-        raise AuditError(f"{folder} is not empty and holds no plan.yaml: give a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "plan.yaml", plan.to_yaml())
-        (folder / "records").mkdir(exist_ok=True)
-    except OSError as error:
-        raise AuditError(f"the run folder {folder} cannot be written: {error}") from error
+class _Here(AbstractContextManager["_Here"]):
+    """Measures in this process, one chunk after the other."""
+
+    def __init__(self, plan: AuditPlan, pipe: Any) -> None:
+        self._worker = Worker(plan, pipe)
+
+    def __enter__(self) -> _Here:
+        self._worker.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._worker.__exit__(*error)
+
+    def describe(self) -> dict[str, Any]:
+        """What measures."""
+        return self._worker.describe()
+
+    def results(
+        self, todo: Sequence[_Work]
+    ) -> Iterator[tuple[dict[str, dict[str, Any]], int, Chunk | None]]:
+        """Conditions whose pipeline was made just now, then the chunk itself."""
+        for index, units in todo:
+            entered = self._worker.prepare(units)
+            if entered:
+                yield entered, index, None
+            yield {}, index, self._worker.measure(units)
 
 
-def _read_plan(folder: Path) -> AuditPlan:
-    path = folder / "plan.yaml"
-    if not path.is_file():
-        raise AuditError(f"{folder} is no run folder: it has no plan.yaml")
-    try:
-        return AuditPlan.from_yaml(path)
-    except ValidationError as error:
-        raise AuditError(f"{path} is not a plan of this version: {explain(error)}") from error
+def _source(
+    plan: AuditPlan, pipe: Any, cluster: str | None, workers: int | None, threads: int
+) -> _Here | Cluster:
+    """What measures the chunks."""
+    if cluster is None:
+        return _Here(plan, pipe)
+    from .cluster import Cluster
 
-
-def _finished(folder: Path, chunk: int) -> bool:
-    path = part_path(folder, chunk)
-    if not path.exists():
-        return False
-    read_part(path)  # a damaged file must stop the run before hours are spent on the rest
-    return True
-
-
-@contextmanager
-def _ready(plan: AuditPlan, pipe: Any) -> Iterator[Any]:
-    """The pipeline with the plan's scheduler and without bars; a given one is left as it was."""
-    ready = pipe or load_pipeline(
-        plan.model, revision=plan.revision, dtype=plan.dtype, device=plan.device
-    )
-    dtype = str(ready.unet.dtype).removeprefix("torch.")
-    device = torch.device(getattr(ready, "_execution_device", ready.unet.device)).type
-    if (dtype, device) != (plan.dtype, torch.device(plan.device).type):
+    if pipe is not None:
         raise AuditError(
-            f"the plan says {plan.dtype} on {plan.device}, the given pipeline has a UNet of "
-            f"{dtype} on {device}"
+            "a pipeline that is already loaded cannot be sent to the workers of a cluster: give "
+            "the plan a model, or a condition 'name=module:function' that makes one"
         )
-    scheduler, bar = ready.scheduler, getattr(ready, "_progress_bar_config", {})
-    unet = ready.unet
-    try:
-        if plan.engine is not None:
-            ready.unet = _engine(plan, unet)
-        if plan.scheduler is not None:
-            ready.scheduler = _scheduler(plan.scheduler).from_config(scheduler.config)
-        ready.set_progress_bar_config(**{**bar, "disable": True})
-        yield ready
-    finally:
-        ready.scheduler, ready.unet = scheduler, unet
-        ready.set_progress_bar_config(**bar)
-
-
-def _engine(plan: AuditPlan, unet: Any) -> Any:
-    from ..engines import load_engine
-
-    engine = load_engine(str(plan.engine), device=plan.device, unet=unet)
-    if engine.manifest.dtype != plan.dtype:
-        raise AuditError(
-            f"the plan says {plan.dtype}, the engine in {plan.engine} is {engine.manifest.dtype}"
-        )
-    return engine
-
-
-def _scheduler(name: str) -> Any:
-    import diffusers
-
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
-        raise AuditError(
-            f"expected the class name of a scheduler of diffusers ('DDIMScheduler'), got {name!r}"
-        )
-    return found
-
-
-def _check_prompts(pipe: Any, plan: AuditPlan) -> None:
-    """Finds every concept's tokens now: the last profession's error must not take hours."""
-    for profession in plan.professions:
-        for pair in plan.pairs(profession):
-            for tokenizer, _ in text_encoders(pipe):
-                tokenize(pair.semantic_prompt, tokenizer)
-                tokenize(pair.demographic_prompt, tokenizer)
-    for prompt in control_prompts(plan, plan.professions):
-        for tokenizer, _ in text_encoders(pipe):
-            try:
-                tokenize(prompt, tokenizer)
-            except ValueError as error:
-                raise ValueError(
-                    f"a control cannot be measured: {error}. Choose other control words, or turn "
-                    "the controls off"
-                ) from error
-
-
-def _check_model(pipe: Any, plan: AuditPlan, folder: Path) -> None:
-    """Writes environment.json; of a run that goes on, compares the weights with it."""
-    path = folder / "environment.json"
-    found = {
-        **environment.describe(),
-        "model": {"id": plan.model, "revision": _revision(pipe, plan)},
-        **environment.describe_pipeline(pipe),
-    }
-    if not path.exists():
-        begun = {"begun": datetime.now(UTC).isoformat(timespec="seconds"), **found}
-        write_text(path, json.dumps(begun, indent=1) + "\n")
-        return
-    began = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("weights_sha256", "scheduler_config"):
-        if began[name] != found[name]:
-            raise AuditError(
-                f"{folder} was begun with another {name}: expected {began[name]}, got "
-                f"{found[name]}. Records of two models must not be mixed: use another folder"
-            )
-    if began["versions"] != found["versions"]:
-        logger.warning(
-            "%s was begun with other versions: %s, now %s",
-            folder,
-            began["versions"],
-            found["versions"],
-        )
-
-
-def _revision(pipe: Any, plan: AuditPlan) -> str | None:
-    """The commit a hub model was loaded from, or what the plan asked for."""
-    commit = getattr(pipe.unet.config, "_commit_hash", None) or pipe.config.get("_commit_hash")
-    return commit or plan.revision
+    return Cluster(plan, cluster, workers=workers, threads=threads)
 
 
 def _measure(
-    pipe: Any,
+    source: _Here | Cluster,
     plan: AuditPlan,
     folder: Path,
-    todo: list[tuple[int, list[Unit]]],
+    todo: Sequence[_Work],
     *,
     progress: bool,
 ) -> None:
-    total = plan.pictures
-    left = sum(len(units) for _, units in todo)
-    read = reader_for_testbed() if plan.model == TESTBED else None
-    with tqdm(
-        total=total,
-        initial=total - left,
-        unit="image",
-        desc="audit",
-        disable=not progress,
-        file=sys.stderr,
-        dynamic_ncols=True,
-    ) as bar:
-        for index, units in todo:
-            with _explained(index, len(plan.chunks()), folder, plan):
-                chunk = measure_chunk(pipe, plan, units, read)
-                _store(chunk, plan, folder)
-                for side, table in chunk.sides.items():
-                    write_side(folder, side, index, table)
-                write_part(folder, index, chunk.table)
-            bar.update(len(units))
+    """Measures chunks and stores them, whatever order they come in."""
+    sizes = {index: len(units) for index, units in todo}
+    left = sum(sizes.values())
+    measured = len(plan.chunks()) > len(todo)
+    with (
+        source,
+        _explained(folder, len(plan.chunks())),
+        tqdm(
+            total=plan.pictures,
+            initial=plan.pictures - left,
+            unit="image",
+            desc="audit",
+            disable=not progress,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        ) as bar,
+        Writer(folder, measured=measured) as writer,
+    ):
+        check_environment(folder, source.describe())
+        for entered, index, chunk in source.results(todo):
+            for condition, found in entered.items():
+                check_environment(folder, found, condition)
+            if chunk is not None:
+                writer.add(index, chunk)
+                bar.update(sizes[index])
 
 
 @contextmanager
-def _explained(index: int, count: int, folder: Path, plan: AuditPlan) -> Iterator[None]:
-    """Says of an error where the run stood, and what to do about memory and disk."""
-    kept = f"{index} of {count} chunks were reached; what is measured stays in {folder}"
+def _explained(folder: Path, count: int) -> Iterator[None]:
+    """Says of a failed disk where the run stood, and what to do."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise AuditError(
-            f"out of memory with batch_size {plan.batch_size} ({kept}). Start a new folder with a "
-            "smaller batch size"
-        ) from error
     except OSError as error:
+        done = len(list((folder / "records").glob("part-*.parquet")))
         raise AuditError(
-            f"{error} ({kept}). Make room or repair access, then start the same audit again"
+            f"{error} ({done} of {count} chunks are measured and stay in {folder}). Make room or "
+            "repair access, then start the same audit again"
         ) from error
-
-
-def _store(chunk: Chunk, plan: AuditPlan, folder: Path) -> None:
-    """Writes the pictures and maps that the plan asks to keep."""
-    from safetensors.torch import save
-
-    for name, picture in chunk.pictures.items():
-        path = folder / "pictures" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
-    for name, maps in chunk.maps.items():
-        path = folder / "maps" / f"{name}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(save(maps))

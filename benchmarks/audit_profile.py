@@ -1,0 +1,180 @@
+"""What of an audit's time the networks take, what the maps, and what the audit's own loop.
+
+    python benchmarks/audit_profile.py [--part testbed|sd15]
+
+``testbed`` audits the embedded model, ``sd15`` one picture of two steps at the shapes of SD 1.5
+with random weights (9 GiB of memory, minutes; its text encoder and decoder are small ones, and the
+picture is not decoded, so that nothing makes the network's share look larger than it is). Every
+part has the processor time of the drawing thread, exclusive of what it calls: on a busy machine
+that is what it cost, without the time it waited for a core. One thread. Files are written in
+another thread, whose processor time stands apart.
+
+- network: forward passes of UNet, text encoders and decoder, without what hooks add to them
+- maps: attention of the attribution prompts, in hooks of the UNet
+- sampler: the rest of diffusers' pipeline call (scheduler, noise, guidance, checks)
+- classifier: reads profession and demographic in the pictures (testbed)
+- overlaps: masks, IoU, SoftIoU, by block
+- records: the rest of measuring a chunk: rows, tables, pictures to bytes
+- loop: the rest of the run: hashing weights, handing over, waiting for the disk
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import biasmap_fast as bm
+from biasmap_fast import attribution
+from biasmap_fast.audit import measure, run, work, writer
+from guidance import build
+from harness import save
+
+
+class Clock:
+    """Exclusive processor and wall time by name: what is timed inside counts there alone."""
+
+    def __init__(self) -> None:
+        self.cpu: dict[str, float] = {}
+        self.wall: dict[str, float] = {}
+        self._inside: list[list[float]] = []
+        self._thread = threading.get_ident()
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.time(name):
+                return function(*args, **kwargs)
+
+        return run
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        if threading.get_ident() != self._thread:  # the writer's: nothing is nested there
+            begun = time.thread_time()
+            try:
+                yield
+            finally:
+                self.cpu[name] = self.cpu.get(name, 0.0) + time.thread_time() - begun
+            return
+        inner = [0.0, 0.0]
+        self._inside.append(inner)
+        cpu, wall = time.thread_time(), time.perf_counter()
+        try:
+            yield
+        finally:
+            took = (time.thread_time() - cpu, time.perf_counter() - wall)
+            self._inside.pop()
+            self.cpu[name] = self.cpu.get(name, 0.0) + took[0] - inner[0]
+            self.wall[name] = self.wall.get(name, 0.0) + took[1] - inner[1]
+            if self._inside:
+                self._inside[-1][0] += took[0]
+                self._inside[-1][1] += took[1]
+
+
+@contextmanager
+def watched(clock: Clock, pipe: Any) -> Iterator[None]:
+    """Times the parts of an audit of ``pipe`` inside the block."""
+    networks = [(pipe.unet, "forward"), (pipe.text_encoder, "forward"), (pipe.vae, "decode")]
+    places: list[tuple[Any, str, str]] = [(each, name, "network") for each, name in networks]
+    places += [
+        (attribution.Recorder, "_add", "maps"),
+        (measure, "_measured", "overlaps"),
+        (measure, "_read", "classifier"),
+        (measure, "draw", "sampler"),
+        (work, "measure_chunk", "records"),
+        (writer, "store", "writing, in the background"),
+        (run, "_measure", "loop"),
+    ]
+    with mock.patch.multiple(run, write_report=lambda *args: None):
+        patches = [
+            mock.patch.object(place, name, clock.timed(what, getattr(place, name)))
+            for place, name, what in places
+        ]
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def profile(pipe: Any, plan: bm.AuditPlan) -> dict[str, Any]:
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder, watched(clock, pipe):
+        result = bm.run_audit(plan, Path(folder) / "run", pipe=pipe, progress=False)
+    status = result.summary["run"]["status"]
+    background = clock.cpu.pop("writing, in the background")
+    total = sum(clock.cpu.values())
+    shares = {name: seconds / total for name, seconds in sorted(clock.cpu.items())}
+    own = sum(shares.get(name, 0.0) for name in ("overlaps", "records", "loop"))
+    return {
+        "pictures": plan.pictures,
+        "status": status,
+        "steps": plan.steps,
+        "batch_size": plan.batch_size,
+        "guidance_scale": plan.guidance_scale,
+        "cpu_seconds": {name: round(each, 3) for name, each in sorted(clock.cpu.items())},
+        "wall_seconds": {name: round(each, 3) for name, each in sorted(clock.wall.items())},
+        "background_cpu_seconds": round(background, 3),
+        "share": {name: round(each, 5) for name, each in shares.items()},
+        "share_of_all_but_the_networks": round(1 - shares["network"], 5),
+        "share_of_the_audits_own_code": round(own, 5),
+    }
+
+
+def testbed(options: argparse.Namespace) -> dict[str, Any]:
+    settings: dict[str, Any] = {"seeds": range(options.seeds), "steps": options.steps or 25}
+    pipe = bm.testbed.pipeline()
+    warm = bm.AuditPlan(professions=["doctor"], seeds=[0], steps=2)
+    with tempfile.TemporaryDirectory() as folder:  # what is imported and set up once
+        bm.run_audit(warm, Path(folder) / "run", pipe=pipe, progress=False)
+    return profile(pipe, bm.AuditPlan(**settings))
+
+
+def sd15(options: argparse.Namespace) -> dict[str, Any]:
+    pipe = build(320)
+    pipe.unet.requires_grad_(False)
+    settings: dict[str, Any] = {
+        "model": "random weights, SD 1.5's shapes",
+        "professions": ["doctor"],
+        "seeds": [0],
+        "steps": options.steps or 2,
+        "batch_size": 1,
+        "save_pictures": "none",
+        "save_maps": "none",
+        "device": "cpu",
+    }
+    plan = bm.AuditPlan(**settings)
+    return profile(pipe, plan)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", choices=("testbed", "sd15"), default="testbed")
+    parser.add_argument("--seeds", type=int, default=4, help="of the testbed's 20 professions")
+    parser.add_argument("--steps", type=int, help="default 25, and 2 at SD 1.5's shapes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    table = testbed(options) if options.part == "testbed" else sd15(options)
+    path = save([], options.out, 1, f"audit-profile-{options.part}")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **table}, indent=1) + "\n")
+    print(json.dumps(table, indent=1))
+    sys.exit(set(table["status"]) != {"ok"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Conditions of prompts, LoRA, checkpoints and pipeline factories."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+import textwrap
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import biasmap_fast as bm
+from biasmap_fast.audit import (
+    AuditError,
+    AuditPlan,
+    ConditionError,
+    conditions,
+    run_audit,
+    validate,
+    work,
+)
+from biasmap_fast.audit.plan import explain
+
+FACTORIES = """
+    from contextlib import contextmanager
+
+    import torch
+
+    import biasmap_fast as bm
+
+    entered = []
+
+
+    def shifted(pipe):
+        with torch.no_grad():
+            pipe.unet.conv_out.bias.add_(0.05)
+        return pipe
+
+
+    @contextmanager
+    def inside(pipe):
+        entered.append("in")
+        def shift(module, args, output):
+            return output + 0.05 * torch.ones_like(output)
+        handle = pipe.unet.conv_out.register_forward_hook(shift)
+        try:
+            yield
+        finally:
+            handle.remove()
+            entered.append("out")
+
+
+    def guided(pipe):
+        prompt = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
+        return bm.guide(pipe, prompt, scale=30.0)
+
+
+    def nothing(pipe):
+        return None
+
+
+    given = None
+
+
+    def ready():
+        return given
+"""
+
+
+def make_plan(*listed, **changes):
+    settings = {
+        "model": "tiny",
+        "professions": ["doctor", "pilot"],
+        "axes": ["gender"],
+        "prompt_template": "a photo of {profession}",
+        "attribution_template": "a photo of {profession} and {demographic}",
+        "conditions": ["plain", *listed],
+        "seeds": [0, 1],
+        "steps": 2,
+        "batch_size": 3,
+        "device": "cpu",
+        "save_maps": "none",
+        "save_pictures": "none",
+    }
+    return AuditPlan(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def pipe(make_sd):
+    return make_sd()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a user's module, and no report at the end."""
+    (tmp_path / "mine.py").write_text(textwrap.dedent(FACTORIES), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("biasmap_fast.audit.run.write_report", lambda *args: None)
+    return tmp_path
+
+
+def soft(result, condition):
+    rows = result.records.to_pylist()
+    return torch.tensor([row["soft_iou"] for row in rows if row["condition"] == condition])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("lora:a/b.safetensors@0.5", ("lora", "a/b.safetensors@0.5")),
+        ("prompt:a drawing of {profession}", ("prompt", "a drawing of {profession}")),
+        ("model:some/model@main", ("model", "some/model@main")),
+        ("mine.factories:fair", ("function", "mine.factories:fair")),
+        ("a/model.py:fair", ("function", "a/model.py:fair")),
+    ],
+)
+def test_forms_of_an_intervention(given, expected):
+    assert conditions.parse(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        (["fair"], r"expected 'plain', 'guided' or 'name=intervention'.*got 'fair'"),
+        (["fair=mine"], "'prompt:TEMPLATE', 'lora:PATH', 'model:ID' or 'module:function', got 'm"),
+        (["fair=lora:"], "got 'lora:'"),
+        (["a/b=mine:f"], "part of file names.*got 'a/b'"),
+        (["plain=mine:f"], "'plain' has a meaning already|more than once"),
+        (["fair=prompt:a doctor"], r"a template needs \{profession\}"),
+        (["fair=a:f", "fair=b:f"], "'fair' is given twice"),
+    ],
+)
+def test_plan_says_what_is_wrong(listed, expected):
+    with pytest.raises(ValidationError) as error:
+        make_plan(*listed)
+    assert re.search(expected, explain(error.value)), explain(error.value)
+
+
+def test_plan_refuses_what_does_not_belong_together():
+    for changes, expected in [
+        ({"conditions": ["plain"], "interventions": {"fair": "mine:f"}}, "not asked for"),
+        ({"conditions": ["plain", "x=mine:f"], "engine": "e"}, "in the place of one UNet.*'x'"),
+    ]:
+        with pytest.raises(ValidationError) as error:
+            make_plan(**changes)
+        assert re.search(expected, explain(error.value)), explain(error.value)
+
+
+def test_plan_survives_yaml_and_batches_go_over_prompts(tmp_path):
+    plan = make_plan("guided", "drawn=prompt:a drawing of {profession}", "x=mine:shifted")
+    (tmp_path / "plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
+    assert AuditPlan.from_yaml(tmp_path / "plan.yaml") == plan
+    assert plan.conditions == ("plain", "guided", "drawn", "x")
+    assert plan.prompt("doctor", "drawn") == "a drawing of a doctor"
+    assert plan.prompt("doctor", "x") == "a photo of a doctor"
+    assert [sorted({u.condition for u in units}) for units in plan.chunks()] == [
+        ["plain"],
+        ["drawn", "plain"],
+        ["drawn"],
+        ["guided"],
+        ["guided"],
+        ["x"],
+        ["x"],
+    ]
+
+
+def test_a_prompt_draws_what_it_says(folder, pipe):
+    found = run_audit(
+        make_plan("drawn=prompt:a drawing of {profession}"), "run", pipe=pipe, progress=False
+    )
+    alone = run_audit(
+        make_plan(conditions=["plain"], prompt_template="a drawing of {profession}"),
+        "alone",
+        pipe=pipe,
+        progress=False,
+    )
+    torch.testing.assert_close(soft(found, "drawn"), soft(alone, "plain"), rtol=1e-4, atol=1e-5)
+    assert {row["prompt"] for row in found.records.to_pylist() if row["condition"] == "drawn"} == {
+        "a drawing of a doctor",
+        "a drawing of a pilot",
+    }
+    assert validate("run") == []
+
+
+def test_functions_get_a_pipeline_of_their_own(folder, pipe):
+    plain = run_audit(make_plan(), "plain", pipe=pipe, progress=False)
+    weights = [p.clone() for p in pipe.unet.parameters()]
+    found = run_audit(
+        # the one that changes weights in place comes first
+        make_plan(conditions=["x=mine:shifted", "y=mine.py:inside", "z=mine:guided", "plain"]),
+        "run",
+        pipe=pipe,
+        progress=False,
+    )
+    assert all(map(torch.equal, pipe.unet.parameters(), weights))
+    assert soft(found, "plain").equal(soft(plain, "plain"))
+    # weights and a hook that do the same
+    torch.testing.assert_close(soft(found, "x"), soft(found, "y"), rtol=1e-3, atol=1e-4)
+    assert (soft(found, "x") - soft(plain, "plain")).abs().max() > 1e-3
+    assert (soft(found, "z") - soft(plain, "plain")).abs().max() > 1e-3
+    said = {
+        name: json.loads((folder / "run" / "conditions" / f"{name}.json").read_text())
+        for name in ("x", "y", "z")
+    }
+    assert said["x"]["intervention"] == "mine:shifted"
+    assert len(said["x"]["source_sha256"]) == 64
+    base = json.loads((folder / "run" / "environment.json").read_text())["weights_sha256"]
+    assert said["y"]["weights_sha256"] == base != said["x"]["weights_sha256"]
+    inside = inspect.unwrap(conditions.find("mine.py:inside", str(folder)))
+    assert inside.__globals__["entered"] == ["in", "out"]
+    source = (folder / "mine.py").read_bytes()
+    assert said["y"]["source_sha256"] == hashlib.sha256(source).hexdigest()
+
+
+def test_a_function_without_parameters_brings_a_pipeline(folder, pipe, make_sd):
+    import mine
+
+    mine.given = make_sd(unet_config={"layers_per_block": 2})
+    plan = make_plan("other=mine:ready")
+    found = run_audit(plan, "run", pipe=pipe, progress=False)
+    plain = run_audit(make_plan(), "alone", pipe=mine.given, progress=False)
+    assert soft(found, "other").equal(soft(plain, "plain"))
+    # the same plan with other weights under the same name does not go on
+    (folder / "run" / "records" / "part-00002.parquet").unlink()
+    mine.given = make_sd()
+    with pytest.raises(AuditError, match="another weights_sha256 of the condition 'other'"):
+        run_audit(plan, "run", pipe=pipe, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("x=mine:nothing", "must return a pipeline with a UNet or a context manager, got NoneType"),
+        ("x=mine:shift", r"mine has no function 'shift'; it has \["),
+        ("x=none.there:f", "cannot be imported from .*: ModuleNotFoundError"),
+        ("x=there.py:f", "cannot be imported from .*there.py"),
+        ("x=lora:none.safetensors", "the LoRA 'none.safetensors' cannot be loaded"),
+    ],
+)
+def test_conditions_that_cannot_be_made(folder, pipe, listed, expected):
+    with pytest.raises(ConditionError, match=expected):
+        run_audit(make_plan(listed), "run", pipe=pipe, progress=False)
+
+
+def test_lora_and_another_checkpoint(folder, pipe, make_sd, monkeypatch):
+    from peft import LoraConfig
+
+    trained = make_sd()
+    trained.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in trained.unet.named_parameters():
+            if "lora" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(trained.unet))
+    trained.save_lora_weights("lora", unet_lora_layers=layers)
+    other = make_sd(unet_config={"layers_per_block": 2})
+
+    def load(model, **options):
+        assert model == "some/model"
+        assert options["revision"] == "main"
+        return other
+
+    monkeypatch.setattr(work, "load_pipeline", load)
+    listed = ["full=lora:lora", "none=lora:lora@0", "other=model:some/model@main"]
+    found = run_audit(make_plan(*listed), "run", pipe=pipe, progress=False)
+    plain = soft(found, "plain")
+    torch.testing.assert_close(soft(found, "none"), plain, rtol=1e-4, atol=1e-5)
+    assert (soft(found, "full") - plain).abs().max() > 1e-3
+    prompt = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
+    with bm.attribute(trained, prompt) as recorder:
+        trained(
+            "a photo of a doctor",
+            generator=torch.Generator().manual_seed(0),
+            num_inference_steps=2,
+            output_type="latent",
+        )
+    maps = recorder.maps()
+    expected = bm.soft_iou(maps["doctor"], maps["man"])
+    torch.testing.assert_close(
+        soft(found, "full")[:1], expected.double().float(), rtol=1e-3, atol=1e-4
+    )
+    alone = run_audit(make_plan(), "alone", pipe=other, progress=False)
+    assert soft(found, "other").equal(soft(alone, "plain"))
