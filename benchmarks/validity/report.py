@@ -133,9 +133,7 @@ def summarise(runs: Path) -> dict[str, Any]:
         "groups": {},
     }
     groups = {"choosing": choosing}
-    if all(
-        (runs / "final" / f"seed-{s}.maps/scores.parquet").is_file() for s in GROUPS["final"].seeds
-    ):
+    if complete(runs / "final"):
         groups["final"] = Group(runs / "final")
     for name, group in groups.items():
         measures = dict.fromkeys(c.measure for c in group.candidates())
@@ -166,6 +164,12 @@ def summarise(runs: Path) -> dict[str, Any]:
     return record
 
 
+def complete(folder: Path) -> bool:
+    """Whether every model of a group has its scores."""
+    seeds = GROUPS[folder.name].seeds
+    return all((folder / f"seed-{seed}.maps/scores.parquet").is_file() for seed in seeds)
+
+
 def controls(group: Group, winner: Candidate) -> dict[str, Any]:
     """The winner's concordance with "photo" in the profession's place, over models and words."""
     found = []
@@ -179,7 +183,7 @@ def everything(runs: Path) -> pa.Table:
     """Every candidate on both groups: means over models, and the standard error of the first."""
     columns: dict[str, Any] = {}
     for name in ("choosing", "final"):
-        if not (runs / name).is_dir():
+        if not complete(runs / name):
             continue
         group = Group(runs / name)
         columns |= {part: [key[part] for key in group.keys] for part in (*PARTS, "word", "null")}
