@@ -5,6 +5,7 @@ from __future__ import annotations
 _EXTRA = ("jinja2", "matplotlib", "pyarrow", "pydantic", "scipy", "yaml")
 
 try:
+    from .measure import Reading
     from .plan import AuditPlan
     from .records import RecordError
     from .run import AuditError, AuditResult, load_audit, render, run_audit
@@ -19,6 +20,7 @@ __all__ = [
     "AuditError",
     "AuditPlan",
     "AuditResult",
+    "Reading",
     "RecordError",
     "load_audit",
     "render",

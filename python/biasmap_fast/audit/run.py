@@ -23,12 +23,14 @@ from tqdm import tqdm
 from .. import environment
 from ..concepts import text_encoders, tokenize
 from ..pipelines import TESTBED, load_pipeline
+from .classifiers import reader_for
 from .controls import control_prompts
-from .measure import Chunk, measure_chunk, reader_for_testbed
+from .measure import Chunk, measure_chunk
 from .plan import AuditPlan, explain
 from .records import SIDES, part_path, read_part, read_records, read_side, write_part, write_side
 from .report import write_report
 from .summary import summarise
+from .tables import write_tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,6 +155,7 @@ def render(path: str | Path) -> AuditResult:
     try:
         text = json.dumps(result.summary, indent=1, allow_nan=False) + "\n"
         write_text(result.folder / "summary.json", text)
+        write_tables(result.folder, result.plan, result.summary)
         write_report(result.folder, result.plan, result.records, result.summary)
     except OSError as error:
         raise AuditError(f"the report of {result.folder} cannot be written: {error}") from error
@@ -332,7 +335,7 @@ def _measure(
 ) -> None:
     total = plan.pictures
     left = sum(len(units) for _, units in todo)
-    read = reader_for_testbed() if plan.model == TESTBED else None
+    read = reader_for(plan)
     with tqdm(
         total=total,
         initial=total - left,
