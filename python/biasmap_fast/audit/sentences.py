@@ -166,9 +166,9 @@ def controls(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str
             text += f" Of the {_count(row['above'], 'profession')} above chance, {counts}."
         if "shuffled" in lost and not any("Not exceeding" in told for told in texts):
             text += (
-                " Not exceeding the seed-shuffled null means that the usual places of the two words "
-                "overlap, not shown to be picture by picture; where layouts barely move, that null holds "
-                "the signal itself."
+                " Not exceeding the seed-shuffled null: the usual places of the two words overlap, "
+                "and it is not shown that they do so picture by picture; where layouts barely "
+                "move, that null holds the signal itself."
             )
         texts.append(text)
     return texts
