@@ -13,9 +13,9 @@ help:
 	@echo "make test     the test suite"
 	@echo "make lint     ruff, mypy --strict, clang-format"
 	@echo "make bench    the CPU benchmarks, into benchmarks/results/"
-	@echo "make study    what guidance moves on the embedded model (an hour on two cores; goes on)"
+	@echo "make study    what guidance moves on the embedded model (50 minutes of one core; goes on if stopped)"
 	@echo "make gpu      build, test, check and time the CUDA kernels on this machine's GPU; no network"
-	@echo "make testbed  train the embedded model again (under an hour on two cores)"
+	@echo "make testbed  train the embedded model again (about an hour of one core; goes on if stopped)"
 
 demo: $(VENV)/.installed
 	$(BIN)/biasmap audit --model testbed --percentile 70 --percentile 90 --out runs/first

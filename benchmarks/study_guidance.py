@@ -265,6 +265,8 @@ MEASURES = {
     "true overlap": ("true_overlap",),
     "plausibility": ("plausibility",),
 }
+# the same IoU on a scale where chance is 0; its change in percent of a small number says little
+CORRECTED = {f"corrected {measure}": measure for measure in MEASURES if measure.startswith("IoU")}
 
 
 def matrix(
@@ -303,6 +305,8 @@ def summarise(found: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any
                 "relative_low": None if change.low is None else change.low / base,
                 "relative_high": None if change.high is None else change.high / base,
             }
+        for measure, of in CORRECTED.items():
+            row["measures"][measure] = corrected(row["measures"][of])
         right = [x for p in everyone for x in cell[p]["right"]]
         row["profession_right"] = share_interval(sum(right), len(right)).to_dict()
         row["no_marker_pixels"] = sum(x == 0 for p in everyone for x in cell[p]["marker_pixels"])
@@ -317,6 +321,18 @@ def summarise(found: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any
         row["share_woman_change"] = mean_interval(changes, lowest=-1.0).to_dict() | method
         rows.append(row)
     return rows
+
+
+def corrected(iou: dict[str, Any]) -> dict[str, Any]:
+    """A measured IoU's figures on the corrected scale, which is linear in the IoU."""
+    fraction = 0.3
+    slope = 1.0 / (1.0 - bm.chance_iou(fraction))
+    change = iou["change"] | {
+        end: None if iou["change"][end] is None else slope * iou["change"][end]
+        for end in ("value", "low", "high")
+    }
+    values = {end: bm.corrected_iou(iou[end], fraction=fraction) for end in ("plain", "value")}
+    return {**values, "change": change}
 
 
 def report(folder: Path) -> None:
@@ -345,46 +361,58 @@ def report(folder: Path) -> None:
     partial.replace(RESULTS)
     plot(rows, FIGURE)
     for row in rows:
-        cells = [f"{name} {100 * one['relative']:+.1f} %" for name, one in row["measures"].items()]
+        cells = [f"{name} {100 * row['measures'][name]['relative']:+.1f} %" for name in MEASURES]
         print(f"{row['cell']:20} {', '.join(cells)}, right {row['profession_right']['value']:.3f}")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Four panels over the energy's scale: guided, and random directions of the same norms."""
+    """Panels over the energy's scale: guided, and random directions of the same norms."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 6.2), layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True).ravel()
-    panels = (
-        ("energy", (("energy", "-"),)),
-        ("measured IoU", (("IoU during, joint", "-"), ("IoU after, joint", "--"))),
-        ("true overlap in the picture", (("true overlap", "-"),)),
-        ("plausibility", (("plausibility", "-"),)),
+    figure = Figure(figsize=(13, 6.2), layout="constrained")
+    grid = figure.subplots(2, 3, sharex=True).ravel()
+    percent = "change, %"
+    panels: tuple[tuple[str, str, Sequence[tuple[str, str]]], ...] = (
+        ("energy", percent, [("energy", "-")]),
+        ("measured IoU", percent, [("IoU during, joint", "-"), ("IoU after, joint", "--")]),
+        ("true overlap in the picture", percent, [("true overlap", "-")]),
+        ("plausibility", percent, [("plausibility", "-")]),
+        ("pictures that show the profession", "%", [("right", "-")]),
+        ("P(woman), mean over professions", "change, points", [("share", "-")]),
     )
     curves = [("scale", "guided", "#0072B2", "o"), ("random", "random directions", "#D55E00", "s")]
-    for axes, (title, measures) in zip(grid, panels, strict=True):
+    for axes, (title, unit, measures) in zip(grid, panels, strict=True):
         for prefix, label, colour, shape in curves:
             own = [r for r in rows if r["cell"].startswith(f"{prefix} ")]
             own.sort(key=lambda r: r["scale"])
             for measure, style in measures:
                 xs = [r["scale"] for r in own]
-                figures = [r["measures"][measure] for r in own]
-                values = [100 * one["relative"] for one in figures]
-                low = [100 * one["relative_low"] for one in figures]
-                high = [100 * one["relative_high"] for one in figures]
+                values, low, high = zip(*(percents(r, measure) for r in own), strict=True)
                 when = ", measured afterwards" if style == "--" else ""
                 axes.plot(xs, values, style, color=colour, marker=shape, ms=4, label=label + when)
                 axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.axhline(0.0, color="#333333", linewidth=0.8)
+        axes.axhline(100.0 if unit == "%" else 0.0, color="#333333", linewidth=0.8)
         axes.set_xscale("log")
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_ylabel("change, %")
+        axes.set_ylabel(unit)
         axes.grid(color="#e3e3e3", linewidth=0.6)
-    for axes in grid[2:]:
+    for axes in grid[3:]:
         axes.set_xlabel("scale of the energy")
     grid[1].legend(frameon=False, fontsize=8)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def percents(row: dict[str, Any], measure: str) -> tuple[float, float, float]:
+    """A panel's value and interval in percent; a missing end of an interval is not drawn."""
+    if measure in ("right", "share"):
+        found = row["profession_right" if measure == "right" else "share_woman_change"]
+        ends = [found[name] for name in ("value", "low", "high")]
+    else:
+        figures = row["measures"][measure]
+        ends = [figures[name] for name in ("relative", "relative_low", "relative_high")]
+    value, low, high = (float("nan") if end is None else 100 * end for end in ends)
+    return value, low, high
 
 
 def main() -> None:

@@ -107,6 +107,30 @@ def study() -> str:
     return "\n".join(lines)
 
 
+def study_more() -> str:
+    """Corrected IoU and demographic shares, in points of 100."""
+    columns = [f"corrected IoU {when}, joint" for when in ("during", "after")]
+    lines = [
+        "| | corrected IoU during | change | corrected IoU after | change | P(woman), change |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in read(STUDY)["rows"]:
+        cells = []
+        plain = row["cell"] == "plain"
+        for name in columns:
+            figures = row["measures"][name]
+            cells += [f"{100 * figures['value']:.1f}", "" if plain else points(figures["change"])]
+        cells.append("" if plain else points(row["share_woman_change"]))
+        lines.append(f"| {row['cell']} | {' | '.join(cells)} |")
+    return "\n".join(lines).replace("| -", "| \N{MINUS SIGN}")
+
+
+def points(figures: dict[str, Any]) -> str:
+    """A change in points of 100 with its interval."""
+    value, low, high = (f"{100 * figures[end]:+.1f}" for end in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
+
+
 def cost() -> str:
     """One guided UNet call at the shapes of SD 1.5."""
     lines = [
@@ -125,7 +149,7 @@ def cost() -> str:
 
 TABLES = {
     README: {"overlap": overlap, "testbed": testbed},
-    GUIDANCE: {"study": study, "cost": cost},
+    GUIDANCE: {"study": study, "study more": study_more, "cost": cost},
 }
 
 

@@ -343,6 +343,8 @@ class TestGradient:
             draw(small_pipe)
         with pytest.raises(ValueError, match="accumulate=True needs the torch UNet"):
             bm.guide(small_pipe, DOCTOR, accumulate=True)
+        with pytest.raises(ValueError, match="containment= needs the torch UNet"):
+            bm.guide(small_pipe, DOCTOR, containment=(0.05, 0.1))
         with pytest.raises(ValueError, match="layers of an engine's energy are fixed"):
             bm.guide(small_pipe, DOCTOR, layers=("up_blocks",))
         long = AttributionPrompt("a photo of a doctor and man in a zzz", ("doctor", "man"))

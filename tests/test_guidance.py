@@ -27,18 +27,25 @@ def as_double(pipe):
     return pipe
 
 
-def energy(maps, pairs, spans, fraction=0.3, temperature=0.2):
-    """Mean SoftIoU written from the formulas, tau by bisection; the maps' ranges are given."""
-    x = maps.flatten(2)  # [B, K, N] float64
-    slope = 2 / (temperature * spans)  # [B, K, 1]
+def soft_masks(x, slope, fraction):
+    """The masks of `soft_topk` from its formula, tau by bisection."""
     low, high = x.amin(-1, keepdim=True) - 20 / slope, x.amax(-1, keepdim=True) + 20 / slope
     for _ in range(200):
         middle = (low + high) / 2
         above = torch.sigmoid((x - middle) * slope).mean(-1, keepdim=True) > fraction
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    masks = torch.sigmoid((x - low) * slope)
-    a, b = masks[:, [i for i, _ in pairs]], masks[:, [j for _, j in pairs]]
+    return torch.sigmoid((x - low) * slope)
+
+
+def energy(maps, pairs, spans, fractions=None, temperature=0.2):
+    """Mean SoftIoU, or mean containment, from the formulas; the maps' ranges are given."""
+    x = maps.flatten(2)  # [B, K, N] float64
+    slope = 2 / (temperature * spans)  # [B, K, 1]
+    first, second = (soft_masks(x, slope, fraction) for fraction in fractions or (0.3, 0.3))
+    a, b = first[:, [i for i, _ in pairs]], second[:, [j for _, j in pairs]]
     both = (a * b).sum(-1)
+    if fractions:
+        return (both / a.sum(-1)).mean(1)  # [B]
     return (both / (a.sum(-1) + b.sum(-1) - both)).mean(1)  # [B]
 
 
@@ -47,9 +54,11 @@ CASES = [(1, "cond"), (2, "cond"), (2, "uncond"), (3, "cond")]
 
 @pytest.mark.parametrize(("chunks", "branch"), CASES)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    ("accumulate", "containment"), [(False, None), (True, None), (False, (0.1, 0.25))]
+)
 def test_injected_delta_is_the_energy_gradient(
-    make_sd, reference_of, chunks, branch, prediction, accumulate
+    make_sd, reference_of, chunks, branch, prediction, accumulate, containment
 ):
     """The hook's change of the prediction against central differences of an independent energy."""
     pipe = as_double(make_sd(prediction_type=prediction))
@@ -65,6 +74,7 @@ def test_injected_delta_is_the_energy_gradient(
     plain = unet(z)
     named = [(THREE.concepts[i], THREE.concepts[j]) for i, j in pairs]
     options = {"branch": branch, "chunks": chunks, "accumulate": accumulate, "clip": None}
+    options["containment"] = containment
     with bm.guide(pipe, THREE, pairs=named, scale=scale, temperature=0.2, **options) as guidance:
         if accumulate:  # a first call, whose maps then count as constants
             unet(z.roll(1, 0), 801)
@@ -94,11 +104,13 @@ def test_injected_delta_is_the_energy_gradient(
     base = (maps(z) + earlier).flatten(2)
     spans = base.amax(-1, keepdim=True) - base.amin(-1, keepdim=True)
     found = torch.tensor([row.energy for row in rows], dtype=torch.float64)
-    torch.testing.assert_close(found, energy(maps(z) + earlier, pairs, spans), rtol=1e-6, atol=0)
+    expected = energy(maps(z) + earlier, pairs, spans, containment)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     for seed in range(2):
         direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).double()
         ahead, behind = (
-            energy(maps(z + step * direction) + earlier, pairs, spans) for step in (1e-5, -1e-5)
+            energy(maps(z + step * direction) + earlier, pairs, spans, containment)
+            for step in (1e-5, -1e-5)
         )
         expected = (ahead - behind) / 2e-5
         along = (gradient * direction).flatten(1).sum(1)
@@ -417,9 +429,12 @@ def test_the_ledger_as_a_table(sd_pipe, tmp_path):
         ({"clip": 0.0}, "`clip` must be positive, got 0.0"),
         ({"branch": "both"}, "`branch` must be 'cond' or 'uncond', got 'both'"),
         ({"fraction": 1.0}, "`fraction` must be in"),
+        ({"containment": (0.05, 1.0)}, "`fraction` must be in"),
+        ({"containment": (0.05,)}, "`containment` must be two numbers"),
         ({"pairs": [("doctor", "nurse")]}, r"names 'nurse', which is no concept of .*; there are"),
         ({"pairs": [("doctor", "doctor")]}, "two different concepts"),
-        ({"pairs": []}, "guidance needs a pair of concepts"),
+        ({"pairs": []}, "guidance needs a pair of concepts, got an empty list of pairs"),
+        ({"pairs": [[]]}, "guidance needs a pair of concepts, got an empty list of pairs"),
         ({"pairs": [[("doctor", "man")]] * 3}, "list of pairs for each of 1 images, got 3 lists"),
         ({"weights": [1.0, 2.0]}, "`weights` must be 1 finite numbers, one a pair"),
     ],

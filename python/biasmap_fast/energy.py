@@ -81,7 +81,7 @@ def _pairs_of_images(
     pairs: Sequence[Pair] | Sequence[Sequence[Pair]] | None, count: int
 ) -> list[Sequence[Pair] | None]:
     """Pairs for all images, or a list of them for each, as one entry an image."""
-    if pairs is None or not pairs or isinstance(pairs[0][0], str):
+    if pairs is None or not pairs or (pairs[0] and isinstance(pairs[0][0], str)):
         return [pairs] * count  # type: ignore[list-item]
     if len(pairs) != count:
         raise ValueError(
@@ -109,7 +109,8 @@ def _target(
     else:
         indices = [_find(pair, prompts, starts) for pair in pairs]
     if not indices:
-        raise ValueError(f"guidance needs a pair of concepts, got {concepts} alone")
+        got = f"{concepts} alone" if pairs is None else "an empty list of pairs"
+        raise ValueError(f"guidance needs a pair of concepts, got {got}")
     return Target(
         prompts=prompts,
         pairs=tuple((concepts[a], concepts[b]) for a, b in indices),

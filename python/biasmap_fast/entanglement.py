@@ -1,6 +1,9 @@
-"""Overlap of attribution maps: hard and soft IoU, and the level that chance alone gives.
+"""Overlap of attribution maps: IoU and containment, hard and soft, and what chance alone gives.
 
-Equations: BiasMap (arXiv 2509.13496). The chance level and the correction are this package's own.
+IoU asks whether two masks are the same; containment, ``|A and B| / |A|``, whether the first lies on
+the second ("resemblance" and "containment": Broder, SEQUENCES 1997). IoU and its soft form are
+BiasMap's (arXiv 2509.13496). Of the measures tried against a planted truth (docs/validity.md),
+containment recovered it best. Chance levels and corrections are this package's own.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from . import ops
+from . import ops, reference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +25,8 @@ Number = TypeVar("Number", float, "np.ndarray", torch.Tensor)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Finer than this, float32 maps no longer resolve the edge of the mask.
 _MIN_TEMPERATURE = 1e-6
+# of the profession's mask and of the demographic's: what the validity study chose
+_PERCENTILES = (95.0, 90.0)
 
 
 def iou(a: torch.Tensor, b: torch.Tensor, *, percentile: float = 70.0) -> torch.Tensor:
@@ -227,6 +232,131 @@ def soft_topk(
     return mask.reshape(x.shape)
 
 
+def containment(
+    a: torch.Tensor, b: torch.Tensor, *, percentiles: tuple[float, float] = _PERCENTILES
+) -> torch.Tensor:
+    """The part of the first map's mask that lies inside the second map's: ``|A and B| / |A|``.
+
+    Each mask is what lies strictly above its map's own percentile, as for `iou`. Unrelated masks
+    give ``1 - percentiles[1] / 100``, see `chance_containment`. Not symmetric: give the profession
+    first. A constant first map has an empty mask and gives 0.
+
+    Args:
+        a: ``[B, H, W]`` or ``[H, W]``, float16, bfloat16, float32 or float64, finite.
+        b: like ``a``.
+        percentiles: of ``a``'s mask and of ``b``'s, each in [0, 100). Take masks about as large as
+            the regions that the concepts fill.
+
+    Returns:
+        ``[B]`` (or a scalar), float32; float64 for float64 maps. Carries no gradient.
+
+    Raises:
+        TypeError: not tensors of floats.
+        ValueError: shapes, dtypes or devices differ, a map has no pixels or a value is not finite,
+            or a percentile is out of range.
+
+    Example:
+        >>> a = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
+        >>> b = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> float(containment(a, b, percentiles=(50, 50)))
+        1.0
+        >>> float(containment(b, a, percentiles=(50, 50)))
+        0.5
+    """
+    return containment_with_flags(a, b, percentiles=percentiles)[0]
+
+
+def containment_with_flags(
+    a: torch.Tensor, b: torch.Tensor, *, percentiles: tuple[float, float] = _PERCENTILES
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`containment`, and where it says nothing because the first mask is empty.
+
+    Args:
+        a: as for `containment`.
+        b: as for `containment`.
+        percentiles: as for `containment`.
+
+    Returns:
+        Containment ``[B]`` and bool ``[B]`` (or scalars): True where the first mask is empty.
+
+    Raises:
+        TypeError: as `containment`.
+        ValueError: as `containment`.
+
+    Example:
+        >>> value, empty = containment_with_flags(torch.ones(4, 4), torch.rand(4, 4))
+        >>> float(value), bool(empty)
+        (0.0, True)
+    """
+    maps = _stack(a, b).detach()
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))  # [B, 2, N]
+    for percentile in two("percentiles", percentiles):
+        _check_percentile(percentile)
+    _check_finite(~maps.isfinite().all(), maps, ("a", "b"))
+    first, second = (
+        maps[:, side] > reference.percentile(maps[:, side], percentile)[:, None]
+        for side, percentile in enumerate(percentiles)
+    )  # [B, N]
+    area = first.sum(-1)
+    inside = (first & second).sum(-1).to(maps.dtype) / area.clamp(min=1)
+    return inside.reshape(a.shape[:-2]), (area == 0).reshape(a.shape[:-2])
+
+
+def soft_containment(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    fractions: tuple[float, float] = (0.05, 0.1),
+    temperature: float = 0.01,
+) -> torch.Tensor:
+    """Differentiable `containment` of two maps' soft top-k masks: ``sum(ab) / sum a``.
+
+    The masks are those of `soft_topk` over each whole map.
+
+    Args:
+        a: ``[B, H, W]`` or ``[H, W]``, float16, bfloat16, float32 or float64, finite.
+        b: like ``a``.
+        fractions: share of the pixels in ``a``'s mask and in ``b``'s, each in (0, 1).
+        temperature: width of the masks' edges in units of each map's range, at least 1e-6.
+
+    Returns:
+        ``[B]`` (or a scalar), float32; float64 for float64 maps. Differentiable in both maps.
+
+    Raises:
+        TypeError: not tensors of floats.
+        ValueError: shapes, dtypes or devices differ, a map has no pixels or a value is not finite,
+            or a setting is out of range.
+
+    Example:
+        >>> a = torch.rand(3, 16, 16)
+        >>> bool((soft_containment(a, a) > 0.9).all())
+        True
+    """
+    maps = _stack(a, b)  # [B, 2, N]
+    for fraction in two("fractions", fractions):
+        check_soft(fraction, temperature)
+    found = pairs_soft_containment(maps, torch.tensor([[0, 1]]), fractions, temperature)
+    _check_finite(found.isnan(), maps, ("a", "b"))
+    return found.reshape(a.shape[:-2])
+
+
+def pairs_soft_containment(
+    maps: torch.Tensor,
+    pairs: torch.Tensor,
+    fractions: tuple[float, float],
+    temperature: float,
+) -> torch.Tensor:
+    """`soft_containment` ``[B, P]`` of pairs ``[P, 2]`` on maps ``[B, K, N]``; checks nothing."""
+    batch, concepts, pixels = maps.shape
+    rows = maps.reshape(batch * concepts, pixels)
+    first, second = (
+        ops.soft_topk(rows, fraction, temperature).view(maps.shape)[:, pairs[:, side]]
+        for side, fraction in enumerate(fractions)
+    )  # [B, P, N]
+    inside: torch.Tensor = (first * second).sum(-1) / first.sum(-1)
+    return inside
+
+
 def chance_iou(fraction: Number) -> Number:
     """IoU of two unrelated masks that each keep ``fraction`` of the pixels: ``p / (2 - p)``.
 
@@ -273,6 +403,50 @@ def corrected_iou(iou: Number, *, fraction: float) -> Number:
     return (iou - chance) / (1 - chance)
 
 
+def chance_containment(percentiles: tuple[float, float] = _PERCENTILES) -> float:
+    """Containment of a mask in an unrelated one: the second's share of the pixels.
+
+    Args:
+        percentiles: as for `containment`.
+
+    Returns:
+        In (0, 1].
+
+    Raises:
+        ValueError: a percentile is out of range.
+
+    Example:
+        >>> round(chance_containment(), 3)
+        0.1
+    """
+    for percentile in two("percentiles", percentiles):
+        _check_percentile(percentile)
+    return 1.0 - percentiles[1] / 100.0
+
+
+def corrected_containment(
+    value: Number, *, percentiles: tuple[float, float] = _PERCENTILES
+) -> Number:
+    """Containment on a scale where chance is 0 and "all of it inside" is 1.
+
+    Args:
+        value: a float, numpy array or tensor.
+        percentiles: as for `containment`.
+
+    Returns:
+        Like ``value``; negative where a mask avoids the other.
+
+    Raises:
+        ValueError: a percentile is out of range.
+
+    Example:
+        >>> round(corrected_containment(0.1), 3), corrected_containment(1.0)
+        (0.0, 1.0)
+    """
+    chance = chance_containment(percentiles)
+    return (value - chance) / (1 - chance)
+
+
 def _shown(x: torch.Tensor) -> str:
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
@@ -309,6 +483,16 @@ def _stack(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _check_percentile(percentile: float) -> None:
     if not 0.0 <= percentile < 100.0:
         raise ValueError(f"`percentile` must be in [0, 100), got {percentile}")
+
+
+def two(name: str, values: tuple[float, float]) -> tuple[float, float]:
+    """Refuses anything but two numbers, by a ValueError."""
+    if isinstance(values, (int, float)) or len(values) != 2:
+        raise ValueError(
+            f"`{name}` must be two numbers, of the first map's mask and of the second's, "
+            f"got {values!r}"
+        )
+    return values
 
 
 def check_soft(fraction: float, temperature: float) -> None:

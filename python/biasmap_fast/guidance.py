@@ -32,7 +32,7 @@ from .energy import (
     make_targets,
     total_maps,
 )
-from .entanglement import check_soft
+from .entanglement import check_soft, pairs_soft_containment, two
 from .ledger import Entry, LedgerRow, check_skipped, write_csv
 from .ops import pairs_iou, soft_iou
 from .unet import (
@@ -80,6 +80,7 @@ def guide(
     layers: Sequence[str] | None = None,
     chunks: int | None = None,
     strict: bool = True,
+    containment: tuple[float, float] | None = None,
 ) -> Guidance:
     """Guides every picture drawn inside a ``with`` block towards less overlap of concept pairs.
 
@@ -107,6 +108,9 @@ def guide(
             energy.
         chunks: as in `attribute`.
         strict: raise at the end if more than half of an image's guided calls had to be skipped.
+        containment: shares of the pixels in the masks of a pair's first and second concept,
+            ``(0.05, 0.1)`` say: the energy is then `soft_containment` with these instead of
+            SoftIoU, which the ledger still reports with ``fraction``. Give the profession first.
 
     Returns:
         A context manager whose `Guidance.ledger` tells, also after the block, what was done.
@@ -143,6 +147,7 @@ def guide(
             branch=branch,
             chunks=chunks,
             strict=strict,
+            containment=containment,
         ),
         layers=layers,
     )
@@ -164,9 +169,12 @@ class Settings:
     branch: Branch
     chunks: int | None
     strict: bool
+    containment: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_soft(self.fraction, self.temperature)
+        for fraction in two("containment", self.containment) if self.containment else ():
+            check_soft(fraction, self.temperature)
         if not math.isfinite(self.scale):
             raise ValueError(f"`scale` must be finite, got {self.scale}")
         if not 0.0 <= self.start < self.stop <= 1.0:
@@ -561,7 +569,10 @@ class Guidance:
             maps = total_maps(own)  # [b, K, N]
             pairs = torch.tensor(target.indices)  # [P, 2]
             found = soft_iou(maps, pairs, settings.fraction, settings.temperature)  # [b, P]
-            totals.append(found @ self._weights[target].to(found.dtype))
+            of = found
+            if settings.containment:
+                of = pairs_soft_containment(maps, pairs, settings.containment, settings.temperature)
+            totals.append(of @ self._weights[target].to(of.dtype))
             percentile = 100.0 * (1.0 - settings.fraction)
             for values, kept in ((found, soft), (pairs_iou(maps, pairs, percentile).iou, hard)):
                 padding = (0, most - len(target.pairs))
@@ -612,6 +623,8 @@ def _check_engine(engine: Any, layers: Sequence[str] | None, settings: Settings)
         raise ValueError(
             "the layers of an engine's energy are fixed; leave `layers` out, or export with it"
         )
+    if settings.containment:
+        raise ValueError("containment= needs the torch UNet: an engine's graph has SoftIoU only")
     if settings.accumulate:
         raise ValueError("accumulate=True needs the torch UNet: engines know one call's energy")
 

@@ -81,12 +81,15 @@ class TrainSettings:
 
     def digest(self, stage: str) -> str:
         """A short hash of what decides a stage: its checkpoint continues only under the same."""
-        fields = dataclasses.asdict(self)
-        later = {"settle": [], "unet": ["settle_steps", "settle_batch"]}.get(stage)
-        if later is None:
-            later = [*("unet_steps", "unet_batch", "settle_steps", "settle_batch")]
-            later.append("autoencoder_sha256")
-        fields = {name: value for name, value in fields.items() if name not in later}
+        # what comes after a stage does not decide it
+        settle = {"settle_steps", "settle_batch"}
+        later = {
+            "autoencoder": settle | {"unet_steps", "unet_batch", "autoencoder_sha256"},
+            "unet": settle,
+            "settle": set(),
+        }[stage]
+        every = dataclasses.asdict(self)
+        fields = {name: value for name, value in every.items() if name not in later}
         text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,0 +1,1 @@
+"""Which overlap measure recovers a planted entanglement: worlds, models, maps, measures, scores."""
