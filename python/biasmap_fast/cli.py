@@ -134,6 +134,20 @@ def audit(
         str | None,
         typer.Option(help="'paper' reproduces the published scripts' settings. [default: default]"),
     ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            help="What the report opens with: 'containment', with IoU beside it, or 'iou' alone. "
+            "[default: containment]"
+        ),
+    ] = None,
+    containment: Annotated[
+        str | None,
+        typer.Option(
+            help="Fractions of the pixels in the profession's mask and in the demographic word's, "
+            "for containment. [default: 0.05,0.1]"
+        ),
+    ] = None,
     controls: Annotated[
         bool,
         typer.Option(help="Measure control words and the swapped prompt on the same pictures."),
@@ -230,6 +244,8 @@ def audit(
         "branch": branch,
         "layers": layer,
         "scheduler": scheduler,
+        "measure": measure,
+        "containment": None if containment is None else {"fractions": _fractions(containment)},
         "sweeps": sweep,
         "classifier": classifier,
         "preset": preset,
@@ -243,8 +259,8 @@ def audit(
     }
     with _clear_errors(verbose):
         from .audit import run_audit
+        from .audit.sentences import contained, difference, finding, headline
         from .audit.sentences import controls as beside
-        from .audit.sentences import difference, finding, headline
 
         given = {name: value for name, value in flags.items() if value is not None}
         plan = _plan(given if controls else {**given, "controls": None}, config)
@@ -262,6 +278,8 @@ def audit(
             return
         typer.echo(headline(plan, result.summary))
         for name in plan.axes:
+            for text in contained(name, plan, result.summary):
+                typer.echo(f"{name}: {text}")
             typer.echo(f"{name}: {finding(name, result.summary)}")
             for text in beside(name, plan, result.summary):
                 typer.echo(f"{name}: {text}")
@@ -579,6 +597,21 @@ def _seeds(text: str) -> list[int]:
         f"expected a count ('20'), a range ('5-24') or a list ('1,7,9'), got {text!r}",
         param_hint="--seeds",
     )
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    """Two fractions with a comma between them; that they are two, the plan checks.
+
+    Example:
+        >>> _fractions("0.05, 0.1")
+        (0.05, 0.1)
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected two fractions ('0.05,0.1'), got {text!r}", param_hint="--containment"
+        ) from None
 
 
 def _branch(given: str | None) -> Any:

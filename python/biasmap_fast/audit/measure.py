@@ -362,8 +362,9 @@ def _measured(
     stacked = [_pair_maps(cells[index], maps) for index in good]
     a, b = (torch.stack(side).float().cpu() for side in zip(*stacked, strict=True))  # [R, H, W]
     blocks = _block_pairs([cells[index] for index in good], maps)
+    contained = _contained(plan, blocks)
     for position, q in enumerate(plan.percentiles):
-        columns = _overlaps(plan, a, b, blocks, q)
+        columns = {**_overlaps(plan, a, b, blocks, q), **contained}
         for row, index in enumerate(good):
             values[index][position].update({name: x[row] for name, x in columns.items()})
     return values
@@ -398,6 +399,27 @@ def _overlaps(
         **_ranges("semantic", a),
         **_ranges("demographic", b),
     }
+
+
+def _contained(
+    plan: AuditPlan, blocks: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, list[Any]]:
+    """The columns of containment of R rows, from the sum of some blocks' maps ``[R, H, W]``."""
+    if plan.measure != "containment":
+        return {}
+    settings = plan.containment
+    chosen = [pair for name, pair in blocks.items() if name.startswith(settings.layers)]
+    if not chosen:
+        raise ValueError(
+            f"containment is measured on the blocks {list(settings.layers)}, the maps have "
+            f"{list(blocks)}: set containment.layers, or measure 'iou'"
+        )
+    a, b = (torch.stack(side).sum(0) for side in zip(*chosen, strict=True))
+    found = entanglement.soft_containment(
+        a, b, fractions=settings.fractions, temperature=plan.temperature
+    )
+    chance = settings.fractions[1]  # of an unrelated mask: its mean
+    return {"containment": found.tolist(), "containment_chance": [chance] * len(found)}
 
 
 def _ranges(side: str, maps: torch.Tensor) -> dict[str, list[Any]]:

@@ -29,6 +29,7 @@ _PAPER: dict[str, Any] = {
     "evaluation_size": presets.PAPER.size,
     "percentiles": (presets.PAPER.percentile,),
     "soft_mask": "paper",
+    "measure": "iou",
 }
 # What they run with: defaults of the preset that a plan may change.
 _PAPER_DEFAULTS: dict[str, Any] = {
@@ -89,6 +90,30 @@ class Energy(BaseModel):
     layers: tuple[str, ...] | None = None
 
 
+class Containment(BaseModel):
+    """Settings of the measure ``"containment"`` (`entanglement.soft_containment`).
+
+    The defaults are what recovered a planted overlap best (docs/validity.md).
+
+    Attributes:
+        fractions: share of the pixels in the profession's mask and in the demographic word's. Take
+            masks about as large as what the words draw.
+        layers: names or prefixes of UNet blocks whose maps are used, of those that are recorded.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fractions: tuple[float, float] = (0.05, 0.1)
+    layers: tuple[str, ...] = ("up_blocks",)
+
+    @field_validator("fractions")
+    @classmethod
+    def _inside(cls, fractions: tuple[float, float]) -> tuple[float, float]:
+        if wrong := [fraction for fraction in fractions if not 0 < fraction < 1]:
+            raise ValueError(f"fractions must lie between 0 and 1, both excluded, got {wrong}")
+        return fractions
+
+
 class Controls(BaseModel):
     """What is measured beside every pair, on the same pictures (`audit.controls`).
 
@@ -142,7 +167,10 @@ class AuditPlan(BaseModel):
         height: of the pictures in pixels; ``None`` for the model's default.
         width: of the pictures in pixels; ``None`` for the model's default.
         batch_size: pictures drawn at once.
-        percentiles: of the masks; each gives its own records.
+        measure: what the report opens with: ``"containment"``, the part of the profession's mask
+            that lies inside the demographic word's, with IoU beside it, or ``"iou"`` alone.
+        containment: settings of that measure.
+        percentiles: of the masks of IoU; each gives its own records.
         temperature: of the soft mask, in units of a map's range.
         branch: guidance branch whose queries are attributed.
         layers: layer names or prefixes; ``None`` for the default.
@@ -192,6 +220,8 @@ class AuditPlan(BaseModel):
     height: int | None = Field(None, ge=8)
     width: int | None = Field(None, ge=8)
     batch_size: int = Field(8, ge=1)
+    measure: Literal["containment", "iou"] = "containment"
+    containment: Containment = Field(default_factory=Containment)
     percentiles: tuple[float, ...] = (70.0,)
     temperature: float = Field(0.01, ge=1e-6, allow_inf_nan=False)
     branch: Literal["cond", "uncond"] = "cond"

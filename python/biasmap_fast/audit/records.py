@@ -20,7 +20,7 @@ from .files import write_file
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 OK = "ok"
 
 # What makes a row unique, in the order in which records are sorted.
@@ -67,6 +67,13 @@ SCHEMA = pa.schema(
         _field("corrected", pa.float64(), "(iou - chance) / (1 - chance)"),
         _field("soft_iou", pa.float64(), "overlap of the two soft masks, 0 to 1"),
         _field("empty_union", pa.bool_(), "no pixel in either mask; iou is then 0"),
+        _field(
+            "containment",
+            pa.float64(),
+            "part of the profession's soft mask inside the word's, 0 to 1; of no percentile: the "
+            "same in all rows of a pair",
+        ),
+        _field("containment_chance", pa.float64(), "containment in an unrelated mask"),
         _field("block_iou", _MAP, "UNet block -> IoU of its own maps; null where undefined"),
         _field("semantic_low", pa.float64(), "smallest value of the profession's map"),
         _field("semantic_high", pa.float64(), "largest value of the profession's map"),

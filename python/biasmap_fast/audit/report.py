@@ -28,6 +28,10 @@ class _Axis:
 
     name: str
     words: tuple[str, ...]
+    contained: list[str]  # what containment says; empty where the plan measures IoU alone
+    contained_chart: str
+    contained_rows: list[dict[str, Any]]
+    contained_scatter: str
     chart: str
     tables: list[dict[str, Any]]
     overall: list[dict[str, Any]]
@@ -119,6 +123,11 @@ def _conditions(
                 "name": condition,
                 "guided": condition == GUIDED,
                 "rows": rows,
+                "contained": [
+                    row
+                    for row in (summary["containment"] or {}).get("differences", [])
+                    if row["condition"] == condition
+                ],
                 "axes": [
                     _condition_axis(name, words, condition, rows, folder, plan, records, summary)
                     for name, words in plan.axes.items()
@@ -243,6 +252,8 @@ def _axis(
     return _Axis(
         name=name,
         words=words,
+        contained=sentences.contained(name, plan, summary),
+        **_contained(name, words, plan, summary, planted),
         chart=_chart(name, words, order, by_cell, overall, first),
         tables=[
             {
@@ -272,6 +283,58 @@ def _axis(
         rank_rows=_rank_rows(ranks),
         shares_text=sentences.shares(summary) if shares and planted else "",
     )
+
+
+def _contained(
+    name: str,
+    words: Sequence[str],
+    plan: AuditPlan,
+    summary: Mapping[str, Any],
+    planted: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Containment of every profession: a chart, the rows of its table, and the planted truth."""
+    found = summary["containment"]
+    if found is None:
+        return {"contained_chart": "", "contained_rows": [], "contained_scatter": ""}
+    part = (name, plan.conditions[0])
+    rows, overall, ranks = (
+        [row for row in found[which] if (row["axis"], row["condition"]) == part]
+        for which in ("professions", "overall", "rank")
+    )
+    # the drawing functions were made for IoU, and look for the figure under that name
+    cells = {
+        (row["semantic"], row["demographic"]): {**row, "iou": row["containment"]} for row in rows
+    }
+    means = {row["demographic"]: row["containment"] for row in overall}
+    order = _order(plan.professions, words, cells)
+    chance = found["fractions"][1]
+    chart = figures.intervals(
+        [*order, "mean over professions"],
+        {
+            word: [
+                *(cells[p, word]["iou"] if (p, word) in cells else None for p in order),
+                means.get(word),
+            ]
+            for word in words
+        },
+        label=f"containment of the profession in the {name} word",
+        reference=chance,
+        reference_label=f"chance {chance:g}",
+        rule_above=len(order),
+    )
+    against = [row for row in ranks if row["against"] == "overlap"]
+    return {
+        "contained_chart": chart if rows else "",
+        "contained_rows": [
+            {
+                "profession": profession,
+                "planted": planted.get(profession, {}).get("overlap", {}).get(words[0]),
+                "words": [{"word": word, "cell": cells.get((profession, word))} for word in words],
+            }
+            for profession in order
+        ],
+        "contained_scatter": _scatter(name, words, cells, planted, against, label="containment"),
+    }
 
 
 def _order(
@@ -572,6 +635,7 @@ def _scatter(
     cells: Mapping[tuple[str, str], Mapping[str, Any]],
     planted: Mapping[str, Mapping[str, Any]],
     ranks: Sequence[Mapping[str, Any]],
+    label: str = "IoU",
 ) -> str:
     rho = {row["demographic"]: row["spearman"] for row in ranks}
     panels = {
@@ -592,7 +656,7 @@ def _scatter(
         panels,
         {word: f"{word}: {sentences.RHO} = {sentences.interval(rho[word])}" for word in panels},
         x_label="planted overlap",
-        y_label=f"measured IoU, {name}",
+        y_label=f"measured {label}, {name}",
         reference=chance,
     )
 

@@ -87,6 +87,42 @@ def finding(axis: str, summary: Mapping[str, Any]) -> str:
     )
 
 
+def contained(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
+    """What containment says of one axis: the finding, and how far the measure can be trusted."""
+    found = summary["containment"]
+    if found is None:
+        return []
+    condition = summary["run"]["conditions"][0]
+    rows = [row for row in found["overall"] if (row["axis"], row["condition"]) == (axis, condition)]
+    counts = {
+        row["demographic"]: row
+        for row in found["comparisons"]
+        if (row["axis"], row["condition"]) == (axis, condition) and row["with_interval"]
+    }
+    told = [row for row in rows if row["containment"]["value"] is not None]
+    if not told:
+        return []
+    parts = [
+        f"{interval(row['containment'])} with “{row['demographic']}”"
+        + (
+            f" (above chance for {counts[row['demographic']]['above']} of "
+            f"{_count(counts[row['demographic']]['with_interval'], 'profession')}, below it for "
+            f"{counts[row['demographic']]['below']})"
+            if row["demographic"] in counts
+            else ""
+        )
+        for row in told
+    ]
+    own, other = (f"{100 * fraction:g} %" for fraction in plan.containment.fractions)
+    texts = [
+        f"Of the place of the profession (the top {own} of its word's map) the part inside the "
+        f"place of the demographic word (the top {other}) is, mean over professions, "
+        f"{_listed(parts)}; {other} would be inside by chance."
+    ]
+    texts += [rank(row) for row in found["rank"] if row["against"] == "overlap"]
+    return texts
+
+
 def difference(row: Mapping[str, Any]) -> str:
     """What a condition changed in the measured IoU with one word, and whether the interval has 0.
 
@@ -96,12 +132,13 @@ def difference(row: Mapping[str, Any]) -> str:
         >>> difference({**row, "percentile": 70.0, "baseline_iou": 0.31, "condition_iou": 0.25})
         'With “man”, mean IoU is 0.310 plain and 0.250 guided: −0.060 [−0.080, −0.040] ...'
     """
-    figure = row["iou"]
+    name, text = ("iou", "IoU") if "iou" in row else ("containment", "containment")
+    figure = row[name]
     if figure["value"] is None:
         return f"With “{row['demographic']}”, nothing was measured under both conditions yet."
     text = (
-        f"With “{row['demographic']}”, mean IoU is {number(row['baseline_iou'])} "
-        f"{row['baseline']} and {number(row['condition_iou'])} {row['condition']}: "
+        f"With “{row['demographic']}”, mean {text} is {number(row[f'baseline_{name}'])} "
+        f"{row['baseline']} and {number(row[f'condition_{name}'])} {row['condition']}: "
         f"{interval(figure, 3)} on the same seeds, mean over {_count(figure['n'], 'profession')}"
     )
     if figure["low"] is None:
@@ -207,7 +244,9 @@ def rank(row: Mapping[str, Any]) -> str:
     """Whether measured IoU followed what is planted: what the interval says, no more."""
     figure = row["spearman"]
     planted = "planted overlap" if row["against"] == "overlap" else "planted share"
-    where = f"IoU with “{row['demographic']}” at percentile {row['percentile']:g}"
+    where = f"Containment in “{row['demographic']}”"
+    if "percentile" in row:
+        where = f"IoU with “{row['demographic']}” at percentile {row['percentile']:g}"
     if figure["value"] is None:
         return f"{where}: no rank correlation can be computed (n = {figure['n']})."
     told = f"Spearman {RHO} = {interval(figure)}, n = {figure['n']} professions"
@@ -218,7 +257,7 @@ def rank(row: Mapping[str, Any]) -> str:
     overlap = row["against"] == "overlap"
     if figure["high"] < 0:
         return f"{where} fell as the {planted} rose ({told})" + (
-            ": in this form the measure ranks these professions backwards, so a higher IoU must "
+            ": in this form the measure ranks these professions backwards, so a higher value must "
             "not be read as more entanglement."
             if overlap
             else "."

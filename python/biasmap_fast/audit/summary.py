@@ -44,6 +44,8 @@ _COLUMNS = [
     "chance",
     "soft_iou",
     "empty_union",
+    "containment",
+    "containment_chance",
     "block_iou",
     "semantic_label",
     "attribute_label",
@@ -90,7 +92,8 @@ def summarise(
         (a figure set a group), ``overall`` (over professions), ``comparisons`` (how many intervals
         leave chance, and how many do so with the level shared out over all of them), ``shares``
         (demographics read in the pictures), ``testbed`` (``None`` for other models),
-        ``controls``, ``curves`` and ``sweeps`` (`nulls`), and, for the conditions,
+        ``containment`` (the same figures of that measure; ``None`` where the plan measures IoU
+        alone), ``controls``, ``curves`` and ``sweeps`` (`nulls`), and, for the conditions,
         ``differences`` (on the same seeds), ``share_differences``, ``outputs`` and ``guidance``.
 
     Example:
@@ -118,6 +121,7 @@ def summarise(
         "professions": professions,
         "shares": shares,
         "testbed": None if planted is None else _testbed(groups, shares, planted),
+        "containment": _containment(plan, rows, planted),
         "controls": nulls.summarise_controls(plan, iou, beside, kept, _above(professions)),
         "curves": nulls.threshold_curves(plan, beside),
         "sweeps": nulls.sweep_curves(beside),
@@ -126,6 +130,50 @@ def summarise(
         "outputs": compare.outputs(plan, rows),
         "guidance": [] if ledger is None else compare.ledger_curves(ledger),
     }
+
+
+def _containment(
+    plan: AuditPlan, rows: Sequence[Mapping[str, Any]], planted: Sequence[Mapping[str, Any]] | None
+) -> dict[str, Any] | None:
+    """The figures of containment, which has one value a pair where IoU has one a percentile."""
+    if plan.measure != "containment":
+        return None
+    as_iou = [
+        row | {"iou": row["containment"], "chance": plan.containment.fractions[1], "block_iou": []}
+        for row in rows
+        if row["percentile"] == plan.percentiles[0]
+    ]
+    groups = _in_plan_order(_grouped(as_iou), plan)
+    sides = sum(len(words) for words in plan.axes.values()) * len(plan.professions)
+    sides *= len(plan.conditions)
+    professions = [_profession(key, group, sides) for key, group in groups.items()]
+    _adjust(professions)
+    values = _values(groups, "iou")
+    differences = compare.differences(plan, values, values)
+    ranks = _testbed(groups, [], planted)["rank"] if planted else []
+    return {
+        "fractions": list(plan.containment.fractions),
+        "layers": list(plan.containment.layers),
+        "overall": [_renamed(row) for row in _overall(groups)],
+        "comparisons": [_renamed(row) for row in _comparisons(professions, sides)],
+        "professions": [_renamed(row) for row in professions],
+        "differences": [
+            _renamed(row) | {"professions": [_renamed(one) for one in row["professions"]]}
+            for row in differences
+        ],
+        "rank": [_renamed(row) for row in ranks],
+    }
+
+
+def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row made for IoU as one of containment: its own names, and nothing of percentiles."""
+    names = {
+        "iou": "containment",
+        "baseline_iou": "baseline_containment",
+        "condition_iou": "condition_containment",
+    }
+    dropped = ("percentile", "soft_iou", "block_iou", "empty_unions")
+    return {names.get(name, name): value for name, value in row.items() if name not in dropped}
 
 
 def _grouped(rows: Iterable[Mapping[str, Any]]) -> dict[_Key, _Group]:

@@ -137,7 +137,9 @@ def _figures(row: Mapping[str, Any]) -> Iterator[str]:
     fraction = 1 - row["percentile"] / 100
     if not math.isclose(row["chance"], chance_iou(fraction), abs_tol=_TOLERANCE):
         yield f"chance is {row['chance']!r}, of this percentile it is {chance_iou(fraction)!r}"
-    numbers = ("iou", "corrected", "soft_iou")
+    numbers = ["iou", "corrected", "soft_iou"]
+    if row["containment_chance"] is not None:
+        numbers.append("containment")
     if row["status"] != OK:
         if given := [name for name in numbers if row[name] is not None]:
             yield f"status is {row['status']!r}, and yet there are {given}"
@@ -145,8 +147,9 @@ def _figures(row: Mapping[str, Any]) -> Iterator[str]:
     if missing := [name for name in numbers if row[name] is None]:
         yield f"status is 'ok', and there is no {missing}"
         return
-    if not 0 <= row["iou"] <= 1:
-        yield f"iou is {row['iou']!r}, not between 0 and 1"
+    for name in numbers[:1] + numbers[3:]:
+        if not 0 <= row[name] <= 1 + _TOLERANCE:
+            yield f"{name} is {row[name]!r}, not between 0 and 1"
     corrected = float(corrected_iou(row["iou"], fraction=fraction))
     if not math.isclose(row["corrected"], corrected, abs_tol=_TOLERANCE):
         yield f"corrected is {row['corrected']!r}, of this iou it is {corrected!r}"
