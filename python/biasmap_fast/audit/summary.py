@@ -142,6 +142,7 @@ def _containment(
         row | {"iou": row["containment"], "chance": plan.containment.fractions[1], "block_iou": []}
         for row in rows
         if row["percentile"] == plan.percentiles[0]
+        and (row["status"] != OK or row["containment"] is not None)
     ]
     groups = _in_plan_order(_grouped(as_iou), plan)
     sides = sum(len(words) for words in plan.axes.values()) * len(plan.professions)

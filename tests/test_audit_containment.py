@@ -1,0 +1,114 @@
+"""Containment in an audit: its records, summary and report, against the library's functions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import biasmap_fast as bm
+from biasmap_fast.audit import AuditPlan, run_audit
+from biasmap_fast.audit.sentences import contained
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    plan = AuditPlan(
+        professions=["nurse", "judge", "chef"], seeds=[0, 1, 2], steps=4, percentiles=[70, 90]
+    )
+    return run_audit(plan, tmp_path_factory.mktemp("contained") / "run", progress=False)
+
+
+def test_records_hold_the_functions_value_of_the_decoders_maps(run):
+    pipe = bm.testbed.pipeline()
+    pair = run.plan.pairs("chef")[1]
+    with bm.attribute(pipe, pair.semantic_prompt, layers=["up_blocks"]) as recorder:
+        pipe(
+            [run.plan.prompt("chef")] * 3,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
+            output_type="latent",
+        )
+    maps = recorder.maps()
+    expected = bm.soft_containment(maps["chef"], maps[pair.demographic])
+    rows = [
+        row
+        for row in run.records.to_pylist()
+        if (row["semantic"], row["demographic"]) == ("chef", pair.demographic)
+    ]
+    for percentile in (70.0, 90.0):
+        found = [row["containment"] for row in rows if row["percentile"] == percentile]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert {row["containment_chance"] for row in rows} == {0.1}
+
+
+def test_summary_and_words(run):
+    found = run.summary["containment"]
+    rows = run.records.to_pylist()
+    for row in found["professions"]:
+        own = [
+            one["containment"]
+            for one in rows
+            if one["percentile"] == 70.0
+            and (one["semantic"], one["demographic"]) == (row["semantic"], row["demographic"])
+        ]
+        assert row["containment"]["value"] == pytest.approx(np.mean(own))
+        assert row["containment"]["n"] == row["n"] == 3
+        corrected = (row["containment"]["value"] - 0.1) / 0.9
+        assert row["corrected"]["value"] == pytest.approx(corrected)
+        assert "percentile" not in row
+    assert len(found["professions"]) == 6
+    first, *ranks = contained("gender", run.plan, run.summary)
+    assert "the top 5 % of its word's map" in first
+    assert "10 % would be inside by chance" in first
+    assert len(ranks) == 2
+    assert ranks[0].startswith("Containment in “man”")
+    text = run.report.read_text()
+    assert first.replace("'", "&#39;") in text
+    assert "containment of the profession in the word, chance level 0.100" in text
+
+
+def test_iou_alone(tmp_path):
+    plan = AuditPlan(professions=["nurse"], seeds=[0], steps=2, measure="iou")
+    result = run_audit(plan, tmp_path / "run", progress=False)
+    assert result.summary["containment"] is None
+    assert result.records["containment"].null_count == result.records.num_rows
+    assert contained("gender", plan, result.summary) == []
+    assert "ontainment" not in result.report.read_text().partition('id="settings"')[0]
+
+
+def test_other_fractions_and_layers(tmp_path):
+    settings = {"fractions": (0.3, 0.3), "layers": ("down_blocks", "up_blocks")}
+    plan = AuditPlan(professions=["nurse"], seeds=[0, 1], steps=2, containment=settings)
+    result = run_audit(plan, tmp_path / "run", progress=False)
+    for row in result.records.to_pylist():  # masks of equal size on all the recorded maps
+        inside = row["containment"]
+        assert inside / (2 - inside) == pytest.approx(row["soft_iou"], abs=1e-5)
+
+
+def test_the_published_preset_measures_iou_alone():
+    assert AuditPlan(professions=["nurse"], preset="paper").measure == "iou"
+    with pytest.raises(ValueError, match="preset 'paper' means measure='iou', got 'containment'"):
+        AuditPlan(professions=["nurse"], preset="paper", measure="containment")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fractions": (0.05, 1.0)}, "fractions must lie between 0 and 1"),
+        ({"fractions": (0.05,)}, "fractions"),
+        ({"layer": ["up_blocks"]}, "layer"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AuditPlan(professions=["nurse"], containment=settings)
+
+
+def test_blocks_that_no_map_has(tmp_path):
+    plan = AuditPlan(
+        professions=["nurse"], seeds=[0], steps=2, containment={"layers": ("up_blocks.7",)}
+    )
+    with pytest.raises(RuntimeError, match=r"blocks \['up_blocks.7'\], the maps have \['down_bl"):
+        run_audit(plan, tmp_path / "run", progress=False)
