@@ -33,6 +33,7 @@ from .records import OK
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from ..attribution import Branch
     from ..maps import AttributionMaps
     from .plan import AuditPlan, Pair, Unit
 
@@ -120,7 +121,7 @@ def sweeping(pipe: Any, plan: AuditPlan, prompts: Sequence[AttributionPrompt]) -
     swept = Swept()
     with ExitStack() as stack:
         for by in plan.sweeps:
-            other = "uncond" if plan.branch == "cond" else "cond"
+            other: Branch = "uncond" if plan.branch == "cond" else "cond"
             recorder = attribute(
                 pipe,
                 prompts,
