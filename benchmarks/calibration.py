@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from biasmap_fast.audit.inference import (
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
 
 RESULTS = Path(__file__).parent / "results/studies/calibration.json"
-Draw = Callable[[np.random.Generator], bool]
 
 
 def holds(figure: Any, truth: float) -> bool:
@@ -70,7 +69,7 @@ def paired_labels(rng: np.random.Generator, n: int) -> list[tuple[bool, bool]]:
     return list(zip(before.tolist(), after.tolist(), strict=True))
 
 
-def rows() -> Iterator[tuple[str, float, Draw]]:
+def rows() -> Iterator[tuple[str, float, Any]]:
     """Name, nominal rate, one simulated trial."""
     for n in (5, 8, 20, 100):
         for a, b in ((8, 30), (1, 9)):

@@ -82,7 +82,8 @@ class ClipReader:
         scale = self._model.logit_scale.exp()
 
         def probabilities(texts: torch.Tensor) -> torch.Tensor:
-            return (scale * images @ texts.T).softmax(dim=-1).float().cpu()  # [B, words]
+            found: torch.Tensor = (scale * images @ texts.T).softmax(dim=-1)
+            return found.float().cpu()  # [B, words]
 
         nouns = probabilities(self._nouns)
         words = {axis: probabilities(texts) for axis, texts in self._words.items()}
@@ -111,7 +112,7 @@ class ClipReader:
     def _unit(features: Any) -> torch.Tensor:
         # transformers 5 wraps the features into an output
         values: torch.Tensor = getattr(features, "pooler_output", features)
-        return values / values.norm(dim=-1, keepdim=True)
+        return torch.nn.functional.normalize(values, dim=-1)
 
     def _pixels(self, pictures: Sequence[Image]) -> torch.Tensor:
         """CLIP's preprocessing ``[B, 3, S, S]``; transformers' own wants torchvision."""

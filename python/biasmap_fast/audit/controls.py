@@ -33,7 +33,7 @@ from .records import OK
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from ..attribution import AttributionCache
+    from ..attribution import AttributionCache, Branch
     from ..maps import AttributionMaps
     from .plan import AuditPlan, Pair, Unit
 
@@ -123,7 +123,7 @@ def sweeping(
     swept = Swept()
     with ExitStack() as stack:
         for by in plan.sweeps:
-            other = "uncond" if plan.branch == "cond" else "cond"
+            other: Branch = "uncond" if plan.branch == "cond" else "cond"
             recorder = attribute(
                 pipe,
                 list(prompts),

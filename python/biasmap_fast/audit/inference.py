@@ -164,7 +164,7 @@ def hedges_g(differences: Sequence[float] | FloatArray, confidence: float = CONF
     Example:
         >>> figure = hedges_g([0.1, 0.2, 0.1, 0.3, 0.2, 0.1])
         >>> round(figure.value, 2), figure.n
-        (1.73, 6)
+        (1.72, 6)
     """
     x = np.asarray(differences, dtype=np.float64)
     x = x[np.isfinite(x)]

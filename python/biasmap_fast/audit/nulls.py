@@ -37,6 +37,7 @@ from .statistics import CONFIDENCE, Figure, crossed_mean_interval, mean_interval
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy.typing as npt
     import pyarrow as pa
 
     from .plan import AuditPlan
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 PERMUTATIONS = 1999
 
 
-def cross_iou(a: FloatArray, b: FloatArray) -> FloatArray:
+def cross_iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> FloatArray:
     """IoU of every mask of ``a`` with every mask of ``b``.
 
     Args:
@@ -255,10 +256,10 @@ def sweep_curves(controls: pa.Table) -> list[dict[str, Any]]:
     """
     parts: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
     for row in _ok(controls, ("step", "layer", "branch")):
-        key = (row["condition"], row["axis"], row["word"], row["kind"], row["variant"])
-        parts.setdefault(key, {}).setdefault(row["semantic"], {})[row["seed"]] = row["iou"]
+        where = (row["condition"], row["axis"], row["word"], row["kind"], row["variant"])
+        parts.setdefault(where, {}).setdefault(row["semantic"], {})[row["seed"]] = row["iou"]
     found: dict[tuple[str, ...], dict[str, Any]] = {}
-    for key, own in parts.items():
+    for key, own in sorted(parts.items()):
         condition, axis, word, kind, variant = key
         entry = found.setdefault(
             key[:-1],
@@ -356,7 +357,10 @@ def _matrices(masks: pa.Table) -> dict[Part, dict[str, tuple[list[int], FloatArr
         found[part] = {}
         for semantic, rows in sorted(professions.items()):
             rows.sort(key=lambda row: row[0])  # whatever chunk a picture was measured in
-            a, b = (np.stack([unpacked(*row[side]) for row in rows]) for side in (1, 2))
+            a, b = (
+                np.stack([unpacked(bits, height, width) for bits, height, width in side])
+                for side in zip(*(row[1:] for row in rows), strict=True)
+            )
             found[part][semantic] = [row[0] for row in rows], cross_iou(a, b)
     return found
 

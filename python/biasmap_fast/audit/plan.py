@@ -126,11 +126,17 @@ class Controls(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    words: dict[Literal["function", "object", "person"], str] = Field(
-        default_factory=lambda: dict(presets.CONTROL_WORDS)
-    )
+    words: dict[str, str] = Field(default_factory=lambda: dict(presets.CONTROL_WORDS))
     synonyms: dict[str, str] = Field(default_factory=lambda: dict(presets.SYNONYMS))
     swapped: bool = True
+
+    @field_validator("words")
+    @classmethod
+    def _kinds(cls, words: dict[str, str]) -> dict[str, str]:
+        if unknown := sorted(words.keys() - presets.CONTROL_WORDS.keys()):
+            kinds = sorted(presets.CONTROL_WORDS)
+            raise ValueError(f"expected control words of the kinds {kinds}, got {unknown}")
+        return words
 
 
 class AuditPlan(BaseModel):

@@ -173,7 +173,7 @@ def control_name(kind: str, plan: AuditPlan) -> str:
 
 def controls(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
     """Whether the finding of one axis beats its null and its controls, a sentence or two a word."""
-    texts = []
+    texts: list[str] = []
     for row in summary["controls"]:
         first = (axis, summary["run"]["conditions"][0], summary["run"]["percentiles"][0])
         if (row["axis"], row["condition"], row["percentile"]) != first:
