@@ -139,7 +139,7 @@ def _containment(
     if plan.measure != "containment":
         return None
     as_iou = [
-        row | {"iou": row["containment"], "chance": plan.containment.fractions[1], "block_iou": []}
+        {**row, "iou": row["containment"], "chance": plan.containment.fractions[1], "block_iou": []}
         for row in rows
         if row["percentile"] == plan.percentiles[0]
         and (row["status"] != OK or row["containment"] is not None)
