@@ -16,9 +16,11 @@ from .entanglement import iou
 __all__ = [
     "ATTRIBUTION_TEMPLATE",
     "AXES",
+    "CONTROL_WORDS",
     "PAPER",
     "PROFESSIONS",
     "PROMPT_TEMPLATE",
+    "SYNONYMS",
     "Axis",
     "PaperSettings",
     "paper_iou",
@@ -84,6 +86,21 @@ PROFESSIONS = {
 AXES = {
     "gender": Axis("gender", ("man", "woman")),
     "race": Axis("race", ("white person", "African-american person")),
+}
+
+# Controls of an audit: words in the demographic word's place that carry none of its meaning.
+CONTROL_WORDS = {"function": "in", "object": "bicycle", "person": "person"}
+
+# Another name of the same profession; only where the two can be exchanged in a sentence.
+SYNONYMS = {
+    "athlete": "sportsperson",
+    "chef": "cook",
+    "doctor": "physician",
+    "driver": "chauffeur",
+    "journalist": "reporter",
+    "lawyer": "attorney",
+    "scientist": "researcher",
+    "teacher": "instructor",
 }
 
 # After the published scripts, which write "a" before every noun. `profession` brings its own

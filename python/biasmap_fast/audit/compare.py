@@ -7,6 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .inference import (
+    benjamini_hochberg,
+    crossed_sign_flip_test,
+    hedges_g,
+    holm,
+    mcnemar_test,
+    share_difference,
+    sign_flip_test,
+)
+from .nulls import matrix_of
 from .statistics import crossed_mean_interval, mean_interval, share_interval, stable_seed
 
 if TYPE_CHECKING:
@@ -33,7 +43,8 @@ def differences(
     Returns:
         For each condition, axis, word and percentile: the mean over professions of the differences
         in IoU and SoftIoU (professions and seeds resampled), and each profession's own (Student
-        t). Only images that were measured under both conditions count.
+        t); for IoU also p values of sign-flip tests and the effect sizes (`inference`). Only
+        images that were measured under both conditions count.
     """
     baseline = plan.conditions[0]
     found = []
@@ -49,12 +60,16 @@ def differences(
                 semantic: _paired(values[before].get(semantic, {}), after)
                 for semantic, after in values[part].items()
             }
+            matrix = matrix_of(changes)
             measures[name] = crossed_mean_interval(
-                _matrix(changes), lowest=-1.0, seed=stable_seed("difference", name, *part)
+                matrix, lowest=-1.0, seed=stable_seed("difference", name, *part)
             ).to_dict()
             for semantic, change in changes.items():
                 figure = mean_interval(list(change.values()), lowest=-1.0)
                 by_profession.setdefault(semantic, {})[name] = figure.to_dict()
+            if name == "iou":
+                measures["p"] = crossed_sign_flip_test(matrix)
+                _test_professions(changes, by_profession)
         found.append(
             {
                 "condition": condition,
@@ -71,6 +86,82 @@ def differences(
             }
         )
     return found
+
+
+def _test_professions(changes: Values, rows: Mapping[str, dict[str, Any]]) -> None:
+    """Adds p value, adjusted p values and effect size of each profession's differences."""
+    p_values = [sign_flip_test(list(change.values())) for change in changes.values()]
+    tests = zip(changes, p_values, holm(p_values), benjamini_hochberg(p_values), strict=True)
+    for semantic, p, p_holm, p_bh in tests:
+        effect = hedges_g(list(changes[semantic].values())).to_dict()
+        rows[semantic] |= {"p": p, "p_holm": p_holm, "p_bh": p_bh, "effect": effect}
+
+
+def share_differences(plan: AuditPlan, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Risk Difference between every other condition and the first, on the same seeds.
+
+    Args:
+        plan: the run's plan.
+        rows: its records; a picture counts where its axis was read under both conditions.
+
+    Returns:
+        For each condition, axis and word (the second alone of an axis of two): each profession's
+        Risk Difference with Newcombe's paired interval and McNemar's p value, Holm's and Benjamini
+        and Hochberg's over professions, and the mean over professions.
+    """
+    labels: dict[tuple[str, str, str], dict[int, str]] = defaultdict(dict)
+    for row in rows:
+        if row["attribute_label"] is not None:
+            labels[row["condition"], row["axis"], row["semantic"]][row["seed"]] = row[
+                "attribute_label"
+            ]
+    found = []
+    baseline = plan.conditions[0]
+    for condition in plan.conditions[1:]:
+        for axis, words in plan.axes.items():
+            for word in words[1:] if len(words) == 2 else words:
+                pairs = {
+                    semantic: _label_pairs(
+                        labels[baseline, axis, semantic], labels[condition, axis, semantic], word
+                    )
+                    for semantic in plan.professions
+                }
+                kept = {semantic: own for semantic, own in pairs.items() if own}
+                if kept:
+                    where = {"condition": condition, "baseline": baseline, "axis": axis}
+                    found.append({**where, "demographic": word, **_share_rows(kept)})
+    return found
+
+
+def _label_pairs(
+    before: Mapping[int, str], after: Mapping[int, str], word: str
+) -> dict[int, tuple[bool, bool]]:
+    return {s: (before[s] == word, after[s] == word) for s in sorted(before) if s in after}
+
+
+def _share_rows(pairs: Mapping[str, Mapping[int, tuple[bool, bool]]]) -> dict[str, Any]:
+    p_values = [mcnemar_test(list(own.values())) for own in pairs.values()]
+    tests = zip(pairs.items(), p_values, holm(p_values), benjamini_hochberg(p_values), strict=True)
+    matrix = matrix_of(
+        {
+            semantic: {seed: float(after) - float(before) for seed, (before, after) in own.items()}
+            for semantic, own in pairs.items()
+        }
+    )
+    return {
+        "risk_difference": crossed_mean_interval(matrix, lowest=-1.0).to_dict(),
+        "p": crossed_sign_flip_test(matrix),
+        "professions": [
+            {
+                "semantic": semantic,
+                "risk_difference": share_difference(list(own.values())).to_dict(),
+                "p": p,
+                "p_holm": p_holm,
+                "p_bh": p_bh,
+            }
+            for (semantic, own), p, p_holm, p_bh in tests
+        ],
+    }
 
 
 def outputs(plan: AuditPlan, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -135,14 +226,6 @@ def ledger_curves(ledger: pa.Table) -> list[dict[str, Any]]:
 
 def _paired(before: Mapping[int, float], after: Mapping[int, float]) -> dict[int, float]:
     return {seed: value - before[seed] for seed, value in after.items() if seed in before}
-
-
-def _matrix(values: Values) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Values as ``[professions, seeds]``, NaN where there is none."""
-    seeds = sorted({seed for found in values.values() for seed in found})
-    return np.array(
-        [[found.get(seed, np.nan) for seed in seeds] for found in values.values()], np.float64
-    ).reshape(len(values), len(seeds))
 
 
 def _mean_of_means(values: Values) -> float | None:

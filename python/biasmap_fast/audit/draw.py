@@ -12,6 +12,7 @@ import torch
 
 from ..attribution import AttributionCache, attribute
 from ..guidance import Guidance, guide
+from .controls import Swept, sweeping
 from .plan import GUIDED
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Drawn:
         filtered: whether a safety checker blanked it.
         maps: attribution maps by the prompt's name.
         ledger: what guidance did; empty without guidance.
+        swept: maps of what the plan sweeps over.
     """
 
     arrays: list[np.ndarray[Any, Any] | None]
@@ -48,6 +50,7 @@ class Drawn:
     filtered: list[bool]
     maps: dict[str, AttributionMaps]
     ledger: list[LedgerRow]
+    swept: Swept
 
 
 def draw(
@@ -57,6 +60,7 @@ def draw(
     prompts: Sequence[AttributionPrompt],
     wanted: Sequence[bool],
     cache: Cache | None = None,
+    swept: Sequence[AttributionPrompt] = (),
 ) -> Drawn:
     """Draws one batch and attributes it.
 
@@ -67,6 +71,7 @@ def draw(
         prompts: what is attributed.
         wanted: which pictures are looked at, and so decoded.
         cache: of this pipeline; ``None`` for none.
+        swept: what the plan's sweeps attribute.
     """
     cache = cache or Cache()
     (guided,) = {unit.condition == GUIDED for unit in units}
@@ -82,7 +87,7 @@ def draw(
     )
     guidance = _guidance(pipe, plan, units, cache) if guided else nullcontext()
     everyone = all(wanted) or not _leaves_latents(pipe, any(wanted))
-    with recorder, guidance:
+    with recorder, sweeping(pipe, plan, swept, cache.attribution) as beside, guidance:
         output = pipe(
             **_words(pipe, plan, units, cache),
             # One CPU generator an image: the picture depends on its seed, not on its batch.
@@ -107,6 +112,7 @@ def draw(
         filtered=[bool(each) for each in blocked],
         maps=maps,
         ledger=guidance.ledger if isinstance(guidance, Guidance) else [],
+        swept=beside,
     )
 
 

@@ -189,17 +189,23 @@ def bands(
     *,
     x_label: str,
     label: str,
+    reference: float | None = None,
 ) -> str:
-    """Medians as lines, quartiles as bands around them: SVG.
+    """Lines with bands around them (medians and quartiles, or means and intervals): SVG.
 
     Args:
         xs: places on the horizontal axis.
         series: name -> ``{"median", "low", "high"}`` a place, or ``None``.
         x_label: of the horizontal axis.
         label: of the vertical axis.
+        reference: where to draw a dashed horizontal line.
     """
     with _style():
         figure, axes = _canvas(8.6, 2.9)
+        if reference is not None:
+            axes.axhline(
+                reference, color="#333333", linestyle=(0, (4, 3)), linewidth=1, label="chance"
+            )
         for index, (name, values) in enumerate(series.items()):
             colour, shape = _look(index)
             kept = [(x, one) for x, one in zip(xs, values, strict=True) if one is not None]
@@ -218,7 +224,7 @@ def bands(
         axes.set_ylabel(label)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
-        _legend(axes, len(series))
+        _legend(axes, len(series) + (reference is not None))
         return _svg(figure, f"{label} over {x_label}")
 
 

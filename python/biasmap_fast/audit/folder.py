@@ -4,7 +4,7 @@
     environment.json                 versions, device, model and hash of its weights
     conditions/NAME.json             the same of a condition's own pipeline
     records/part-*.parquet           one a chunk: where it is, the chunk is measured
-    ledger/part-*.parquet            what guidance did, of the same chunk
+    ledger/, controls/, masks/       what goes beside the chunk's records (`records.SIDES`)
     pictures/*.png, maps/*.safetensors
     hashes/part-*.json               SHA-256 of the chunk's files and of the plan
     summary.json, report.html        made from the above, at any time
@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 from .files import sha256, write_file, write_text
 from .plan import AuditPlan, explain
-from .records import ledger_path, part_path, read_part, table_bytes
+from .records import SIDES, part_path, read_part, side_path, table_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +82,7 @@ def open_folder(plan: AuditPlan, folder: Path) -> Iterator[None]:
 
 
 def _begin(plan: AuditPlan, folder: Path) -> None:
-    for name in (".", "records", "ledger", "pictures", "maps", "hashes", "conditions"):
+    for name in (".", "records", *SIDES, "pictures", "maps", "hashes", "conditions"):
         for left_over in (folder / name).glob(".*.tmp"):  # of a run that was killed
             left_over.unlink(missing_ok=True)
     holder = {
@@ -224,8 +224,8 @@ def store(folder: Path, index: int, chunk: Chunk, plan_sha256: str) -> None:
         files[folder / "pictures" / f"{name}.png"] = buffer.getvalue()
     for name, maps in chunk.maps.items():
         files[folder / "maps" / f"{name}.safetensors"] = save(maps)
-    if chunk.ledger is not None:
-        files[ledger_path(folder, index)] = table_bytes(chunk.ledger)
+    for side, table in chunk.sides.items():
+        files[side_path(folder, side, index)] = table_bytes(table)
     records = part_path(folder, index)
     files[records] = table_bytes(chunk.table)
     hashes = {path.relative_to(folder).as_posix(): sha256(data) for path, data in files.items()}

@@ -7,17 +7,18 @@ here writes files or knows about other chunks, so chunks can be measured anywher
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .. import entanglement, presets
-from ..maps import resize
-from .draw import Cache, draw
+from .controls import control_prompts, control_rows, mask_rows
+from .draw import Cache, Drawn, draw
+from .masks import hard_iou, map_fault
 from .plan import PLAIN
-from .records import LEDGER_SCHEMA, OK, to_table
+from .records import CONTROLS_SCHEMA, LEDGER_SCHEMA, MASKS_SCHEMA, OK, to_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,13 +58,14 @@ class Chunk:
         table: its records.
         pictures: file stem -> picture, those that the plan keeps.
         maps: file stem -> tensor name -> ``[H, W]`` map, those that the plan keeps.
-        ledger: what guidance did to each picture in each UNet call; None without guidance.
+        sides: tables that go beside the records (`records.SIDES`): ``"ledger"``, what guidance
+            did; ``"controls"``, other overlaps on the same pictures; ``"masks"``. Absent if empty.
     """
 
     table: pa.Table
     pictures: dict[str, Image]
     maps: dict[str, dict[str, torch.Tensor]]
-    ledger: pa.Table | None = None
+    sides: dict[str, pa.Table] = field(default_factory=dict)
 
     @property
     def raised(self) -> bool:
@@ -75,12 +77,15 @@ def merged(first: Chunk, second: Chunk) -> Chunk:
     """Two halves of a chunk as one, the first half's rows first."""
     import pyarrow as pa
 
-    ledgers = [each.ledger for each in (first, second) if each.ledger is not None]
+    sides = {}
+    for name in {**first.sides, **second.sides}:
+        halves = [each.sides[name] for each in (first, second) if name in each.sides]
+        sides[name] = pa.concat_tables(halves)
     return Chunk(
         pa.concat_tables([first.table, second.table]),
         {**first.pictures, **second.pictures},
         {**first.maps, **second.maps},
-        pa.concat_tables(ledgers) if ledgers else None,
+        sides,
     )
 
 
@@ -142,8 +147,19 @@ def measure_chunk(
         for cell in cells
         for prompt in (cell.pair.semantic_prompt, cell.pair.demographic_prompt)
     }
+    professions = list(dict.fromkeys(unit.profession for unit in units))
+    # in the separate form a control shares the profession's prompt
+    controls = {prompt.name: prompt for prompt in control_prompts(plan, professions)}
     wanted = [read is not None or kept(plan.save_pictures, plan, unit) for unit in units]
-    drawn = draw(pipe, plan, units, list(prompts.values()), wanted, cache)
+    drawn = draw(
+        pipe,
+        plan,
+        units,
+        list({**prompts, **controls}.values()),
+        wanted,
+        cache,
+        swept=list(prompts.values()),
+    )
     guided = [_guidance_fields(drawn.ledger, image) for image in range(len(units))]
     faults = [
         fault or _picture_fault(array, blocked) or _guidance_fault(fields)
@@ -169,7 +185,7 @@ def measure_chunk(
             if picture is not None and kept(plan.save_pictures, plan, unit)
         },
         maps=_kept_maps(plan, cells, drawn.maps),
-        ledger=_ledger_table(units, drawn.ledger),
+        sides=_sides(plan, units, cells, drawn, faults),
     )
 
 
@@ -270,6 +286,51 @@ def _ledger_table(units: Sequence[Unit], ledger: Sequence[LedgerRow]) -> pa.Tabl
     )
 
 
+def _sides(
+    plan: AuditPlan,
+    units: Sequence[Unit],
+    cells: Sequence[_Cell],
+    drawn: Drawn,
+    faults: Sequence[tuple[str, str] | None],
+) -> dict[str, pa.Table]:
+    """The tables that go beside the records."""
+    found = {}
+    ledger = _ledger_table(units, drawn.ledger)
+    if ledger is not None:
+        found["ledger"] = ledger
+    rows = control_rows(plan, units, drawn.maps, drawn.swept, faults)
+    if rows:
+        found["controls"] = to_table(rows, CONTROLS_SCHEMA)
+    good = [cell for cell in cells if _fault(cell, drawn.maps, faults) is None]
+    if good:
+        sides = [_pair_maps(cell, drawn.maps) for cell in good]
+        a, b = (torch.stack(side).float().cpu() for side in zip(*sides, strict=True))  # [R, H, W]
+        found["masks"] = to_table(mask_rows(plan, [_key(c) for c in good], a, b), MASKS_SCHEMA)
+    return found
+
+
+def _key(cell: _Cell) -> dict[str, Any]:
+    return {
+        "condition": cell.unit.condition,
+        "semantic": cell.unit.profession,
+        "seed": cell.unit.seed,
+        "axis": cell.pair.axis,
+        "demographic": cell.pair.demographic,
+    }
+
+
+def _fault(
+    cell: _Cell, maps: dict[str, AttributionMaps], faults: Sequence[tuple[str, str] | None]
+) -> tuple[str, str] | None:
+    """What is wrong with a picture, or with one of a pair's maps on it."""
+    if fault := faults[cell.image]:
+        return fault  # there may be no maps at all
+    semantic, demographic = _pair_maps(cell, maps)  # [H, W]
+    return map_fault(semantic, cell.unit.profession) or map_fault(
+        demographic, cell.pair.demographic
+    )
+
+
 def _picture_fault(array: np.ndarray[Any, Any] | None, filtered: bool) -> tuple[str, str] | None:
     if array is None:
         return None
@@ -283,23 +344,6 @@ def _picture_fault(array: np.ndarray[Any, Any] | None, filtered: bool) -> tuple[
     return None
 
 
-def _map_fault(values: torch.Tensor, concept: str) -> tuple[str, str] | None:
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        count = int((~finite).sum())
-        return "non_finite_map", f"{count} of the values of the map of {concept!r} are not finite"
-    if bool(values.max() == values.min()):
-        return "constant_map", f"every value of the map of {concept!r} is {float(values.max()):g}"
-    return None
-
-
-def _maps_fault(cell: _Cell, maps: dict[str, AttributionMaps]) -> tuple[str, str] | None:
-    semantic, demographic = _pair_maps(cell, maps)  # [H, W]
-    return _map_fault(semantic, cell.unit.profession) or _map_fault(
-        demographic, cell.pair.demographic
-    )
-
-
 def _measured(
     plan: AuditPlan,
     cells: Sequence[_Cell],
@@ -311,7 +355,7 @@ def _measured(
     values: list[list[dict[str, Any]]] = []
     good: list[int] = []
     for index, cell in enumerate(cells):
-        fault = faults[cell.image] or _maps_fault(cell, maps)
+        fault = _fault(cell, maps, faults)
         status, reason = fault or (OK, None)
         values.append(
             [
@@ -342,7 +386,7 @@ def _overlaps(
 ) -> dict[str, list[Any]]:
     """Measured columns of R rows at one percentile."""
     fraction = 1 - percentile / 100
-    found, empty = _hard(plan, a, b, percentile)
+    found, empty = hard_iou(plan, a, b, percentile)
     if plan.soft_mask == "paper":
         soft = presets.paper_soft_iou(a, b)
     else:
@@ -350,7 +394,7 @@ def _overlaps(
     by_block: list[dict[str, float | None]] = [{} for _ in range(a.shape[0])]
     for name, (block_a, block_b) in blocks.items():
         for row, (value, no_union) in enumerate(
-            zip(*_hard(plan, block_a, block_b, percentile), strict=True)
+            zip(*hard_iou(plan, block_a, block_b, percentile), strict=True)
         ):
             by_block[row][name] = None if no_union else value
     return {
@@ -362,17 +406,6 @@ def _overlaps(
         **_ranges("semantic", a),
         **_ranges("demographic", b),
     }
-
-
-def _hard(
-    plan: AuditPlan, a: torch.Tensor, b: torch.Tensor, percentile: float
-) -> tuple[list[float], list[bool]]:
-    """IoU of R map pairs ``[R, H, W]``, and whether both masks are empty."""
-    if plan.evaluation_size is not None:
-        size = (plan.evaluation_size, plan.evaluation_size)
-        a, b = resize(a[:, None], size)[:, 0], resize(b[:, None], size)[:, 0]
-    found, empty = entanglement.iou_with_flags(a, b, percentile=percentile)  # [R], [R]
-    return found.tolist(), empty.tolist()
 
 
 def _ranges(side: str, maps: torch.Tensor) -> dict[str, list[Any]]:

@@ -89,6 +89,25 @@ class Energy(BaseModel):
     layers: tuple[str, ...] | None = None
 
 
+class Controls(BaseModel):
+    """What is measured beside every pair, on the same pictures (`audit.controls`).
+
+    Attributes:
+        words: kind -> the word that takes the demographic word's place. ``"function"`` a function
+            word, ``"object"`` a thing that has nothing to do with the profession, ``"person"``.
+        synonyms: profession -> another name of it; a profession without one has no such control.
+        swapped: the pair with its words in each other's place, in the joint form.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    words: dict[Literal["function", "object", "person"], str] = Field(
+        default_factory=lambda: dict(presets.CONTROL_WORDS)
+    )
+    synonyms: dict[str, str] = Field(default_factory=lambda: dict(presets.SYNONYMS))
+    swapped: bool = True
+
+
 class AuditPlan(BaseModel):
     """Everything that decides the records of an audit; immutable, and complete once made.
 
@@ -127,6 +146,13 @@ class AuditPlan(BaseModel):
         temperature: of the soft mask, in units of a map's range.
         branch: guidance branch whose queries are attributed.
         layers: layer names or prefixes; ``None`` for the default.
+        controls: what is measured beside every pair on the same pictures; ``None`` for nothing.
+        curve: measure every pair at the percentiles 50 to 95 too, beside the records.
+        sweeps: overlaps of parts of the maps: ``"step"`` (each UNet call), ``"layer"``,
+            ``"branch"`` (the other guidance branch); at the first percentile.
+        classifier: reads profession and demographic words in the pictures: ``"clip:DIR"`` (or a
+            hub id), ``"module:function"`` (pictures to `Reading`), ``"none"``; the testbed has its
+            own.
         evaluation_size: the hard masks are taken of maps resized to this square, as in the
             published evaluation; ``None`` for the largest layer's size.
         soft_mask: ``"exact"``, or ``"paper"`` for the published row-wise 20 iterations.
@@ -170,6 +196,10 @@ class AuditPlan(BaseModel):
     temperature: float = Field(0.01, ge=1e-6, allow_inf_nan=False)
     branch: Literal["cond", "uncond"] = "cond"
     layers: tuple[str, ...] | None = None
+    controls: Controls | None = None
+    curve: bool = True
+    sweeps: tuple[Literal["step", "layer", "branch"], ...] = ("step",)
+    classifier: str = "none"
     evaluation_size: int | None = Field(None, ge=2)
     soft_mask: Literal["exact", "paper"] = "exact"
     preset: Literal["default", "paper"] = "default"
@@ -194,6 +224,9 @@ class AuditPlan(BaseModel):
         _name_interventions(filled)
         if GUIDED in filled.get("conditions", ()) and filled.get("energy") is None:
             filled["energy"] = {}
+        filled.setdefault("classifier", TESTBED if testbed else "none")
+        if "controls" not in filled:
+            filled["controls"] = _controls(filled, testbed=testbed)
         return filled
 
     @field_validator("professions", "conditions", "seeds", "percentiles")
@@ -231,6 +264,23 @@ class AuditPlan(BaseModel):
         if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
             raise ValueError(f"seeds must lie between 0 and 2**63 - 1, got {wrong}")
         return seeds
+
+    @field_validator("sweeps")
+    @classmethod
+    def _sweeps_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"expected each one once, got {list(values)}")
+        return values
+
+    @field_validator("classifier")
+    @classmethod
+    def _classifier_kind(cls, value: str) -> str:
+        kind, colon, rest = value.partition(":")
+        if value not in ("none", TESTBED) and not (kind and colon and rest):
+            raise ValueError(
+                f"expected 'none', 'testbed', 'clip:DIR' or 'module:function', got {value!r}"
+            )
+        return value
 
     @field_validator("percentiles")
     @classmethod
@@ -293,12 +343,20 @@ class AuditPlan(BaseModel):
                 "branch 'uncond' needs classifier-free guidance: expected guidance_scale > 1, "
                 f"got {self.guidance_scale:g}"
             )
+        if "branch" in self.sweeps and self.guidance_scale <= 1:
+            raise ValueError(
+                "the sweep 'branch' needs classifier-free guidance: expected guidance_scale > 1, "
+                f"got {self.guidance_scale:g}"
+            )
         if self.revision is not None and self.model == TESTBED:
             raise ValueError(f"the testbed has no revisions, got {self.revision!r}")
         for profession in self.professions:
             for pair in self.pairs(profession):
                 for prompt in (pair.semantic_prompt, pair.demographic_prompt):
                     _check_single(prompt)
+            for kind, word in (self.controls.words if self.controls else {}).items():
+                if word != profession:
+                    _check_single(self.pair(profession, kind, word).demographic_prompt)
         return self
 
     def _check_conditions(self) -> None:
@@ -335,9 +393,7 @@ class AuditPlan(BaseModel):
     def pairs(self, profession: str) -> list[Pair]:
         """Every concept pair measured on the pictures of ``profession``."""
         return [
-            self._pair(profession, axis, word)
-            for axis, words in self.axes.items()
-            for word in words
+            self.pair(profession, axis, word) for axis, words in self.axes.items() for word in words
         ]
 
     def units(self) -> Iterator[Unit]:
@@ -387,7 +443,8 @@ class AuditPlan(BaseModel):
         """
         return cls(**read_settings(path))
 
-    def _pair(self, profession: str, axis: str, word: str) -> Pair:
+    def pair(self, profession: str, axis: str, word: str) -> Pair:
+        """The pair of a profession and any word in the demographic word's place."""
         noun = presets.with_article(profession)
         words = {"demographic": word, "a_demographic": presets.with_article(word)}
         if isinstance(self.attribution_template, str):
@@ -475,6 +532,25 @@ def _professions(given: Any, *, testbed: bool) -> Any:
         f"professions: expected a list of words or one of the lists {sorted(presets.PROFESSIONS)}, "
         f"got {given!r}; write {given + ','!r} for that one profession"
     )
+
+
+def _controls(settings: dict[str, Any], *, testbed: bool) -> dict[str, Any]:
+    """The default controls, without words that the attribution prompt says anyway."""
+    template = settings.get("attribution_template", presets.ATTRIBUTION_TEMPLATE)
+    texts = " ".join([template] if isinstance(template, str) else map(str, template))
+    said = re.findall(r"\w+", texts.lower())
+    # the embedded model knows few words; a coat is in all of its pictures, whoever wears it
+    words = {**presets.CONTROL_WORDS, **({"object": "coat"} if testbed else {})}
+    professions = settings["professions"]
+    named = professions if isinstance(professions, (list, tuple)) else ()
+    return {
+        "words": {kind: word for kind, word in words.items() if word not in said},
+        "synonyms": {
+            noun: other
+            for noun, other in presets.SYNONYMS.items()
+            if noun in named and other not in named and not testbed
+        },
+    }
 
 
 def _axes(given: Any) -> Any:

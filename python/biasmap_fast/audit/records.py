@@ -110,6 +110,45 @@ LEDGER_SCHEMA = pa.schema(
 )
 """What guidance did: one row a picture and guided UNet call, in ``ledger/part-*.parquet``."""
 
+CONTROLS_SCHEMA = pa.schema(
+    [
+        _field("condition", pa.string(), "intervention", nullable=False),
+        _field("semantic", pa.string(), "profession", nullable=False),
+        _field("seed", pa.int64(), "of the image's own CPU generator", nullable=False),
+        _field("kind", pa.string(), "which control, curve or sweep", nullable=False),
+        _field("axis", pa.string(), "demographic axis; null for control words"),
+        _field("word", pa.string(), "whose map is compared with the profession's", nullable=False),
+        _field("variant", pa.string(), "UNet call, layer or branch of a sweep"),
+        _field("percentile", pa.float64(), "of the mask, 0 to 100", nullable=False),
+        _field("iou", pa.float64(), "overlap of the two masks, 0 to 1"),
+        _field("empty_union", pa.bool_(), "no pixel in either mask; iou is then 0"),
+        _field("status", pa.string(), "'ok', or what went wrong", nullable=False),
+        _field("reason", pa.string(), "in words, where status is not 'ok'"),
+    ],
+    metadata={"biasmap_fast.schema_version": SCHEMA_VERSION},
+)
+"""Other overlaps on the same pictures, in ``controls/part-*.parquet`` (`controls`)."""
+
+MASKS_SCHEMA = pa.schema(
+    [
+        _field("condition", pa.string(), "intervention", nullable=False),
+        _field("semantic", pa.string(), "profession", nullable=False),
+        _field("seed", pa.int64(), "of the image's own CPU generator", nullable=False),
+        _field("axis", pa.string(), "demographic axis", nullable=False),
+        _field("demographic", pa.string(), "word of the axis", nullable=False),
+        _field("percentile", pa.float64(), "of the mask, 0 to 100", nullable=False),
+        _field("height", pa.int32(), "of the mask", nullable=False),
+        _field("width", pa.int32(), "of the mask", nullable=False),
+        _field("semantic_bits", pa.binary(), "profession's mask, numpy.packbits", nullable=False),
+        _field("demographic_bits", pa.binary(), "the word's mask, numpy.packbits", nullable=False),
+    ],
+    metadata={"biasmap_fast.schema_version": SCHEMA_VERSION},
+)
+"""The masks of every measured pair, in ``masks/part-*.parquet``: for the seed-shuffled null."""
+
+SIDES = {"ledger": LEDGER_SCHEMA, "controls": CONTROLS_SCHEMA, "masks": MASKS_SCHEMA}
+"""Folder of a chunk's file beside its records -> schema."""
+
 
 def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema = SCHEMA) -> pa.Table:
     """Rows as a table of a schema; columns that a row does not have are null.
@@ -143,23 +182,34 @@ def write_part(folder: Path, chunk: int, table: pa.Table) -> Path:
     return _write(part_path(folder, chunk), table)
 
 
-def ledger_path(folder: Path, chunk: int) -> Path:
-    """Where chunk ``chunk`` of the run in ``folder`` keeps its ledger."""
-    return folder / "ledger" / f"part-{chunk:05d}.parquet"
+def side_path(folder: Path, side: str, chunk: int) -> Path:
+    """Where chunk ``chunk`` of the run in ``folder`` keeps its rows of one of `SIDES`."""
+    return folder / side / f"part-{chunk:05d}.parquet"
 
 
-def read_ledger(folder: Path) -> pa.Table:
-    """The ledger of a run: of the chunks whose records are there, in the order of the chunks.
+def read_side(folder: Path, side: str) -> pa.Table:
+    """One of `SIDES` of a run: of the chunks whose records are there, in the order of the chunks.
 
     Raises:
         RecordError: a file is damaged.
     """
+    schema = SIDES[side]
     tables = []
     for part in sorted((folder / "records").glob("part-*.parquet")):
-        path = folder / "ledger" / part.name
+        path = folder / side / part.name
         if path.exists():
-            tables.append(read_part(path, LEDGER_SCHEMA))
-    return pa.concat_tables([LEDGER_SCHEMA.empty_table(), *tables]).combine_chunks()
+            tables.append(read_part(path, schema))
+    return pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
+
+
+def ledger_path(folder: Path, chunk: int) -> Path:
+    """Where chunk ``chunk`` of the run in ``folder`` keeps its ledger."""
+    return side_path(folder, "ledger", chunk)
+
+
+def read_ledger(folder: Path) -> pa.Table:
+    """What guidance did in a run, see `read_side`."""
+    return read_side(folder, "ledger")
 
 
 def table_bytes(table: pa.Table) -> bytes:

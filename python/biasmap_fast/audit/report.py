@@ -38,6 +38,12 @@ class _Axis:
     shares: str
     finding: str
     multiplicity: str
+    controls_text: list[str]
+    controls_chart: str
+    control_rows: list[dict[str, Any]]
+    curve: str
+    areas: list[tuple[str, Any]]
+    steps: str
     ranks: list[str]  # against the planted overlap, at the first percentile
     rank_rows: list[dict[str, Any]]
     shares_text: str
@@ -90,7 +96,10 @@ def _under(condition: str, summary: Mapping[str, Any]) -> dict[str, Any]:
         return [row for row in rows if row["condition"] == condition]
 
     found = dict(summary)
-    for name in ("professions", "overall", "comparisons", "shares"):
+    for name in (
+        *("professions", "overall", "comparisons", "shares"),
+        *("controls", "curves", "sweeps"),
+    ):
         found[name] = own(summary[name])
     if summary["testbed"] is not None:
         found["testbed"] = {**summary["testbed"], "rank": own(summary["testbed"]["rank"])}
@@ -117,6 +126,9 @@ def _conditions(
                 "curves": _ledger_figures(curves),
                 "skipped": _skips(curves),
                 "outputs": summary["outputs"],
+                "shares": [
+                    row for row in summary["share_differences"] if row["condition"] == condition
+                ],
             }
         )
     return found
@@ -203,6 +215,7 @@ def _template() -> Any:
     environment.filters["number"] = sentences.number
     environment.filters["interval"] = sentences.interval
     environment.filters["percent"] = sentences.percent
+    environment.filters["p_value"] = sentences.p_value
     source = files(__package__).joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source)
 
@@ -247,6 +260,14 @@ def _axis(
         shares=_share_chart(name, words, order, shares, planted),
         finding=sentences.finding(name, summary),
         multiplicity=sentences.multiplicity(name, summary),
+        controls_text=sentences.controls(name, plan, summary),
+        controls_chart=_controls_chart(name, plan, overall, summary),
+        control_rows=_control_rows(name, plan, summary),
+        curve=_curve(name, summary),
+        areas=[
+            (row["demographic"], row["area"]) for row in summary["curves"] if row["axis"] == name
+        ],
+        steps=_steps(name, summary),
         ranks=[sentences.rank(row) for row in main],
         rank_rows=_rank_rows(ranks),
         shares_text=sentences.shares(summary) if shares and planted else "",
@@ -444,6 +465,102 @@ def _block_order(name: str) -> tuple[int, str]:
         if name.startswith(part):
             return place, name
     return 3, name
+
+
+def _main_controls(name: str, summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Controls of one axis at the first percentile, a row a word."""
+    first = summary["run"]["percentiles"][0]
+    rows = summary["controls"]
+    return [row for row in rows if (row["axis"], row["percentile"]) == (name, first)]
+
+
+def _controls_chart(
+    name: str, plan: AuditPlan, overall: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> str:
+    """The mean over professions beside the level of every null and control."""
+    rows = _main_controls(name, summary)
+    if not rows:
+        return ""
+    first = plan.percentiles[0]
+    means = {row["demographic"]: row for row in overall if row["percentile"] == first}
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["overall"]))
+    return figures.columns(
+        [
+            "the word itself",
+            *(sentences.control_name(kind, plan).replace(" ", "\n", 1) for kind in kinds),
+        ],
+        {
+            row["demographic"]: [
+                means[row["demographic"]]["iou"],
+                *(row["overall"].get(kind, {}).get("level") for kind in kinds),
+            ]
+            for row in rows
+        },
+        label=f"mean IoU, {name}",
+        reference=next(iter(means.values()))["chance"],
+    )
+
+
+def _control_rows(name: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One table row a word and control."""
+    return [
+        {
+            "word": row["demographic"],
+            "control": sentences.control_name(kind, plan),
+            "first": index == 0,
+            "professions": sum(kind in one for one in row["professions"]),
+            "exceeds": row["exceeds"].get(kind),
+            "above": row["above"],
+            "holm": sum(
+                (one[kind]["p_holm"] or 1.0) <= 0.05 and (one[kind]["difference"]["value"] or 0) > 0
+                for one in row["professions"]
+                if kind in one
+            ),
+            **figure,
+        }
+        for row in _main_controls(name, summary)
+        for index, (kind, figure) in enumerate(row["overall"].items())
+    ]
+
+
+def _band(figure: Mapping[str, Any]) -> dict[str, float] | None:
+    """A figure as a point of `figures.bands`; its interval is its value where it has none."""
+    value = figure["value"]
+    if value is None:
+        return None
+    low, high = figure["low"], figure["high"]
+    return {
+        "median": value,
+        "low": value if low is None else low,
+        "high": value if high is None else high,
+    }
+
+
+def _curve(name: str, summary: Mapping[str, Any]) -> str:
+    rows = [row for row in summary["curves"] if row["axis"] == name]
+    if not rows:
+        return ""
+    return figures.bands(
+        rows[0]["percentiles"],
+        {row["demographic"]: [_band(figure) for figure in row["corrected"]] for row in rows},
+        x_label="percentile of the masks",
+        label=f"corrected IoU, {name}",
+        reference=0.0,
+    )
+
+
+def _steps(name: str, summary: Mapping[str, Any]) -> str:
+    rows = [row for row in summary["sweeps"] if (row["axis"], row["by"]) == (name, "step")]
+    if not rows:
+        return ""
+    chance = chance_iou(1 - summary["run"]["percentiles"][0] / 100)
+    return figures.bands(
+        [int(part["part"]) for part in rows[0]["parts"]],
+        {row["demographic"]: [_band(part["iou"]) for part in row["parts"]] for row in rows},
+        x_label="UNet call",
+        label=f"IoU of each call, {name}",
+        reference=chance,
+    )
 
 
 def _scatter(

@@ -22,7 +22,7 @@ from .files import write_text
 from .folder import AuditError, check_environment, finished, open_folder, read_plan
 from .measure import RAISED
 from .plan import AuditPlan
-from .records import part_path, read_ledger, read_part, read_records
+from .records import SIDES, part_path, read_part, read_records, read_side
 from .report import write_report
 from .summary import summarise
 from .validate import validate as check
@@ -149,7 +149,8 @@ def load_audit(path: str | Path) -> AuditResult:
     folder = Path(path)
     plan = read_plan(folder)
     records = read_records(folder)
-    summary = summarise(plan, records, planted(plan), read_ledger(folder))
+    sides = {side: read_side(folder, side) for side in SIDES}
+    summary = summarise(plan, records, planted(plan), **sides)
     return AuditResult(folder, plan, records, summary)
 
 

@@ -110,6 +110,70 @@ def difference(row: Mapping[str, Any]) -> str:
     return f"{text}; the interval holds 0." if holds_zero else f"{text}."
 
 
+def p_value(p: float | None) -> str:
+    """A p value with three digits, never as 0; a dash where there is none.
+
+    Example:
+        >>> p_value(0.0312), p_value(0.0002)
+        ('0.031', '< 0.001')
+    """
+    if p is None:
+        return _DASH
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def control_name(kind: str, plan: AuditPlan) -> str:
+    """What a control is called in text: ``"seed-shuffled null"``, ``"“person”"``."""
+    fixed = {
+        "shuffled": "seed-shuffled null",
+        "swapped": "the words in the other order",
+        "synonym": "a synonym of the profession",
+    }
+    if kind in fixed:
+        return fixed[kind]
+    return f"“{plan.controls.words[kind]}”" if plan.controls is not None else kind
+
+
+def controls(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
+    """Whether the finding of one axis beats its null and its controls, a sentence or two a word."""
+    texts = []
+    for row in summary["controls"]:
+        first = (axis, summary["run"]["conditions"][0], summary["run"]["percentiles"][0])
+        if (row["axis"], row["condition"], row["percentile"]) != first:
+            continue
+        told = {kind: row["overall"][kind]["difference"] for kind in row["exceeds"]}
+        known = {kind: figure for kind, figure in told.items() if figure["low"] is not None}
+        if not known:
+            continue
+        lost = [kind for kind, figure in known.items() if figure["low"] <= 0.0]
+        names = {kind: control_name(kind, plan) for kind in row["exceeds"]}
+        text = ""
+        if lost:
+            text = (
+                f"The overlap with “{row['demographic']}” does not beat its controls: on average "
+                "over professions it is not shown to exceed "
+                + _listed([f"{names[k]} (difference {interval(known[k], 3)})" for k in lost])
+                + "."
+            )
+        else:
+            text = (
+                f"On average over professions the overlap with “{row['demographic']}” exceeds "
+                + _listed([f"{names[k]} (by {interval(f, 3)})" for k, f in known.items()])
+                + "."
+            )
+        if row["above"]:
+            counts = _listed([f"{n} exceed {names[kind]}" for kind, n in row["exceeds"].items()])
+            text += f" Of the {_count(row['above'], 'profession')} above chance, {counts}."
+        if "shuffled" in lost:
+            text += (
+                " Not exceeding the seed-shuffled null means that the words' usual places overlap, "
+                "not shown to be picture by picture; where layouts barely move, that null holds "
+                "the signal itself."
+            )
+        texts.append(text)
+    return texts
+
+
 def guided_maps() -> str:
     """What a lower IoU under guidance does and does not say."""
     return (
@@ -190,6 +254,8 @@ def limits(plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
         "to do with each other can still exceed it on one centred face, because both avoid the "
         "background; and maps that compete for one softmax can fall below it. A mask of the top "
         f"{100 - plan.percentiles[0]:g} % is mostly background where the region is small.",
+        "Control words are other words, not neutral ones: each brings its own meaning and its own "
+        "place in the picture. Exceeding them is needed for a claim, and is not proof of one.",
         "Intervals reflect the seeds drawn here. The mean over professions describes professions "
         "like these; a profession's interval says nothing about prompts in other words.",
         "The demographic words are this plan's words ("

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import compare
-from .records import OK
+from . import compare, nulls
+from .inference import benjamini_hochberg, chance_test, holm, risk_difference
+from .records import CONTROLS_SCHEMA, MASKS_SCHEMA, OK
 from .statistics import (
     CONFIDENCE,
     crossed_mean_interval,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from .plan import AuditPlan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _COLUMNS = [
     "condition",
@@ -71,6 +72,8 @@ def summarise(
     records: pa.Table,
     planted: Sequence[Mapping[str, Any]] | None = None,
     ledger: pa.Table | None = None,
+    controls: pa.Table | None = None,
+    masks: pa.Table | None = None,
 ) -> dict[str, Any]:
     """Every figure of a run, as plain values for JSON.
 
@@ -79,13 +82,16 @@ def summarise(
         records: its records, in canonical order.
         planted: the testbed's table (``semantic``, ``shares``, ``level``, ``overlap``).
         ledger: what guidance did, where there was any.
+        controls: other overlaps on the same pictures, where they were measured.
+        masks: the masks' bits, where they were kept.
 
     Returns:
         A dict with ``schema_version``, ``run`` (what was planned and measured), ``professions``
         (a figure set a group), ``overall`` (over professions), ``comparisons`` (how many intervals
         leave chance, and how many do so with the level shared out over all of them), ``shares``
-        (demographics read in the pictures), ``testbed`` (``None`` for other models), and, for the
-        conditions, ``differences`` (on the same seeds), ``outputs`` and ``guidance``.
+        (demographics read in the pictures), ``testbed`` (``None`` for other models),
+        ``controls``, ``curves`` and ``sweeps`` (`nulls`), and, for the conditions,
+        ``differences`` (on the same seeds), ``share_differences``, ``outputs`` and ``guidance``.
 
     Example:
         >>> from .plan import AuditPlan
@@ -99,7 +105,11 @@ def summarise(
     words = sum(len(listed) for listed in plan.axes.values())
     sides = words * len(plan.professions) * len(plan.conditions)
     professions = [_profession(key, group, sides) for key, group in groups.items()]
+    _adjust(professions)
     shares = _shares(rows, plan)
+    iou = _values(groups, "iou")
+    beside = CONTROLS_SCHEMA.empty_table() if controls is None else controls
+    kept = MASKS_SCHEMA.empty_table() if masks is None else masks
     return {
         "schema_version": SCHEMA_VERSION,
         "run": _run(plan, rows),
@@ -108,7 +118,11 @@ def summarise(
         "professions": professions,
         "shares": shares,
         "testbed": None if planted is None else _testbed(groups, shares, planted),
-        "differences": compare.differences(plan, _values(groups, "iou"), _values(groups, "soft")),
+        "controls": nulls.summarise_controls(plan, iou, beside, kept, _above(professions)),
+        "curves": nulls.threshold_curves(plan, beside),
+        "sweeps": nulls.sweep_curves(beside),
+        "differences": compare.differences(plan, iou, _values(groups, "soft")),
+        "share_differences": compare.share_differences(plan, rows),
         "outputs": compare.outputs(plan, rows),
         "guidance": [] if ledger is None else compare.ledger_curves(ledger),
     }
@@ -185,10 +199,33 @@ def _profession(key: _Key, group: _Group, comparisons: int) -> dict[str, Any]:
         "soft_iou": mean_interval(list(group.soft.values())).to_dict(),
         "side": _side(figure.low, figure.high, group.chance),
         "side_bonferroni": _side(shared.low, shared.high, group.chance),
+        "p": chance_test(values, group.chance),
         "block_iou": {
             block: mean_interval(found).to_dict() for block, found in group.blocks.items()
         },
     }
+
+
+def _adjust(professions: Sequence[dict[str, Any]]) -> None:
+    """Adds adjusted p values: over all professions and words of one condition and percentile."""
+    families: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for row in professions:
+        families[row["condition"], row["percentile"]].append(row)
+    for rows in families.values():
+        p_values = [row["p"] for row in rows]
+        adjusted = zip(holm(p_values), benjamini_hochberg(p_values), strict=True)
+        for row, (one, other) in zip(rows, adjusted, strict=True):
+            row["p_holm"], row["p_bh"] = one, other
+
+
+def _above(professions: Iterable[Mapping[str, Any]]) -> dict[Any, list[str]]:
+    """Part -> the professions whose interval lies above chance."""
+    found: dict[Any, list[str]] = defaultdict(list)
+    for row in professions:
+        part = (row["condition"], row["axis"], row["demographic"], row["percentile"])
+        if row["side"] == "above":
+            found[part].append(row["semantic"])
+    return found
 
 
 def _named(key: _Key) -> dict[str, Any]:
@@ -289,11 +326,23 @@ def _comparisons(professions: Sequence[Mapping[str, Any]], sides: int) -> list[d
                 "below": plain["below"],
                 "above_bonferroni": shared["above"],
                 "below_bonferroni": shared["below"],
+                "above_holm": _significant(rows, "p_holm", "above"),
+                "below_holm": _significant(rows, "p_holm", "below"),
+                "above_bh": _significant(rows, "p_bh", "above"),
+                "below_bh": _significant(rows, "p_bh", "below"),
                 "comparisons": sides,
                 "confidence": CONFIDENCE,
             }
         )
     return found
+
+
+def _significant(rows: Iterable[Mapping[str, Any]], name: str, side: str) -> int:
+    """How many professions on one side of chance have an adjusted p value within the level."""
+    return sum(
+        row["side"] == side and row[name] is not None and row[name] <= 1 - CONFIDENCE
+        for row in rows
+    )
 
 
 def _shares(rows: Iterable[Mapping[str, Any]], plan: AuditPlan) -> list[dict[str, Any]]:
@@ -322,10 +371,20 @@ def _shares(rows: Iterable[Mapping[str, Any]], plan: AuditPlan) -> list[dict[str
                 "words": {
                     word: share_interval(counts[word], n).to_dict() for word in plan.axes[axis]
                 },
+                "risk_difference": _risk_difference(plan.axes[axis], counts, n),
                 "semantic_right": share_interval(right, len(pictures)).to_dict(),
             }
         )
     return shares
+
+
+def _risk_difference(
+    words: Sequence[str], counts: Mapping[str, int], n: int
+) -> dict[str, Any] | None:
+    """Second word's share minus the first's; None but for axes of two words."""
+    if len(words) != 2:
+        return None
+    return risk_difference(share_interval(counts[words[1]], n)).to_dict()
 
 
 def _testbed(

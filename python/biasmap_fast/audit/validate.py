@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..entanglement import chance_iou, corrected_iou
 from .files import sha256
 from .folder import hashes_path, plan_hash, read_plan
-from .records import OK, RecordError, part_path, read_ledger, read_records
+from .records import OK, SIDES, RecordError, part_path, read_records, read_side
 from .summary import summarise
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def validate(folder: Path, planted: Any = None) -> list[str]:
     found = list(_files(folder, plan))
     try:
         records = read_records(folder)
-        ledger = read_ledger(folder)
+        sides = {side: read_side(folder, side) for side in SIDES}
     except RecordError as error:
         return [*found, str(error)]
     found += _records(plan, records)
@@ -60,7 +60,7 @@ def validate(folder: Path, planted: Any = None) -> list[str]:
     except ValueError as error:
         return [*found, f"summary.json cannot be read: {error}"]
     # through JSON, as the file went: tuples are lists there
-    computed = json.loads(json.dumps(summarise(plan, records, planted, ledger)))
+    computed = json.loads(json.dumps(summarise(plan, records, planted, **sides)))
     found += _different(stated, computed, "summary.json")
     return found
 

@@ -20,6 +20,7 @@ from .. import environment
 from ..concepts import text_encoders, tokenize
 from ..pipelines import TESTBED, load_pipeline
 from . import conditions
+from .controls import control_prompts
 from .draw import Cache
 from .files import sha256
 from .folder import AuditError
@@ -236,6 +237,15 @@ def _check_prompts(pipe: Any, plan: AuditPlan) -> None:
             for tokenizer, _ in text_encoders(pipe):
                 tokenize(pair.semantic_prompt, tokenizer)
                 tokenize(pair.demographic_prompt, tokenizer)
+    for prompt in control_prompts(plan, plan.professions):
+        for tokenizer, _ in text_encoders(pipe):
+            try:
+                tokenize(prompt, tokenizer)
+            except ValueError as error:
+                raise ValueError(
+                    f"a control cannot be measured: {error}. Choose other control words, or turn "
+                    "the controls off"
+                ) from error
 
 
 def _revision(pipe: Any, plan: AuditPlan) -> str | None:

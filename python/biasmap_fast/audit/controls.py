@@ -1,0 +1,285 @@
+"""Controls of an audit: other overlaps on the same pictures, from the same UNet calls.
+
+An IoU says little alone: on one centred face any two words overlap more than unrelated masks do.
+Beside every pair of profession and demographic word stand therefore, on the same pictures:
+
+* *control words* in the demographic word's place: a function word, an object, "person" (negative
+  controls: what a word without that demographic meaning reaches), and a synonym of the profession
+  (positive control: what two names of one concept reach);
+* *the order swapped*: the demographic word first. In a causal text encoder the later word has seen
+  the earlier one, so a finding that turns with the order is one of the prompt;
+* *the threshold curve*: the same pair at the percentiles `CURVE`;
+* *sweeps*, on request: per UNet call, per layer, and of the other guidance branch.
+
+They share the UNet's queries with the main pairs, so they cost keys and no network calls. The
+seed-shuffled null needs no maps of its own: see `nulls`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import presets
+from ..attribution import AttributionCache, attribute
+from ..concepts import AttributionPrompt
+from .masks import hard_iou, map_fault, packed
+from .records import OK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ..maps import AttributionMaps
+    from .plan import AuditPlan, Pair, Unit
+
+CURVE = tuple(range(50, 100, 5))
+"""Percentiles of the threshold curve."""
+
+NEGATIVE = ("function", "object", "person")
+"""Control words that a finding should exceed."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One other overlap that is measured on every picture of a profession.
+
+    Attributes:
+        kind: ``"function"``, ``"object"``, ``"person"``, ``"synonym"``, ``"swapped"``.
+        axis: the demographic axis it belongs to; ``None`` for control words.
+        word: the word whose map is compared with the profession's.
+        semantic: where the profession's map comes from.
+        other: where the word's map comes from.
+    """
+
+    kind: str
+    axis: str | None
+    word: str
+    semantic: AttributionPrompt
+    other: AttributionPrompt
+
+
+@dataclass
+class Swept:
+    """Maps recorded beside the main ones: by what -> part -> prompt name -> maps."""
+
+    recorders: dict[str, Any] = field(default_factory=dict)
+
+    def maps(self, by: str) -> dict[str, AttributionMaps]:
+        """What one recorder saw, by prompt name."""
+        found = self.recorders[by].maps()
+        if not isinstance(found, dict):
+            raise TypeError(f"expected maps by prompt name, got {type(found).__name__}")
+        return found
+
+
+def control_pairs(plan: AuditPlan, profession: str) -> list[Control]:
+    """Every control of a profession; none where the plan turns them off.
+
+    Example:
+        >>> from .plan import AuditPlan
+        >>> plan = AuditPlan(professions=["doctor"])
+        >>> [(one.kind, one.word) for one in control_pairs(plan, "doctor")]
+        [('function', 'in'), ('object', 'coat'), ('person', 'person'), ('swapped', 'man'), ...]
+    """
+    if plan.controls is None:
+        return []
+    words = dict(plan.controls.words)
+    if profession in plan.controls.synonyms:
+        words["synonym"] = plan.controls.synonyms[profession]
+    found = []
+    for kind, word in words.items():
+        if word != profession:
+            pair = plan.pair(profession, kind, word)
+            found.append(Control(kind, None, word, pair.semantic_prompt, pair.demographic_prompt))
+    if plan.controls.swapped and isinstance(plan.attribution_template, str):
+        for pair in plan.pairs(profession):
+            prompt = _swapped(plan.attribution_template, profession, pair.demographic)
+            found.append(Control("swapped", pair.axis, pair.demographic, prompt, prompt))
+    return found
+
+
+def control_prompts(plan: AuditPlan, professions: Sequence[str]) -> list[AttributionPrompt]:
+    """The attribution prompts of every control, each once."""
+    return list(
+        {
+            prompt.name: prompt
+            for profession in professions
+            for control in control_pairs(plan, profession)
+            for prompt in (control.semantic, control.other)
+        }.values()
+    )
+
+
+@contextmanager
+def sweeping(
+    pipe: Any,
+    plan: AuditPlan,
+    prompts: Sequence[AttributionPrompt],
+    cache: AttributionCache | None = None,
+) -> Iterator[Swept]:
+    """Records what the plan sweeps over, beside the main recorder."""
+    swept = Swept()
+    with ExitStack() as stack:
+        for by in plan.sweeps:
+            other = "uncond" if plan.branch == "cond" else "cond"
+            recorder = attribute(
+                pipe,
+                prompts,
+                branch=other if by == "branch" else plan.branch,
+                layers=plan.layers,
+                by="total" if by == "branch" else by,
+                chunks=getattr(pipe, "attribution_chunks", None),
+                cache=cache,
+            )
+            swept.recorders[by] = stack.enter_context(recorder)
+        yield swept
+
+
+def control_rows(
+    plan: AuditPlan,
+    units: Sequence[Unit],
+    maps: Mapping[str, AttributionMaps],
+    swept: Swept,
+    faults: Sequence[tuple[str, str] | None],
+) -> list[dict[str, Any]]:
+    """Rows of ``controls/``: for pictures without a fault, every other overlap.
+
+    Args:
+        plan: what is measured.
+        units: the pictures.
+        maps: the main recorder's, by prompt name.
+        swept: the others'.
+        faults: of each picture; a faulty one is in the records, and has no rows here.
+    """
+    rows: list[dict[str, Any]] = []
+    batches: dict[tuple[float, ...], _Batch] = defaultdict(_Batch)
+    other = "uncond" if plan.branch == "cond" else "cond"
+    sweeps = {by: swept.maps(by) for by in plan.sweeps}
+    for image, unit in enumerate(units):
+        if faults[image] is not None:
+            continue
+        start = {"condition": unit.condition, "semantic": unit.profession, "seed": unit.seed}
+        for control in control_pairs(plan, unit.profession):
+            a = maps[control.semantic.name][unit.profession][image]  # [H, W]
+            b = maps[control.other.name][control.word][image]
+            row = {**start, "kind": control.kind, "axis": control.axis, "word": control.word}
+            batches[plan.percentiles].add(row, a, b)
+        for pair in plan.pairs(unit.profession):
+            row = {**start, "axis": pair.axis, "word": pair.demographic}
+            main = _sides(maps, pair, unit, image)
+            if plan.curve:
+                batches[CURVE].add({**row, "kind": "threshold"}, *main)
+            for by, found in sweeps.items():
+                parts = (
+                    {other: _sides(found, pair, unit, image)}
+                    if by == "branch"
+                    else _parts(found, pair, unit, image)
+                )
+                for part, sides in parts.items():
+                    batches[plan.percentiles[:1]].add({**row, "kind": by, "variant": part}, *sides)
+    for percentiles, batch in batches.items():
+        rows += batch.rows(plan, percentiles)
+    return rows
+
+
+def mask_rows(
+    plan: AuditPlan, keys: Sequence[Mapping[str, Any]], a: torch.Tensor, b: torch.Tensor
+) -> list[dict[str, Any]]:
+    """Rows of ``masks/``: both concepts' bits of R measured pairs at every percentile.
+
+    Args:
+        plan: what is measured.
+        keys: condition, semantic, seed, axis and demographic of each pair.
+        a: ``[R, H, W]`` the profession's maps.
+        b: ``[R, H, W]`` the demographic words' maps.
+    """
+    rows = []
+    for q in plan.percentiles:
+        one, other = packed(plan, a, q), packed(plan, b, q)
+        for key, semantic, demographic in zip(keys, one["bits"], other["bits"], strict=True):
+            rows.append(
+                {
+                    **key,
+                    "percentile": q,
+                    "height": one["height"],
+                    "width": one["width"],
+                    "semantic_bits": semantic,
+                    "demographic_bits": demographic,
+                }
+            )
+    return rows
+
+
+class _Batch:
+    """Map pairs that are masked at the same percentiles."""
+
+    def __init__(self) -> None:
+        self.keys: list[dict[str, Any]] = []
+        self.a: list[torch.Tensor] = []
+        self.b: list[torch.Tensor] = []
+
+    def add(self, key: dict[str, Any], a: torch.Tensor, b: torch.Tensor) -> None:
+        self.keys.append(key)
+        self.a.append(a)
+        self.b.append(b)
+
+    def rows(self, plan: AuditPlan, percentiles: Sequence[float]) -> list[dict[str, Any]]:
+        faults = [
+            map_fault(a, key["semantic"]) or map_fault(b, key["word"])
+            for key, a, b in zip(self.keys, self.a, self.b, strict=True)
+        ]
+        rows = [
+            {**key, "percentile": float(q), "status": fault[0], "reason": fault[1]}
+            for key, fault in zip(self.keys, faults, strict=True)
+            if fault is not None
+            for q in percentiles
+        ]
+        # layers and parts differ in size
+        groups: dict[torch.Size, list[int]] = defaultdict(list)
+        for index, fault in enumerate(faults):
+            if fault is None:
+                groups[self.a[index].shape].append(index)
+        for members in groups.values():
+            a = torch.stack([self.a[i] for i in members]).float().cpu()  # [R, H, W]
+            b = torch.stack([self.b[i] for i in members]).float().cpu()
+            for q in percentiles:
+                found, empty = hard_iou(plan, a, b, float(q))
+                rows += [
+                    {
+                        **self.keys[index],
+                        "percentile": float(q),
+                        "iou": value,
+                        "empty_union": no_union,
+                        "status": OK,
+                    }
+                    for index, value, no_union in zip(members, found, empty, strict=True)
+                ]
+        return rows
+
+
+def _sides(
+    maps: Mapping[str, AttributionMaps], pair: Pair, unit: Unit, image: int
+) -> tuple[torch.Tensor, torch.Tensor]:  # [H, W], [H, W]
+    semantic = maps[pair.semantic_prompt.name][unit.profession][image]
+    return semantic, maps[pair.demographic_prompt.name][pair.demographic][image]
+
+
+def _parts(
+    maps: Mapping[str, AttributionMaps], pair: Pair, unit: Unit, image: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Part (UNet call, layer) -> both maps."""
+    one, other = maps[pair.semantic_prompt.name], maps[pair.demographic_prompt.name]
+    a, b = one.index(unit.profession), other.index(pair.demographic)
+    return {part: (one.parts[part][image, a], other.parts[part][image, b]) for part in one.parts}
+
+
+def _swapped(template: str, profession: str, demographic: str) -> AttributionPrompt:
+    """The joint attribution prompt with the two words in each other's place."""
+    bare = {"demographic": profession, "a_demographic": presets.with_article(profession)}
+    text = template.format(profession=presets.with_article(demographic), **bare)
+    concepts = (profession, demographic)
+    return AttributionPrompt(text, concepts, f"{text} [{profession}, {demographic}, swapped]")

@@ -1,0 +1,82 @@
+"""Masks of attribution maps: their overlap, and their bits as a run keeps them.
+
+A mask is kept as packed bits, so that one picture's mask can be laid over another's when the
+summary is made (the seed-shuffled null): that needs neither the maps nor the model again, and
+does not depend on which pictures were drawn together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import entanglement, reference
+from ..maps import resize
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from .plan import AuditPlan
+
+
+def hard_iou(
+    plan: AuditPlan, a: torch.Tensor, b: torch.Tensor, percentile: float
+) -> tuple[list[float], list[bool]]:
+    """IoU of R map pairs ``[R, H, W]``, and whether both masks are empty."""
+    a, b = _evaluated(plan, a), _evaluated(plan, b)
+    found, empty = entanglement.iou_with_flags(a, b, percentile=percentile)  # [R], [R]
+    return found.tolist(), empty.tolist()
+
+
+def map_fault(values: torch.Tensor, concept: str) -> tuple[str, str] | None:
+    """Status and reason of a map ``[H, W]`` that cannot be measured; None for a good one."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        count = int((~finite).sum())
+        return "non_finite_map", f"{count} of the values of the map of {concept!r} are not finite"
+    if bool(values.max() == values.min()):
+        return "constant_map", f"every value of the map of {concept!r} is {float(values.max()):g}"
+    return None
+
+
+def packed(plan: AuditPlan, maps: torch.Tensor, percentile: float) -> dict[str, Any]:
+    """Bits of the masks of R maps: the masks whose overlap `hard_iou` gives.
+
+    Args:
+        plan: says at which size masks are taken.
+        maps: ``[R, H, W]``, finite.
+        percentile: a mask is what lies strictly above it.
+
+    Returns:
+        ``height``, ``width``, and ``bits``: for each map ``ceil(H * W / 8)`` bytes, row by row,
+        the first pixel in the highest bit (`numpy.packbits`).
+    """
+    sized = _evaluated(plan, maps)
+    flat = sized.flatten(1)  # [R, N]
+    mask = flat > reference.percentile(flat, percentile)[:, None]
+    bits = np.packbits(mask.numpy(), axis=1)  # [R, ceil(N / 8)]
+    return {
+        "height": sized.shape[-2],
+        "width": sized.shape[-1],
+        "bits": [row.tobytes() for row in bits],
+    }
+
+
+def unpacked(bits: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
+    r"""The mask ``[H * W]`` of what `packed` kept.
+
+    Example:
+        >>> unpacked(b"\xa0", 2, 2).tolist()
+        [True, False, True, False]
+    """
+    found = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=height * width)
+    return found.astype(np.bool_)
+
+
+def _evaluated(plan: AuditPlan, maps: torch.Tensor) -> torch.Tensor:
+    """Maps ``[R, H, W]`` at the size at which masks are taken."""
+    if plan.evaluation_size is None:
+        return maps
+    return resize(maps[:, None], (plan.evaluation_size, plan.evaluation_size))[:, 0]
