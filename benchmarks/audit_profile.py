@@ -137,10 +137,10 @@ def profile(pipe: Any, plan: bm.AuditPlan) -> dict[str, Any]:
 
 def testbed(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {"seeds": range(options.seeds), "steps": options.steps or 25}
+    warm: dict[str, Any] = {"professions": ["doctor"], "seeds": [0], "steps": 2}
     pipe = bm.testbed.pipeline()
-    warm = bm.AuditPlan(professions=["doctor"], seeds=[0], steps=2)
     with tempfile.TemporaryDirectory() as folder:  # what is imported and set up once
-        bm.run_audit(warm, Path(folder) / "run", pipe=pipe, progress=False)
+        bm.run_audit(bm.AuditPlan(**warm), Path(folder) / "run", pipe=pipe, progress=False)
     return profile(pipe, bm.AuditPlan(**settings))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -129,7 +130,7 @@ def longest_delay(start: float, chunk: float, chunks: int, kills: int) -> float:
     g seconds to measure a kill, E[max(0, d - start)] = (D - start)^2 / (2 D) = g.
     """
     gain = chunk * (chunks / kills + 0.5)
-    return start + gain + (gain**2 + 2 * gain * start) ** 0.5
+    return start + gain + math.sqrt(gain**2 + 2 * gain * start)
 
 
 def killed_run(
