@@ -15,7 +15,8 @@ another thread, whose processor time stands apart.
 - classifier: reads profession and demographic in the pictures (testbed)
 - overlaps: masks, IoU, SoftIoU, by block
 - records: the rest of measuring a chunk: rows, tables, pictures to bytes
-- loop: the rest of the run: hashing weights, handing over, waiting for the disk
+- start: once a run: versions, and SHA-256 of the weights
+- loop: the rest of the run: handing over, waiting for the disk
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def watched(clock: Clock, pipe: Any) -> Iterator[None]:
         (measure, "draw", "sampler"),
         (work, "measure_chunk", "records"),
         (writer, "store", "writing, in the background"),
+        (work.Worker, "describe", "start"),
         (run, "_measure", "loop"),
     ]
     with mock.patch.multiple(run, write_report=lambda *args: None):
@@ -131,7 +133,9 @@ def profile(pipe: Any, plan: bm.AuditPlan) -> dict[str, Any]:
         "background_cpu_seconds": round(background, 3),
         "share": {name: round(each, 5) for name, each in shares.items()},
         "share_of_all_but_the_networks": round(1 - shares["network"], 5),
-        "share_of_the_audits_own_code": round(own, 5),
+        # of what grows with the pictures
+        "share_without_the_start": round(1 - shares["network"] / (1 - shares["start"]), 5),
+        "share_of_the_audits_own_code": round(own / (1 - shares["start"]), 5),
     }
 
 

@@ -155,14 +155,15 @@ def cost() -> str:
 def profile() -> str:
     """What of an audit's processor time its parts take."""
     found = {name: read(path) for name, path in PROFILES.items() if path.exists()}
-    parts = ("network", "maps", "sampler", "classifier", "overlaps", "records", "loop")
+    parts = ("network", "maps", "sampler", "classifier", "overlaps", "records", "loop", "start")
     lines = [f"| | {' | '.join(found)} |", "|---|" + "---:|" * len(found)]
     for part in parts:
         shares = [f"{100 * each['share'].get(part, 0.0):.2f} %" for each in found.values()]
         lines.append(f"| {part} | {' | '.join(shares)} |")
     for label, name in (
         ("all but the networks", "share_of_all_but_the_networks"),
-        ("overlaps, records and loop: the audit's own code", "share_of_the_audits_own_code"),
+        ("the same, without the start", "share_without_the_start"),
+        ("overlaps, records and loop, without the start", "share_of_the_audits_own_code"),
     ):
         shares = [f"{100 * each[name]:.2f} %" for each in found.values()]
         lines.append(f"| **{label}** | {' | '.join(shares)} |")
