@@ -134,6 +134,24 @@ def audit(
         str | None,
         typer.Option(help="'paper' reproduces the published scripts' settings. [default: default]"),
     ] = None,
+    controls: Annotated[
+        bool,
+        typer.Option(help="Measure control words and the swapped prompt on the same pictures."),
+    ] = True,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Overlap of parts of the maps too: step, layer or branch; repeatable. "
+            "[default: step]"
+        ),
+    ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            help="Reads demographics in the pictures: 'clip:DIR' (or a hub id), 'module:function', "
+            "'none'. [default: none; the testbed has its own]"
+        ),
+    ] = None,
     pictures: Annotated[
         str | None,
         typer.Option(
@@ -212,6 +230,8 @@ def audit(
         "branch": branch,
         "layers": layer,
         "scheduler": scheduler,
+        "sweeps": sweep,
+        "classifier": classifier,
         "preset": preset,
         "save_pictures": pictures,
         "save_maps": pictures,
@@ -223,9 +243,11 @@ def audit(
     }
     with _clear_errors(verbose):
         from .audit import run_audit
+        from .audit.sentences import controls as beside
         from .audit.sentences import difference, finding, headline
 
-        plan = _plan({name: value for name, value in flags.items() if value is not None}, config)
+        given = {name: value for name, value in flags.items() if value is not None}
+        plan = _plan(given if controls else {**given, "controls": None}, config)
         result = run_audit(
             plan,
             out,
@@ -241,6 +263,8 @@ def audit(
         typer.echo(headline(plan, result.summary))
         for name in plan.axes:
             typer.echo(f"{name}: {finding(name, result.summary)}")
+            for text in beside(name, plan, result.summary):
+                typer.echo(f"{name}: {text}")
         for row in result.summary["differences"]:
             if row["percentile"] == plan.percentiles[0]:
                 typer.echo(f"{row['condition']}: {difference(row)}")

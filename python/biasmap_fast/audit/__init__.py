@@ -7,6 +7,7 @@ _EXTRA = ("filelock", "jinja2", "matplotlib", "pyarrow", "pydantic", "scipy", "y
 try:
     from .conditions import ConditionError
     from .folder import AuditError
+    from .measure import Reading
     from .plan import AuditPlan
     from .records import RecordError
     from .run import AuditResult, load_audit, render, run_audit, validate
@@ -22,6 +23,7 @@ __all__ = [
     "AuditPlan",
     "AuditResult",
     "ConditionError",
+    "Reading",
     "RecordError",
     "load_audit",
     "render",

@@ -6,7 +6,7 @@ here writes files or knows about other chunks, so chunks can be measured anywher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,14 @@ class Reading:
         profession: the profession, or ``None`` where it cannot be told.
         demographic: the demographic word, or ``None``.
         score: how much the picture looks like what was read, 0 to 1.
+        by_axis: axis -> its word or ``None``, and the score of that; takes the place of
+            ``demographic`` and ``score`` on the axes that it names.
     """
 
     profession: str | None
     demographic: str | None
     score: float
+    by_axis: Mapping[str, tuple[str | None, float]] = field(default_factory=dict)
 
 
 # Statuses of pictures whose drawing raised: another attempt may well succeed.
@@ -486,12 +489,13 @@ def _read(read: Reader | None, pictures: Sequence[Image | None]) -> list[Reading
 def _reading_fields(reading: Reading | None, pair: Pair, plan: AuditPlan) -> dict[str, Any]:
     if reading is None:
         return {}
+    word, score = reading.by_axis.get(pair.axis, (reading.demographic, reading.score))
     # A label belongs to the axis that has it among its words.
-    own = reading.demographic if reading.demographic in plan.axes[pair.axis] else None
+    own = word if word in plan.axes[pair.axis] else None
     return {
         "semantic_label": reading.profession,
         "attribute_label": own,
-        "attribute_score": reading.score,
+        "attribute_score": score,
     }
 
 

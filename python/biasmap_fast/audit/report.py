@@ -487,7 +487,10 @@ def _controls_chart(
     return figures.columns(
         [
             "the word itself",
-            *(sentences.control_name(kind, plan).replace(" ", "\n", 1) for kind in kinds),
+            *(
+                sentences.control_name(kind, plan).replace("shuffled ", "shuffled\n")
+                for kind in kinds
+            ),
         ],
         {
             row["demographic"]: [

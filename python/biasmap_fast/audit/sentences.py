@@ -125,8 +125,8 @@ def p_value(p: float | None) -> str:
 def control_name(kind: str, plan: AuditPlan) -> str:
     """What a control is called in text: ``"seed-shuffled null"``, ``"“person”"``."""
     fixed = {
-        "shuffled": "seed-shuffled null",
-        "swapped": "the words in the other order",
+        "shuffled": "the seed-shuffled null",
+        "swapped": "the order swapped",
         "synonym": "a synonym of the profession",
     }
     if kind in fixed:
@@ -164,11 +164,11 @@ def controls(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str
         if row["above"]:
             counts = _listed([f"{n} exceed {names[kind]}" for kind, n in row["exceeds"].items()])
             text += f" Of the {_count(row['above'], 'profession')} above chance, {counts}."
-        if "shuffled" in lost:
+        if "shuffled" in lost and not any("Not exceeding" in told for told in texts):
             text += (
-                " Not exceeding the seed-shuffled null means that the words' usual places overlap, "
-                "not shown to be picture by picture; where layouts barely move, that null holds "
-                "the signal itself."
+                " Not exceeding the seed-shuffled null: the usual places of the two words overlap, "
+                "and it is not shown that they do so picture by picture; where layouts barely "
+                "move, that null holds the signal itself."
             )
         texts.append(text)
     return texts

@@ -18,13 +18,14 @@ import torch
 
 from .. import environment
 from ..concepts import text_encoders, tokenize
-from ..pipelines import TESTBED, load_pipeline
+from ..pipelines import load_pipeline
 from . import conditions
+from .classifiers import reader_for
 from .controls import control_prompts
 from .draw import Cache
 from .files import sha256
 from .folder import AuditError
-from .measure import Chunk, failed_chunk, measure_chunk, merged, reader_for_testbed
+from .measure import Chunk, failed_chunk, measure_chunk, merged
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -53,13 +54,14 @@ class Worker:
         self._cache = Cache()
         self._own: tuple[str, Any, Cache] | None = None  # of the condition with its own pipeline
         self._own_stack = ExitStack()
-        self._read: Reader | None = reader_for_testbed() if plan.model == TESTBED else None
+        self._read: Reader | None = None
 
     def __enter__(self) -> Self:
         for condition in self._plan.interventions:
             kind, target = conditions.parse(self._plan.interventions[condition])
             if kind == "function":  # before a model is loaded
                 conditions.find(target, self._folder)
+        self._read = reader_for(self._plan)
         pipe = self._given or self._load()
         self._pipe = self._stack.enter_context(_ready(self._plan, pipe))
         try:
