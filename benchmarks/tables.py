@@ -15,6 +15,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 GUIDANCE = ROOT / "docs/guidance.md"
+STATISTICS = ROOT / "docs/statistics.md"
+CALIBRATION = ROOT / "benchmarks/results/studies/calibration.json"
 STUDY = ROOT / "benchmarks/results/studies/guidance.json"
 COST = ROOT / "benchmarks/results/amd-epyc/guidance.json"
 SCALE = ROOT / "docs/scale.md"
@@ -170,8 +172,26 @@ def profile() -> str:
     return "\n".join(lines)
 
 
+def calibration() -> str:
+    """Simulated rates of the audit's tests and intervals."""
+    found = read(CALIBRATION)
+    lines = [
+        f"`benchmarks/calibration.py`, {found['trials']} trials a row:",
+        "",
+        "| | nominal | found | standard error |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        nominal = "" if row["nominal"] is None else f"{row['nominal']:.2f}"
+        lines.append(
+            f"| {row['name']} | {nominal} | {row['rate']:.3f} | {row['standard_error']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     README: {"overlap": overlap, "testbed": testbed},
+    STATISTICS: {"calibration": calibration},
     GUIDANCE: {"study": study, "study more": study_more, "cost": cost},
     SCALE: {"profile": profile},
 }

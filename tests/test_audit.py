@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import re
+import shutil
+import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -272,11 +274,16 @@ def test_run_leaves_a_complete_folder(finished):
         "plan.yaml",
         "environment.json",
         "records",
+        "controls",
+        "masks",
         "pictures",
         "maps",
         "hashes",
         ".lock",
         "summary.json",
+        "figures.csv",
+        "figures.parquet",
+        "model-card.md",
         "report.html",
     }
     assert result.records.num_rows == 3 * 3 * 5 * 2
@@ -761,6 +768,40 @@ def test_report_without_pictures_and_with_one_image(finished, tmp_path):
     assert "at least two measured pictures" in text
     assert result.summary["professions"][0]["iou"]["low"] is None
     assert result.summary["overall"][0]["iou"]["low"] is None
+
+
+_BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def in_browser(page: Path, width: int, folder: Path) -> tuple[str, Path]:
+    """What the page writes to the browser's console, and a picture of it."""
+    picture = folder / f"{width}.png"
+    command = [_BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-sync"]
+    command += ["--disable-component-update", f"--user-data-dir={folder / 'profile'}"]
+    command += ["--enable-logging=stderr", f"--window-size={width},4000"]
+    command += [f"--screenshot={picture}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return "\n".join(console), picture
+
+
+@pytest.mark.skipif(_BROWSER is None, reason="no chromium to render the report with")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_report_in_a_browser(finished, tmp_path, width):
+    from PIL import Image
+
+    result, _ = finished
+    # the report has no script; the copy's own tells the width that the page takes
+    page = tmp_path / "report.html"
+    script = "<script>console.log('takes ' + document.documentElement.scrollWidth + ' px')</script>"
+    page.write_text(result.report.read_text().replace("</body>", f"{script}</body>"))
+    console, picture = in_browser(page, width, tmp_path)
+    assert f"takes {width} px" in console  # nothing hangs over the side
+    assert len(console.splitlines()) == 1, console  # and there is no other message
+    with Image.open(picture) as opened:
+        assert opened.size == (width, 4000)
+        assert len(opened.convert("L").getcolors()) > 100
 
 
 # --- the embedded model ----------------------------------------------------------------------

@@ -326,8 +326,9 @@ def _fault(
     cell: _Cell, maps: dict[str, AttributionMaps], faults: Sequence[tuple[str, str] | None]
 ) -> tuple[str, str] | None:
     """What is wrong with a picture, or with one of a pair's maps on it."""
-    if fault := faults[cell.image]:
-        return fault  # there may be no maps at all
+    fault = faults[cell.image]
+    if fault is not None:
+        return fault
     semantic, demographic = _pair_maps(cell, maps)  # [H, W]
     return map_fault(semantic, cell.unit.profession) or map_fault(
         demographic, cell.pair.demographic

@@ -1,0 +1,212 @@
+"""Study: what an audit says where the truth is known, on the embedded model and its world.
+
+    python benchmarks/study_audit.py        # about 15 minutes on one idle core; goes on if stopped
+
+Four questions, one answer each in benchmarks/results/studies/audit.json:
+
+* *coverage*: do the shares' Wilson intervals hold the planted shares at guidance 1 as often as they
+  claim? (Blocks of 20 seeds; the model itself misses the planted shares a little.)
+* *amplification*: is the amplification of the planted bias at guidance 3 found? (The pictures of
+  guidance 3 against those of guidance 1, on the same seeds.)
+* *no effect*: two halves of the same pictures stand as two conditions. How often does a test or an
+  interval find a difference that cannot be there?
+* *no bias*: pictures rendered of the world with every share 0.5, read by the same classifier. How
+  often does an interval find a bias that was not planted?
+
+No model was trained on a world without bias, so the last one tries the classifier and the
+statistics, not the maps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+import biasmap_fast as bm
+from biasmap_fast import testbed
+from biasmap_fast.audit import AuditPlan, AuditResult, run_audit
+from biasmap_fast.audit.inference import crossed_sign_flip_test, share_difference, sign_flip_test
+from biasmap_fast.audit.nulls import matrix_of
+from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
+from biasmap_fast.testbed.train import weight_hashes
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/studies/audit.json"
+WORD = "woman"
+BLOCK = 20
+Labels = dict[str, dict[int, bool]]  # profession -> seed -> read as WORD
+
+
+def audit(folder: Path, seeds: int, guidance_scale: float) -> AuditResult:
+    """One audit of the embedded model; what a killed run measured is kept."""
+    plan = AuditPlan.model_validate(
+        {
+            "seeds": range(seeds),
+            "guidance_scale": guidance_scale,
+            "controls": None,
+            "curve": False,
+            "sweeps": [],
+            "save_pictures": "none",
+            "save_maps": "none",
+        }
+    )
+    return run_audit(plan, folder / f"guidance-{guidance_scale:g}")
+
+
+def labels_of(result: AuditResult) -> Labels:
+    """What the classifier read, of the pictures that it could read."""
+    found: Labels = {profession: {} for profession in result.plan.professions}
+    for row in result.records.to_pylist():
+        if row["demographic"] == WORD and row["attribute_label"] is not None:
+            found[row["semantic"]][row["seed"]] = row["attribute_label"] == WORD
+    return found
+
+
+def rate(hits: list[bool]) -> dict[str, Any]:
+    """A rate with Wilson's interval over trials; dependent trials make it too narrow."""
+    return share_interval(sum(hits), len(hits)).to_dict()
+
+
+def coverage(labels: Labels, shares: dict[str, float]) -> dict[str, Any]:
+    hits = []
+    for profession, own in labels.items():
+        blocks: dict[int, list[bool]] = {}
+        for seed, label in own.items():
+            blocks.setdefault(seed // BLOCK, []).append(label)
+        for block in blocks.values():
+            figure = share_interval(sum(block), len(block))
+            if figure.low is not None and figure.high is not None:
+                hits.append(figure.low <= shares[profession] <= figure.high)
+    return {"nominal": 0.95, "block": BLOCK, "covered": rate(hits)}
+
+
+def amplification(plain: Labels, guided: Labels, shares: dict[str, float]) -> dict[str, Any]:
+    """Slopes of drawn over planted shares, and the move away from 0.5 on the same seeds."""
+    planted = np.array([shares[p] for p in plain])
+    slopes = {}
+    for name, labels in (("guidance 1", plain), ("guidance 3", guided)):
+        drawn = [float(np.mean(list(labels[p].values()))) for p in plain]
+        fit = stats.linregress(planted, drawn)
+        reach = stats.t.ppf(0.975, len(drawn) - 2) * fit.stderr
+        slopes[name] = {
+            "value": float(fit.slope),
+            "low": float(fit.slope - reach),
+            "high": float(fit.slope + reach),
+            "n": len(drawn),
+        }
+    moves = {
+        p: {
+            seed: np.sign(shares[p] - 0.5) * (float(guided[p][seed]) - float(own[seed]))
+            for seed in own
+            if seed in guided[p]
+        }
+        for p, own in plain.items()
+    }
+    matrix = matrix_of(moves)
+    return {
+        "slopes": slopes,
+        "move towards the planted majority": crossed_mean_interval(matrix, lowest=-1.0).to_dict(),
+        "p": crossed_sign_flip_test(matrix),
+    }
+
+
+def no_effect(result: AuditResult, labels: Labels, splits: int) -> dict[str, Any]:
+    """Random halves of the seeds, paired, as if they were two conditions."""
+    iou: dict[tuple[str, str], dict[int, float]] = {}
+    for row in result.records.to_pylist():
+        if row["status"] == "ok":
+            iou.setdefault((row["semantic"], row["demographic"]), {})[row["seed"]] = row["iou"]
+    seeds = np.array(result.plan.seeds)
+    tests, t_intervals, share_intervals, overall = [], [], [], []
+    for split in range(splits):
+        order = np.random.default_rng([split, 20]).permutation(seeds)
+        half = len(order) // 2
+        pairs = list(zip(order[:half].tolist(), order[half : 2 * half].tolist(), strict=True))
+        changes: dict[str, dict[str, dict[int, float]]] = {}
+        for (profession, word), own in iou.items():
+            change = {a: own[b] - own[a] for a, b in pairs if a in own and b in own}
+            changes.setdefault(word, {})[profession] = change
+            figure = mean_interval(list(change.values()), lowest=-1.0)
+            if figure.low is not None and figure.high is not None:
+                t_intervals.append(not figure.low <= 0.0 <= figure.high)
+            p = sign_flip_test(list(change.values()))
+            tests.append(p is not None and p <= 0.05)
+        for values in changes.values():
+            p = crossed_sign_flip_test(matrix_of(values))
+            overall.append(p is not None and p <= 0.05)
+        for own_labels in labels.values():
+            both = [(own_labels[a], own_labels[b]) for a, b in pairs if {a, b} <= own_labels.keys()]
+            share = share_difference(both)
+            if share.low is not None and share.high is not None:
+                share_intervals.append(not share.low <= 0.0 <= share.high)
+    return {
+        "nominal": 0.05,
+        "splits": splits,
+        "sign-flip test of a profession": rate(tests),
+        "t interval of a profession leaves 0": rate(t_intervals),
+        "sign-flip test over professions": rate(overall),
+        "Newcombe interval of a Risk Difference leaves 0": rate(share_intervals),
+    }
+
+
+def no_bias(repeats: int) -> dict[str, Any]:
+    """Rendered pictures of every profession, either word with probability a half."""
+    world = testbed.World()
+    rng = np.random.default_rng(20)
+    found = []
+    for _ in range(repeats):
+        for profession in testbed.PROFESSIONS:
+            words = [testbed.AXES["gender"][int(rng.random() < 0.5)] for _ in range(BLOCK)]
+            pictures = [world.render(world.person(rng, profession, word)) for word in words]
+            read = [one.demographic == WORD for one in testbed.classify(np.stack(pictures))]
+            figure = share_interval(sum(read), len(read))
+            if figure.low is not None and figure.high is not None:
+                found.append(not figure.low <= 0.5 <= figure.high)
+    # what Wilson's interval does at exactly this n and share, without any picture
+    n = np.arange(BLOCK + 1)
+    ends = [share_interval(int(k), BLOCK) for k in n]
+    outside = [not (one.low or 0.0) <= 0.5 <= (one.high or 1.0) for one in ends]
+    exact = float(stats.binom.pmf(n, BLOCK, 0.5) @ np.array(outside, dtype=np.float64))
+    return {"nominal": 0.05, "exact": exact, "pictures": BLOCK, "found a bias": rate(found)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/study-audit")
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--splits", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {scale: audit(options.runs, options.seeds, scale) for scale in (1.0, 3.0)}
+    labels = {scale: labels_of(result) for scale, result in results.items()}
+    shares = {row.profession: row.shares[WORD] for row in testbed.truth()}
+    record = {
+        "schema": 1,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "biasmap_fast": bm.__version__},
+        "weights": weight_hashes(testbed.WEIGHTS),
+        "seeds": options.seeds,
+        "coverage": coverage(labels[1.0], shares),
+        "amplification": amplification(labels[1.0], labels[3.0], shares),
+        "no effect": no_effect(results[1.0], labels[1.0], options.splits),
+        "no bias": no_bias(options.repeats),
+    }
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.out.with_suffix(".tmp")
+    partial.write_text(text)
+    partial.replace(options.out)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
