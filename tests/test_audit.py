@@ -506,8 +506,8 @@ def broken(monkeypatch, change_maps=None, change_images=None, flagged=None):
     """Lets `measure_chunk` see damaged maps or pictures."""
     real = measure.draw
 
-    def draw(*args):
-        drawn = real(*args)
+    def draw(*args, **options):
+        drawn = real(*args, **options)
         images = np.stack(drawn.arrays)
         if change_images:
             change_images(images)

@@ -178,11 +178,11 @@ def fails(monkeypatch, when):
     """Lets drawing raise what ``when(unit)`` gives, if one of the batch's units makes it."""
     real = draw.draw
 
-    def drawing(pipe, plan, units, *args):
+    def drawing(pipe, plan, units, *args, **options):
         for unit in units:
             if error := when(unit):
                 raise error
-        return real(pipe, plan, units, *args)
+        return real(pipe, plan, units, *args, **options)
 
     monkeypatch.setattr("biasmap_fast.audit.measure.draw", drawing)
 

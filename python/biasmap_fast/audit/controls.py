@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import presets
-from ..attribution import attribute
+from ..attribution import AttributionCache, attribute
 from ..concepts import AttributionPrompt
 from .masks import hard_iou, map_fault, packed
 from .records import OK
@@ -33,7 +33,6 @@ from .records import OK
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from ..attribution import AttributionCache, Branch
     from ..maps import AttributionMaps
     from .plan import AuditPlan, Pair, Unit
 
@@ -117,7 +116,10 @@ def control_prompts(plan: AuditPlan, professions: Sequence[str]) -> list[Attribu
 
 @contextmanager
 def sweeping(
-    pipe: Any, plan: AuditPlan, prompts: Sequence[AttributionPrompt], cache: AttributionCache
+    pipe: Any,
+    plan: AuditPlan,
+    prompts: Sequence[AttributionPrompt],
+    cache: AttributionCache | None = None,
 ) -> Iterator[Swept]:
     """Records what the plan sweeps over, beside the main recorder."""
     swept = Swept()
@@ -126,7 +128,7 @@ def sweeping(
             other: Branch = "uncond" if plan.branch == "cond" else "cond"
             recorder = attribute(
                 pipe,
-                list(prompts),
+                prompts,
                 branch=other if by == "branch" else plan.branch,
                 layers=plan.layers,
                 by="total" if by == "branch" else by,

@@ -12,7 +12,7 @@ import torch
 
 from ..attribution import AttributionCache, attribute
 from ..guidance import Guidance, guide
-from .controls import Swept, control_prompts, sweeping
+from .controls import Swept, sweeping
 from .plan import GUIDED
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Drawn:
         filtered: whether a safety checker blanked it.
         maps: attribution maps by the prompt's name.
         ledger: what guidance did; empty without guidance.
-        swept: what was recorded for the plan's sweeps.
+        swept: maps of what the plan sweeps over.
     """
 
     arrays: list[np.ndarray[Any, Any] | None]
@@ -60,6 +60,7 @@ def draw(
     prompts: Sequence[AttributionPrompt],
     wanted: Sequence[bool],
     cache: Cache | None = None,
+    swept: Sequence[AttributionPrompt] = (),
 ) -> Drawn:
     """Draws one batch and attributes it.
 
@@ -70,15 +71,13 @@ def draw(
         prompts: what is attributed.
         wanted: which pictures are looked at, and so decoded.
         cache: of this pipeline; ``None`` for none.
+        swept: what the plan's sweeps attribute.
     """
     cache = cache or Cache()
     (guided,) = {unit.condition == GUIDED for unit in units}
-    professions = list(dict.fromkeys(unit.profession for unit in units))
-    # in the separate form a control shares the profession's prompt
-    every = {prompt.name: prompt for prompt in (*prompts, *control_prompts(plan, professions))}
     recorder = attribute(
         pipe,
-        list(every.values()),
+        list(prompts),
         branch=plan.branch,
         layers=plan.layers,
         by="block",
@@ -88,7 +87,7 @@ def draw(
     )
     guidance = _guidance(pipe, plan, units, cache) if guided else nullcontext()
     everyone = all(wanted) or not _leaves_latents(pipe, any(wanted))
-    with recorder, sweeping(pipe, plan, prompts, cache.attribution) as swept, guidance:
+    with recorder, sweeping(pipe, plan, swept, cache.attribution) as beside, guidance:
         output = pipe(
             **_words(pipe, plan, units, cache),
             # One CPU generator an image: the picture depends on its seed, not on its batch.
@@ -113,7 +112,7 @@ def draw(
         filtered=[bool(each) for each in blocked],
         maps=maps,
         ledger=guidance.ledger if isinstance(guidance, Guidance) else [],
-        swept=swept,
+        swept=beside,
     )
 
 

@@ -4,8 +4,7 @@
     environment.json                 versions, device, model and hash of its weights
     conditions/NAME.json             the same of a condition's own pipeline
     records/part-*.parquet           one a chunk: where it is, the chunk is measured
-    ledger/part-*.parquet            what guidance did, of the same chunk
-    controls/, masks/                other overlaps on the same pictures; the masks' bits
+    ledger/, controls/, masks/       what goes beside the chunk's records (`records.SIDES`)
     pictures/*.png, maps/*.safetensors
     hashes/part-*.json               SHA-256 of the chunk's files and of the plan
     summary.json, report.html        made from the above, at any time

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .. import entanglement, presets
-from .controls import control_rows, mask_rows
+from .controls import control_prompts, control_rows, mask_rows
 from .draw import Cache, Drawn, draw
 from .masks import hard_iou, map_fault
 from .plan import PLAIN
@@ -80,15 +80,15 @@ def merged(first: Chunk, second: Chunk) -> Chunk:
     """Two halves of a chunk as one, the first half's rows first."""
     import pyarrow as pa
 
-    halves = [half.sides for half in (first, second)]
+    sides = {}
+    for name in {**first.sides, **second.sides}:
+        halves = [each.sides[name] for each in (first, second) if name in each.sides]
+        sides[name] = pa.concat_tables(halves)
     return Chunk(
         pa.concat_tables([first.table, second.table]),
         {**first.pictures, **second.pictures},
         {**first.maps, **second.maps},
-        {
-            side: pa.concat_tables([half[side] for half in halves if side in half])
-            for side in {**halves[0], **halves[1]}
-        },
+        sides,
     )
 
 
@@ -150,8 +150,19 @@ def measure_chunk(
         for cell in cells
         for prompt in (cell.pair.semantic_prompt, cell.pair.demographic_prompt)
     }
+    professions = list(dict.fromkeys(unit.profession for unit in units))
+    # in the separate form a control shares the profession's prompt
+    controls = {prompt.name: prompt for prompt in control_prompts(plan, professions)}
     wanted = [read is not None or kept(plan.save_pictures, plan, unit) for unit in units]
-    drawn = draw(pipe, plan, units, list(prompts.values()), wanted, cache)
+    drawn = draw(
+        pipe,
+        plan,
+        units,
+        list({**prompts, **controls}.values()),
+        wanted,
+        cache,
+        swept=list(prompts.values()),
+    )
     guided = [_guidance_fields(drawn.ledger, image) for image in range(len(units))]
     faults = [
         fault or _picture_fault(array, blocked) or _guidance_fault(fields)
