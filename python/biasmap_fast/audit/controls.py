@@ -33,6 +33,7 @@ from .records import OK
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from ..attribution import Branch
     from ..maps import AttributionMaps
     from .plan import AuditPlan, Pair, Unit
 
