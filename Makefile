@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 CXX_FILES := $(filter %.h %.cpp %.cu,$(wildcard csrc/* tests/emulation/*))
 
-.PHONY: help demo engine test lint format bench study gpu testbed clean
+.PHONY: help demo engine test lint format bench study validity gpu testbed clean
 
 help:
 	@echo "make demo     audit the embedded model and write runs/first/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint     ruff, mypy --strict, clang-format"
 	@echo "make bench    the CPU benchmarks, into benchmarks/results/"
 	@echo "make study    what guidance moves on the embedded model (50 minutes of one core; goes on if stopped)"
+	@echo "make validity train ten models and ask which overlap measure recovers their truth (hours)"
 	@echo "make gpu      build, test, check and time the CUDA kernels on this machine's GPU; no network"
 	@echo "make testbed  train the embedded model again (about an hour of one core; goes on if stopped)"
 
@@ -48,6 +49,10 @@ bench: $(VENV)/.installed-onnx
 
 study: $(VENV)/.installed
 	$(BIN)/python benchmarks/study_guidance.py
+	$(BIN)/python benchmarks/tables.py
+
+validity: $(VENV)/.installed
+	$(BIN)/python benchmarks/study_validity.py
 	$(BIN)/python benchmarks/tables.py
 
 # Not in the environment above: with the packages of a machine that has a GPU, and perhaps no network.
