@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 CXX_FILES := $(filter %.h %.cpp %.cu,$(wildcard csrc/* tests/emulation/*))
 
-.PHONY: help demo engine test lint format bench study scale gpu testbed clean
+.PHONY: help demo engine test lint format bench study validity scale gpu testbed clean
 
 help:
 	@echo "make demo     audit the embedded model and write runs/first/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench    the CPU benchmarks, into benchmarks/results/"
 	@echo "make study    what guidance moves on the embedded model (50 minutes of one core; goes on if stopped)"
 	@echo "make scale    audits killed twenty times, profiled, on one and two workers (on an idle machine)"
+	@echo "make validity train ten models and ask which overlap measure recovers their truth (hours)"
 	@echo "make gpu      build, test, check and time the CUDA kernels on this machine's GPU; no network"
 	@echo "make testbed  train the embedded model again (about an hour of one core; goes on if stopped)"
 
@@ -56,6 +57,10 @@ scale: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/cluster.py
 	$(BIN)/python benchmarks/audit_profile.py
 	$(BIN)/python benchmarks/audit_profile.py --part sd15
+	$(BIN)/python benchmarks/tables.py
+
+validity: $(VENV)/.installed
+	$(BIN)/python benchmarks/study_validity.py
 	$(BIN)/python benchmarks/tables.py
 
 # Not in the environment above: with the packages of a machine that has a GPU, and perhaps no network.

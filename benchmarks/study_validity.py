@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
+import biasmap_fast as bm
 from validity.collect import collect, load
 from validity.models import GROUPS, train_group
 from validity.report import everything, plot, summarise
@@ -72,6 +73,8 @@ def main() -> None:
             chosen = given.models.split(",") if given.models else range(len(group.seeds))
             prepare(given.runs, name, tuple(int(index) for index in chosen))
     if given.group is None and given.models is None:
+        if not (given.runs / "packaged.maps/pictures.json").is_file():
+            collect(bm.testbed.WEIGHTS, given.runs / "packaged.maps", SEEDS)
         report(given.runs)
 
 

@@ -18,6 +18,8 @@ GUIDANCE = ROOT / "docs/guidance.md"
 STATISTICS = ROOT / "docs/statistics.md"
 CALIBRATION = ROOT / "benchmarks/results/studies/calibration.json"
 STUDY = ROOT / "benchmarks/results/studies/guidance.json"
+VALIDITY = ROOT / "docs/validity.md"
+VALIDITY_STUDY = ROOT / "benchmarks/results/studies/validity.json"
 COST = ROOT / "benchmarks/results/amd-epyc/guidance.json"
 SCALE = ROOT / "docs/scale.md"
 PROFILES = {
@@ -189,8 +191,89 @@ def calibration() -> str:
     return "\n".join(lines)
 
 
+def validity() -> str:
+    """The chosen measure, the published one, and what lies between, on the final models."""
+    groups = read(VALIDITY_STUDY)["groups"]
+    lines = [
+        "| | choosing | final | final AUC | rho | adjacent | 0.25 against 0.75 | single pictures |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, found in groups["final"]["variants"].items():
+        chose = groups["choosing"]["variants"][name]["figures"]["concordance"]["value"]
+        own = found["figures"]
+        cells = [f"{chose:.2f}", interval(own["concordance"]), interval(own["auc"])]
+        cells += [f"{own[f]['value']:.2f}" for f in ("rho", "adjacent", "quarter", "picture_auc")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def validity_measures() -> str:
+    """Every measure on the chosen maps and on the published ones."""
+    groups = read(VALIDITY_STUDY)["groups"]
+    lines = [
+        "| measure | chosen maps, choosing | final | published maps, choosing | final |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in groups["final"]["measures"]["winner"]:
+        cells = [
+            f"{groups[group]['measures'][maps][name]['figures']['concordance']['value']:.2f}"
+            for maps in ("winner", "published")
+            for group in ("choosing", "final")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def validity_levels() -> str:
+    """Each planted level against level 0 on the final models."""
+    levels = read(VALIDITY_STUDY)["groups"]["final"]["levels"]
+    lines = [
+        "| planted | chosen: AUC against 0 | mean value | published: AUC against 0 | mean value |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for level in levels["winner"]:
+        cells = []
+        for name in ("winner", "published"):
+            found = levels[name][level]
+            cells.append("" if level == "0" else f"{found['auc']['value']:.2f}")
+            cells.append(f"{found['value']['value']:.2f}")
+        lines.append(f"| {level} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def validity_models() -> str:
+    """The gate, model by model, and the chosen and the published measure on each."""
+    lines = [
+        "| model | AUC of the profession's map | man | woman | drawn right | chosen | published |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for group, found in read(VALIDITY_STUDY)["groups"].items():
+        values = [
+            found["variants"][name]["figures"]["concordance"]["models"]
+            for name in ("winner", "published")
+        ]
+        figures = dict(zip(found["passed"], zip(*values, strict=True), strict=True))
+        for model, gates in found["gates"].items():
+            cells = [f"{gates[word]:.3f}" for word in ("noun", "man", "woman")]
+            cells.append(f"{100 * found['profession_right'][model]:.0f} %")
+            cells += [f"{x:.2f}" for x in figures[model]] if model in figures else ["left out", ""]
+            lines.append(f"| {group}, {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def interval(figures: dict[str, Any]) -> str:
+    """A mean over models with its interval; a probability does not go beyond 1."""
+    return f"{figures['value']:.2f} [{figures['low']:.2f}, {min(1.0, figures['high']):.2f}]"
+
+
 TABLES = {
     README: {"overlap": overlap, "testbed": testbed},
+    VALIDITY: {
+        "validity": validity,
+        "validity measures": validity_measures,
+        "validity levels": validity_levels,
+        "validity models": validity_models,
+    },
     STATISTICS: {"calibration": calibration},
     GUIDANCE: {"study": study, "study more": study_more, "cost": cost},
     SCALE: {"profile": profile},

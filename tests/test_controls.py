@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from biasmap_fast.audit import AuditPlan, measure, run, run_audit, sentences
+from biasmap_fast.audit import AuditPlan, run_audit, sentences, work
 from biasmap_fast.audit.controls import CURVE, control_pairs
 from biasmap_fast.audit.masks import unpacked
 from biasmap_fast.audit.records import part_path, read_side
@@ -119,7 +119,7 @@ def test_shuffled_null_is_that_of_the_masks(finished):
 
 def test_resumed_run_has_identical_nulls_and_controls(finished, tmp_path, monkeypatch):
     result, pipe = finished
-    real, done = measure.measure_chunk, []
+    real, done = work.measure_chunk, []
 
     def stops(*args):
         if len(done) == 2:
@@ -127,11 +127,11 @@ def test_resumed_run_has_identical_nulls_and_controls(finished, tmp_path, monkey
         done.append(args)
         return real(*args)
 
-    monkeypatch.setattr(run, "measure_chunk", stops)
+    monkeypatch.setattr(work, "measure_chunk", stops)
     with pytest.raises(KeyboardInterrupt):
         run_audit(plan_of(), tmp_path / "run", pipe=pipe, progress=False)
     part_path(tmp_path / "run", 0).unlink()  # its masks and controls are left over
-    monkeypatch.setattr(run, "measure_chunk", real)
+    monkeypatch.setattr(work, "measure_chunk", real)
     again = run_audit(plan_of(), tmp_path / "run", pipe=pipe, progress=False)
     assert again.summary == result.summary
     for side in ("controls", "masks"):

@@ -130,6 +130,7 @@ def summarise(runs: Path) -> dict[str, Any]:
         "winner": asdict(winner),
         "best": asdict(best),
         "within one standard error": len(near),
+        "packaged": packaged(runs, {"winner": winner, "published": PUBLISHED}),
         "groups": {},
     }
     groups = {"choosing": choosing}
@@ -160,6 +161,10 @@ def summarise(runs: Path) -> dict[str, Any]:
                 group.of(winner, "concordance") - group.of(PUBLISHED, "concordance")
             ),
             "control": controls(group, winner),
+            "levels": {
+                name: levels(group, candidate)
+                for name, candidate in (("winner", winner), ("published", PUBLISHED))
+            },
         }
     return record
 
@@ -168,6 +173,41 @@ def complete(folder: Path) -> bool:
     """Whether every model of a group has its scores."""
     seeds = GROUPS[folder.name].seeds
     return all((folder / f"seed-{seed}.maps/scores.parquet").is_file() for seed in seeds)
+
+
+def levels(group: Group, candidate: Candidate) -> dict[str, Any]:
+    """Why an AUC is what it is: each planted level against level 0, and the measured values.
+
+    For every level: AUC against level 0, mean over words, and mean measured value, over models.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in group.passed:
+        sums, record = load(group.folder / f"{name}.maps")
+        truth = Truth(record)
+        values = [truth.means(values_of(sums, record, candidate, word)) for word in WORDS]
+        planted = np.array([row["level"] for row in record["truth"].values()])[truth.used]
+        for level in np.unique(planted):
+            own = found.setdefault(f"{level:g}", {"auc": [], "value": []})
+            own["value"].append(float(np.mean([x[planted == level].mean() for x in values])))
+            wins = [
+                np.sign(x[planted == level][:, None] - x[planted == 0][None]).mean() for x in values
+            ]
+            own["auc"].append(float((np.mean(wins) + 1) / 2))
+    return {
+        level: {name: interval(np.array(x)) for name, x in own.items()}
+        for level, own in found.items()
+    }
+
+
+def packaged(runs: Path, candidates: dict[str, Candidate]) -> dict[str, Any]:
+    """The packaged model, trained five times as long as the others; it chose and tests nothing."""
+    sums, record = load(runs / "packaged.maps")
+    truth = Truth(record)
+    found: dict[str, Any] = {"gate": gate(record)}
+    for name, candidate in candidates.items():
+        scores = [truth.scores(values_of(sums, record, candidate, word)[None]) for word in WORDS]
+        found[name] = {f: float(np.mean([one[f][0] for one in scores])) for f in FIGURES}
+    return found
 
 
 def controls(group: Group, winner: Candidate) -> dict[str, Any]:
