@@ -59,9 +59,10 @@ def test_summary_and_words(run):
         assert row["corrected"]["value"] == pytest.approx(corrected)
         assert "percentile" not in row
     assert len(found["professions"]) == 6
-    first, *ranks = contained("gender", run.plan, run.summary)
+    first, *ranks, limit = contained("gender", run.plan, run.summary)
     assert "the top 5 % of its word's map" in first
     assert "10 % would be inside by chance" in first
+    assert limit.startswith("Read it as an order of professions, not as a size")
     assert len(ranks) == 2
     assert ranks[0].startswith("Containment in “man”")
     text = run.report.read_text()

@@ -88,6 +88,7 @@ class Energy(BaseModel):
     inner_steps: int = Field(1, ge=1)
     accumulate: bool = False
     layers: tuple[str, ...] | None = None
+    containment: tuple[float, float] | None = None
 
 
 class Containment(BaseModel):
