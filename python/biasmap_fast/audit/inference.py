@@ -52,7 +52,7 @@ def sign_flip_test(differences: Sequence[float] | FloatArray) -> float | None:
     Returns:
         The p value, or ``None`` below two differences or where all of them are 0. It cannot be
         below ``2 ** (1 - n)``. scipy's ``permutation_test`` gives the same exact p value, but draws
-        random signs in a loop: more than a second a call, and a report has hundreds.
+        random signs in a Python loop, too slow for the hundreds of tests of a report.
 
     Example:
         >>> sign_flip_test([0.1, 0.2, 0.1, 0.3, 0.2, 0.1])
