@@ -8,6 +8,7 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast.audit import AuditPlan, run_audit
+from biasmap_fast.audit.records import read_side
 from biasmap_fast.audit.sentences import contained
 
 
@@ -59,7 +60,9 @@ def test_summary_and_words(run):
         assert row["corrected"]["value"] == pytest.approx(corrected)
         assert "percentile" not in row
     assert len(found["professions"]) == 6
-    first, *ranks, limit = contained("gender", run.plan, run.summary)
+    first, *middle, limit = contained("gender", run.plan, run.summary)
+    beside, ranks = middle[:2], middle[2:]
+    assert all("containment in “" in text for text in beside)
     assert "the top 5 % of its word's map" in first
     assert "10 % would be inside by chance" in first
     assert limit.startswith("Read it as an order of professions, not as a size")
@@ -68,6 +71,39 @@ def test_summary_and_words(run):
     text = run.report.read_text()
     assert first.replace("'", "&#39;") in text
     assert "containment of the profession in the word, chance level 0.100" in text
+
+
+def test_control_words_have_containment_too(run):
+    pipe = bm.testbed.pipeline()
+    control = run.plan.pair("chef", "person", "person")
+    with bm.attribute(pipe, control.semantic_prompt, layers=["up_blocks"]) as recorder:
+        pipe(
+            [run.plan.prompt("chef")] * 3,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
+            output_type="latent",
+        )
+    maps = recorder.maps()
+    expected = bm.soft_containment(maps["chef"], maps["person"])
+    rows = [
+        row
+        for row in read_side(run.folder, "controls").to_pylist()
+        if (row["semantic"], row["kind"], row["percentile"]) == ("chef", "person", 70.0)
+    ]
+    found = [row["containment"] for row in sorted(rows, key=lambda row: row["seed"])]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    own = [
+        row["containment"]
+        for row in run.records.to_pylist()
+        if (row["semantic"], row["demographic"], row["percentile"]) == ("chef", "man", 70.0)
+    ]
+    (part,) = (row for row in run.summary["containment"]["controls"] if row["demographic"] == "man")
+    (chef,) = (row for row in part["professions"] if row["semantic"] == "chef")
+    assert chef["person"]["level"]["value"] == pytest.approx(np.mean(found))
+    difference = np.mean(own) - np.mean(found)
+    assert chef["person"]["difference"]["value"] == pytest.approx(difference)
+    assert "shuffled" not in chef
 
 
 def test_iou_alone(tmp_path):

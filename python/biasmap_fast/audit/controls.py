@@ -27,7 +27,7 @@ import torch
 from .. import presets
 from ..attribution import AttributionCache, attribute
 from ..concepts import AttributionPrompt
-from .masks import hard_iou, map_fault, packed
+from .masks import contained, containment_maps, hard_iou, map_fault, packed
 from .records import OK
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ def control_rows(
             a = maps[control.semantic.name][unit.profession][image]  # [H, W]
             b = maps[control.other.name][control.word][image]
             row = {**start, "kind": control.kind, "axis": control.axis, "word": control.word}
-            batches[plan.percentiles].add(row, a, b)
+            inside = _containment_parts(plan, maps, control, unit, image)
+            batches[plan.percentiles].add(row, a, b, inside)
         for pair in plan.pairs(unit.profession):
             row = {**start, "axis": pair.axis, "word": pair.demographic}
             main = _sides(maps, pair, unit, image)
@@ -222,11 +223,20 @@ class _Batch:
         self.keys: list[dict[str, Any]] = []
         self.a: list[torch.Tensor] = []
         self.b: list[torch.Tensor] = []
+        self.parts: list[tuple[torch.Tensor, torch.Tensor] | None] = []
 
-    def add(self, key: dict[str, Any], a: torch.Tensor, b: torch.Tensor) -> None:
+    def add(
+        self,
+        key: dict[str, Any],
+        a: torch.Tensor,
+        b: torch.Tensor,
+        parts: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Takes a pair of maps, and those on which its containment is measured, if it is."""
         self.keys.append(key)
         self.a.append(a)
         self.b.append(b)
+        self.parts.append(parts)
 
     def rows(self, plan: AuditPlan, percentiles: Sequence[float]) -> list[dict[str, Any]]:
         faults = [
@@ -247,6 +257,7 @@ class _Batch:
         for members in groups.values():
             a = torch.stack([self.a[i] for i in members]).float().cpu()  # [R, H, W]
             b = torch.stack([self.b[i] for i in members]).float().cpu()
+            inside = self._contained(plan, members)
             for q in percentiles:
                 found, empty = hard_iou(plan, a, b, float(q))
                 rows += [
@@ -255,11 +266,37 @@ class _Batch:
                         "percentile": float(q),
                         "iou": value,
                         "empty_union": no_union,
+                        "containment": inside.get(index),
                         "status": OK,
                     }
                     for index, value, no_union in zip(members, found, empty, strict=True)
                 ]
         return rows
+
+    def _contained(self, plan: AuditPlan, members: Sequence[int]) -> dict[int, float]:
+        found = {i: parts for i in members if (parts := self.parts[i]) is not None}
+        if not found:
+            return {}
+        a, b = (torch.stack(side).float().cpu() for side in zip(*found.values(), strict=True))
+        return dict(zip(found, contained(plan, a, b), strict=True))
+
+
+def _containment_parts(
+    plan: AuditPlan,
+    maps: Mapping[str, AttributionMaps],
+    control: Control,
+    unit: Unit,
+    image: int,
+) -> tuple[torch.Tensor, torch.Tensor] | None:  # [H, W], [H, W]
+    """The maps on which a control's containment is measured; None where the plan measures none."""
+    if plan.measure != "containment":
+        return None
+    sides = []
+    for prompt, word in ((control.semantic, unit.profession), (control.other, control.word)):
+        own = maps[prompt.name]
+        blocks = {name: part[image, own.index(word)] for name, part in own.by_block.items()}
+        sides.append(containment_maps(plan, blocks))
+    return sides[0], sides[1]
 
 
 def _sides(

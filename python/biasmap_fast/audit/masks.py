@@ -16,6 +16,8 @@ from .. import entanglement, reference
 from ..maps import resize
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy.typing as npt
 
     from .plan import AuditPlan
@@ -28,6 +30,34 @@ def hard_iou(
     a, b = _evaluated(plan, a), _evaluated(plan, b)
     found, empty = entanglement.iou_with_flags(a, b, percentile=percentile)  # [R], [R]
     return found.tolist(), empty.tolist()
+
+
+def contained(plan: AuditPlan, a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    """Containment of R maps in R others, ``[R, H, W]`` each, with the plan's settings."""
+    fractions, temperature = plan.containment.fractions, plan.temperature
+    found = entanglement.soft_containment(a, b, fractions=fractions, temperature=temperature)
+    values: list[float] = found.tolist()
+    return values
+
+
+def containment_maps(plan: AuditPlan, blocks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of the blocks' maps on which containment is measured.
+
+    Args:
+        plan: its ``containment.layers`` name the blocks.
+        blocks: UNet block -> maps, all of one shape.
+
+    Raises:
+        ValueError: none of the blocks is named.
+    """
+    wanted = plan.containment.layers
+    chosen = [maps for name, maps in blocks.items() if name.startswith(wanted)]
+    if not chosen:
+        raise ValueError(
+            f"containment is measured on the blocks {list(wanted)}, the maps have {list(blocks)}: "
+            "set containment.layers, or measure 'iou'"
+        )
+    return torch.stack(chosen).sum(0)
 
 
 def map_fault(values: torch.Tensor, concept: str) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ import torch
 from .. import entanglement, presets
 from .controls import control_prompts, control_rows, mask_rows
 from .draw import Cache, Drawn, draw
-from .masks import hard_iou, map_fault
+from .masks import contained, containment_maps, hard_iou, map_fault
 from .plan import PLAIN
 from .records import CONTROLS_SCHEMA, LEDGER_SCHEMA, MASKS_SCHEMA, OK, to_table
 
@@ -374,9 +374,9 @@ def _measured(
     stacked = [_pair_maps(cells[index], maps) for index in good]
     a, b = (torch.stack(side).float().cpu() for side in zip(*stacked, strict=True))  # [R, H, W]
     blocks = _block_pairs([cells[index] for index in good], maps)
-    contained = _contained(plan, blocks)
+    inside = _contained(plan, blocks)
     for position, q in enumerate(plan.percentiles):
-        columns = {**_overlaps(plan, a, b, blocks, q), **contained}
+        columns = {**_overlaps(plan, a, b, blocks, q), **inside}
         for row, index in enumerate(good):
             values[index][position].update({name: x[row] for name, x in columns.items()})
     return values
@@ -419,19 +419,12 @@ def _contained(
     """The columns of containment of R rows, from the sum of some blocks' maps ``[R, H, W]``."""
     if plan.measure != "containment":
         return {}
-    settings = plan.containment
-    chosen = [pair for name, pair in blocks.items() if name.startswith(settings.layers)]
-    if not chosen:
-        raise ValueError(
-            f"containment is measured on the blocks {list(settings.layers)}, the maps have "
-            f"{list(blocks)}: set containment.layers, or measure 'iou'"
-        )
-    a, b = (torch.stack(side).sum(0) for side in zip(*chosen, strict=True))
-    found = entanglement.soft_containment(
-        a, b, fractions=settings.fractions, temperature=plan.temperature
+    a, b = (
+        containment_maps(plan, {name: pair[side] for name, pair in blocks.items()})
+        for side in range(2)
     )
-    chance = settings.fractions[1]  # of an unrelated mask: its mean
-    return {"containment": found.tolist(), "containment_chance": [chance] * len(found)}
+    chance = plan.containment.fractions[1]  # of an unrelated mask: its mean
+    return {"containment": contained(plan, a, b), "containment_chance": [chance] * len(a)}
 
 
 def _ranges(side: str, maps: torch.Tensor) -> dict[str, list[Any]]:

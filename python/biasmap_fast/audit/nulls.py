@@ -378,6 +378,8 @@ def _control_values(
     found: dict[Any, dict[str, dict[int, float]]] = {}
     for row in _ok(controls, (*NEGATIVE, "synonym", "swapped")):
         own = (row["axis"], row["word"]) if row["kind"] == "swapped" else ("", "")
+        if row["iou"] is None:
+            continue
         key = (row["condition"], row["kind"], *own, row["percentile"])
         found.setdefault(key, {}).setdefault(row["semantic"], {})[row["seed"]] = row["iou"]
     # in one order, whatever chunk a picture was measured in

@@ -129,6 +129,7 @@ CONTROLS_SCHEMA = pa.schema(
         _field("percentile", pa.float64(), "of the mask, 0 to 100", nullable=False),
         _field("iou", pa.float64(), "overlap of the two masks, 0 to 1"),
         _field("empty_union", pa.bool_(), "no pixel in either mask; iou is then 0"),
+        _field("containment", pa.float64(), "of controls: the profession's mask in the word's"),
         _field("status", pa.string(), "'ok', or what went wrong", nullable=False),
         _field("reason", pa.string(), "in words, where status is not 'ok'"),
     ],

@@ -118,11 +118,12 @@ def contained(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[st
         f"place of the demographic word (the top {other}) is, mean over professions, "
         f"{_listed(parts)}; {other} would be inside by chance."
     ]
+    texts += _controls(axis, plan, summary, found["controls"], "containment in")
     texts += [rank(row) for row in found["rank"] if row["against"] == "overlap"]
     texts.append(
         "Read it as an order of professions, not as a size: where the overlap was planted, a "
         "quarter of it read near 0 and all of it 0.4 to 0.6 (docs/validity.md), so a value at or "
-        "below chance does not show that the two are apart. Nulls and controls are those of IoU."
+        "below chance does not show that the two are apart."
     )
     return texts
 
@@ -176,11 +177,23 @@ def control_name(kind: str, plan: AuditPlan) -> str:
 
 
 def controls(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
-    """Whether the finding of one axis beats its null and its controls, a sentence or two a word."""
+    """Whether the IoU of one axis beats its null and its controls, a sentence or two a word."""
+    rows = [
+        row for row in summary["controls"] if row["percentile"] == summary["run"]["percentiles"][0]
+    ]
+    return _controls(axis, plan, summary, rows, "overlap with")
+
+
+def _controls(
+    axis: str,
+    plan: AuditPlan,
+    summary: Mapping[str, Any],
+    rows: list[Mapping[str, Any]],
+    what: str,
+) -> list[str]:
     texts: list[str] = []
-    for row in summary["controls"]:
-        first = (axis, summary["run"]["conditions"][0], summary["run"]["percentiles"][0])
-        if (row["axis"], row["condition"], row["percentile"]) != first:
+    for row in rows:
+        if (row["axis"], row["condition"]) != (axis, summary["run"]["conditions"][0]):
             continue
         told = {kind: row["overall"][kind]["difference"] for kind in row["exceeds"]}
         known = {kind: figure for kind, figure in told.items() if figure["low"] is not None}
@@ -191,14 +204,14 @@ def controls(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str
         text = ""
         if lost:
             text = (
-                f"The overlap with “{row['demographic']}” does not beat its controls: on average "
+                f"The {what} “{row['demographic']}” does not beat its controls: on average "
                 "over professions it is not shown to exceed "
                 + _listed([f"{names[k]} (difference {interval(known[k], 3)})" for k in lost])
                 + "."
             )
         else:
             text = (
-                f"On average over professions the overlap with “{row['demographic']}” exceeds "
+                f"On average over professions the {what} “{row['demographic']}” exceeds "
                 + _listed([f"{names[k]} (by {interval(f, 3)})" for k, f in known.items()])
                 + "."
             )

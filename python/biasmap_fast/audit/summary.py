@@ -121,7 +121,7 @@ def summarise(
         "professions": professions,
         "shares": shares,
         "testbed": None if planted is None else _testbed(groups, shares, planted),
-        "containment": _containment(plan, rows, planted),
+        "containment": _containment(plan, rows, planted, beside),
         "controls": nulls.summarise_controls(plan, iou, beside, kept, _above(professions)),
         "curves": nulls.threshold_curves(plan, beside),
         "sweeps": nulls.sweep_curves(beside),
@@ -133,7 +133,10 @@ def summarise(
 
 
 def _containment(
-    plan: AuditPlan, rows: Sequence[Mapping[str, Any]], planted: Sequence[Mapping[str, Any]] | None
+    plan: AuditPlan,
+    rows: Sequence[Mapping[str, Any]],
+    planted: Sequence[Mapping[str, Any]] | None,
+    controls: pa.Table,
 ) -> dict[str, Any] | None:
     """The figures of containment, which has one value a pair where IoU has one a percentile."""
     if plan.measure != "containment":
@@ -152,6 +155,12 @@ def _containment(
     values = _values(groups, "iou")
     differences = compare.differences(plan, values, values)
     ranks = _testbed(groups, [], planted)["rank"] if planted else []
+    place = controls.schema.get_field_index("iou")
+    inside = controls.set_column(place, controls.schema.field(place), controls["containment"])
+    # no masks: what the shuffled null leaves of containment follows nothing (docs/validity.md)
+    beside = nulls.summarise_controls(
+        plan, values, inside, MASKS_SCHEMA.empty_table(), _above(professions)
+    )
     return {
         "fractions": list(plan.containment.fractions),
         "layers": list(plan.containment.layers),
@@ -163,6 +172,7 @@ def _containment(
             for row in differences
         ],
         "rank": [_renamed(row) for row in ranks],
+        "controls": [_renamed(row) for row in beside],
     }
 
 
