@@ -18,6 +18,7 @@ from .candidates import PLANTED, PUBLISHED, PUBLISHED_BRANCH, Candidate
 from .collect import load
 from .models import GROUPS
 from .score import WORDS, Truth, control, values_of
+from .weights import learned
 
 FIGURES = ("concordance", "auc", "rho", "adjacent", "quarter", "picture_auc")
 GATE = 0.85
@@ -136,6 +137,10 @@ def summarise(runs: Path) -> dict[str, Any]:
     groups = {"choosing": choosing}
     if complete(runs / "final"):
         groups["final"] = Group(runs / "final")
+        folders = [
+            [group.folder / f"{name}.maps" for name in group.passed] for group in groups.values()
+        ]
+        record["learned layers"] = learned(folders[0], folders[1], winner)
     for name, group in groups.items():
         measures = dict.fromkeys(c.measure for c in group.candidates())
         record["groups"][name] = {
