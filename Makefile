@@ -44,6 +44,7 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-onnx
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/guidance.py
+	$(BIN)/python benchmarks/recorder.py
 	$(BIN)/python benchmarks/engines.py --part testbed
 	$(BIN)/python benchmarks/engines.py --part audit
 	$(BIN)/python benchmarks/tables.py

@@ -27,6 +27,9 @@ PROFILES = {
     "shapes of SD 1.5": ROOT / "benchmarks/results/amd-epyc/audit-profile-sd15.json",
 }
 OVERLAP = ROOT / "benchmarks/results/amd-epyc/overlap.json"
+RECORDER = [
+    ROOT / f"benchmarks/results/amd-epyc/recorder-{part}.json" for part in ("testbed", "sd15")
+]
 TRAINING = ROOT / "python/biasmap_fast/testbed/weights/training.json"
 
 
@@ -51,6 +54,23 @@ def overlap() -> str:
             f"{row['speedup']:.0f}x | {error} |"
         )
     return "\n".join(lines).strip()
+
+
+def recorder() -> str:
+    """Whole runs with maps, beside an unmodified OVAM."""
+    lines = [
+        "| run | | median ms | quartiles | of plain | held after it, KiB | error |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for path in RECORDER:
+        for row in read(path)["rows"] if path.exists() else ():
+            low, high = row["quartiles_ms"]
+            held = re.search(r"holds (\d+) KiB", row["note"])
+            error = "" if row["error"] is None else f"{row['error']:.0e}"
+            cells = [f"{row['median_ms']:.0f}", f"{low:.0f} to {high:.0f}"]
+            cells += [f"{1 / row['speedup']:.2f}", held.group(1) if held else "", error]
+            lines.append(f"| {row['group']} | {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def testbed() -> str:
@@ -267,7 +287,7 @@ def interval(figures: dict[str, Any]) -> str:
 
 
 TABLES = {
-    README: {"overlap": overlap, "testbed": testbed},
+    README: {"overlap": overlap, "recorder": recorder, "testbed": testbed},
     VALIDITY: {
         "validity": validity,
         "validity measures": validity_measures,
