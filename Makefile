@@ -1,4 +1,4 @@
-# Linux, Python >= 3.11 with venv, a C++17 compiler. Everything lands in .venv.
+# Linux, Python >= 3.11 with venv, a C++17 compiler. Everything lands in .venv. `make bench OVAM=DIR` times that too.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -44,7 +44,7 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-onnx
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/guidance.py
-	$(BIN)/python benchmarks/recorder.py
+	$(BIN)/python benchmarks/recorder.py $(if $(OVAM),--ovam $(OVAM))
 	$(BIN)/python benchmarks/engines.py --part testbed
 	$(BIN)/python benchmarks/engines.py --part audit
 	$(BIN)/python benchmarks/tables.py
