@@ -143,6 +143,26 @@ def test_bad_settings(settings, message):
         AuditPlan(professions=["nurse"], containment=settings)
 
 
+def test_the_plans_own_layers_are_those_of_containment(tmp_path):
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    options = {"professions": ["nurse"], "seeds": [0], "steps": 2, "layers": (layer,)}
+    result = run_audit(AuditPlan(**options), tmp_path / "run", progress=False)
+    assert result.plan.containment_layers == (layer,)
+    pair = result.plan.pairs("nurse")[0]
+    pipe = bm.testbed.pipeline()
+    with bm.attribute(pipe, pair.semantic_prompt, layers=[layer]) as recorder:
+        pipe(
+            [result.plan.prompt("nurse")],
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            generator=[torch.Generator().manual_seed(0)],
+            output_type="latent",
+        )
+    maps = recorder.maps()
+    expected = float(bm.soft_containment(maps["nurse"], maps[pair.demographic]))
+    assert result.records["containment"][0].as_py() == pytest.approx(expected, abs=1e-4)
+
+
 def test_blocks_that_no_map_has(tmp_path):
     plan = AuditPlan(
         professions=["nurse"], seeds=[0], steps=2, containment={"layers": ("up_blocks.7",)}

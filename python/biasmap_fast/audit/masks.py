@@ -44,14 +44,16 @@ def containment_maps(plan: AuditPlan, blocks: Mapping[str, torch.Tensor]) -> tor
     """The sum of the blocks' maps on which containment is measured.
 
     Args:
-        plan: its ``containment.layers`` name the blocks.
+        plan: its `AuditPlan.containment_layers` name the blocks.
         blocks: UNet block -> maps, all of one shape.
 
     Raises:
         ValueError: none of the blocks is named.
     """
-    wanted = plan.containment.layers
-    chosen = [maps for name, maps in blocks.items() if name.startswith(wanted)]
+    wanted = plan.containment_layers
+    # the plan's own layers are all that was recorded
+    everything = wanted is plan.layers
+    chosen = [maps for name, maps in blocks.items() if everything or name.startswith(wanted)]
     if not chosen:
         raise ValueError(
             f"containment is measured on the blocks {list(wanted)}, the maps have {list(blocks)}: "

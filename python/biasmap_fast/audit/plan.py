@@ -99,13 +99,14 @@ class Containment(BaseModel):
     Attributes:
         fractions: share of the pixels in the profession's mask and in the demographic word's. Take
             masks about as large as what the words draw.
-        layers: names or prefixes of UNet blocks whose maps are used, of those that are recorded.
+        layers: names or prefixes of the UNet blocks whose maps are used, of those that are
+            recorded; ``None`` for the up blocks, or for all that the plan's own ``layers`` name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     fractions: tuple[float, float] = (0.05, 0.1)
-    layers: tuple[str, ...] = ("up_blocks",)
+    layers: tuple[str, ...] | None = None
 
     @field_validator("fractions")
     @classmethod
@@ -412,6 +413,11 @@ class AuditPlan(BaseModel):
             raise ValueError(
                 f"an engine stands in the place of one UNet, got conditions with their own: {own}"
             )
+
+    @property
+    def containment_layers(self) -> tuple[str, ...]:
+        """Layers on whose maps containment is measured."""
+        return self.containment.layers or self.layers or ("up_blocks",)
 
     def template(self, condition: str = PLAIN) -> str:
         """The template of the prompts that draw under a condition."""

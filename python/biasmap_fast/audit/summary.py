@@ -163,7 +163,7 @@ def _containment(
     )
     return {
         "fractions": list(plan.containment.fractions),
-        "layers": list(plan.containment.layers),
+        "layers": list(plan.containment_layers),
         "overall": [_renamed(row) for row in _overall(groups)],
         "comparisons": [_renamed(row) for row in _comparisons(professions, sides)],
         "professions": [_renamed(row) for row in professions],
