@@ -269,3 +269,9 @@ def test_compiled_audit(finished, tmp_path, monkeypatch):
         for name in ("compiled", "eager")
     }
     assert len(hashes) == 1
+
+
+def test_guided_pictures_are_not_drawn_by_a_compiled_unet():
+    with pytest.raises(ValueError, match="'guided' cannot be drawn with `compile`"):
+        AuditPlan(professions=["doctor"], conditions=["plain", "guided"], compile=True)
+    assert AuditPlan(professions=["doctor"], compile=True).compile

@@ -372,6 +372,11 @@ class AuditPlan(BaseModel):
                     "one that guides. Use preset 'default' for the condition 'guided'"
                 )
         self._check_conditions()
+        if self.compile and GUIDED in self.conditions:
+            raise ValueError(
+                "the condition 'guided' cannot be drawn with `compile`: the gradient of a UNet "
+                "that torch 2.13's inductor compiled was wrong on the CPU (docs/guidance.md)"
+            )
         if self.energy is not None and GUIDED not in self.conditions:
             raise ValueError(
                 f"`energy` belongs to the condition 'guided', got conditions {self.conditions}"
