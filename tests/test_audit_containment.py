@@ -70,6 +70,8 @@ def test_summary_and_words(run):
     assert ranks[0].startswith("Containment in “man”")
     text = run.report.read_text()
     assert first.replace("'", "&#39;") in text
+    assert first.partition(" is, mean")[0] in (run.folder / "model-card.md").read_text()
+    assert (run.folder / "figures.csv").read_text().count('"containment",') == 6 + 2
     assert "containment of the profession in the word, chance level 0.100" in text
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..entanglement import chance_iou
 from ..pipelines import TESTBED
 from . import figures, sentences
+from .files import write_text
 from .measure import stem
 from .plan import GUIDED, AuditPlan, Unit
 from .records import OK
@@ -87,9 +88,7 @@ def write_report(
         testbed=summary["testbed"] is not None,
     )
     path = folder / "report.html"
-    partial = folder / ".report.html.tmp"
-    partial.write_text(html, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, html)
     return path
 
 

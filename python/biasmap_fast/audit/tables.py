@@ -14,6 +14,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from . import sentences
+from .files import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,6 +78,13 @@ def figures_table(summary: Mapping[str, Any]) -> pa.Table:
         for one in row["professions"]:
             source = {**row, "semantic": one["semantic"]}
             add(source, name, one["iou"], **{test: one.get(test) for test in tests})
+    if summary["containment"] is not None:
+        for row in summary["containment"]["professions"]:
+            add(row, "containment", row["containment"], **{name: row[name] for name in tests})
+        for row in summary["containment"]["overall"]:
+            add(row, "containment", row["containment"])
+        for row in summary["containment"]["differences"]:
+            add(row, f"containment minus {row['baseline']}", row["containment"], p=row["p"])
     for row in summary["shares"]:
         for word, figure in row["words"].items():
             add({**row, "demographic": word}, "share", figure)
@@ -111,12 +119,9 @@ def write_tables(folder: Path, plan: AuditPlan, summary: Mapping[str, Any]) -> l
         "figures.parquet": binary.getvalue(),
         "model-card.md": card,
     }
-    written = []
     for name, data in contents.items():
-        partial = folder / f".{name}.tmp"
-        partial.write_bytes(data)
-        written.append(partial.replace(folder / name))
-    return written
+        write_file(folder / name, data)
+    return [folder / name for name in contents]
 
 
 def model_card(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
@@ -134,7 +139,8 @@ def model_card(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
     ]
     for axis in plan.axes:
         lines += [f"### {_plain(axis).capitalize()}", ""]
-        told = [sentences.finding(axis, summary), *sentences.controls(axis, plan, summary)]
+        told = sentences.contained(axis, plan, summary)
+        told += [sentences.finding(axis, summary), *sentences.controls(axis, plan, summary)]
         lines += [text for one in told for text in (_plain(one), "")]
     first = (plan.conditions[0], plan.percentiles[0])
     lines += [
