@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from biasmap_fast.audit import AuditPlan, Reading
 from biasmap_fast.audit.classifiers import reader_for
+from biasmap_fast.audit.conditions import ConditionError
 from biasmap_fast.audit.measure import _reading_fields
 from biasmap_fast.pipelines import ModelError
 
@@ -105,8 +106,20 @@ def test_a_function_of_others(monkeypatch):
     assert reader_for(plan_of("mine:read"))(pictures(2)) == [Reading("judge", "tall", 0.9)] * 2
     with pytest.raises(TypeError, match=r"mine:short must return one Reading a picture, got 0"):
         reader_for(plan_of("mine:short"))(pictures(2))
-    with pytest.raises(ValueError, match=r"as 'module:function', got 'mine:nothing'"):
+    with pytest.raises(ConditionError, match=r"mine has no function 'nothing'; it has \['read', "):
         reader_for(plan_of("mine:nothing"))
+
+
+def test_a_function_in_a_file_of_the_working_directory(tmp_path):
+    source = """from biasmap_fast.audit import Reading
+def read(found):
+    return [Reading("judge", "tall", 0.9) for _ in found]
+"""
+    (tmp_path / "readers_of_mine.py").write_text(source)
+    read = reader_for(plan_of("readers_of_mine.py:read"), str(tmp_path))
+    assert read(pictures(2)) == [Reading("judge", "tall", 0.9)] * 2
+    with pytest.raises(ConditionError, match=r"'nowhere.py:read' cannot be imported from"):
+        reader_for(plan_of("nowhere.py:read"), str(tmp_path))
 
 
 def test_readers_that_cannot_be(tmp_path):

@@ -6,7 +6,6 @@ any interval of the report; the labels of a zero-shot classifier carry biases of
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from .. import presets
 from ..pipelines import TESTBED, ModelError
+from .conditions import find
 from .measure import Reading, reader_for_testbed
 
 if TYPE_CHECKING:
@@ -28,17 +28,18 @@ CLIP_TEMPLATE = "a photo of {}"
 """Text whose similarity with the picture decides, with the word and its article."""
 
 
-def reader_for(plan: AuditPlan) -> Reader | None:
+def reader_for(plan: AuditPlan, folder: str = ".") -> Reader | None:
     """The reader that a plan asks for; None for none.
 
     Args:
         plan: its ``classifier`` is ``"none"``, ``"testbed"``, ``"clip:DIR"`` (or a hub id), or
             ``"module:function"``: a function of a list of PIL pictures that returns one `Reading`
-            a picture.
+            a picture (also ``"file.py:function"``).
+        folder: where the function's module is looked for beside ``sys.path``.
 
     Raises:
+        ConditionError: the module or function cannot be found.
         ModelError: the CLIP model cannot be loaded.
-        ValueError: the module or function cannot be found.
     """
     if plan.classifier == "none":
         return None
@@ -47,7 +48,7 @@ def reader_for(plan: AuditPlan) -> Reader | None:
     kind, _, rest = plan.classifier.partition(":")
     if kind == "clip":
         return ClipReader(plan, *_load_clip(rest, plan.device))
-    return _function(kind, rest)
+    return _function(plan.classifier, folder)
 
 
 class ClipReader:
@@ -148,19 +149,14 @@ def _load_clip(name: str, device: str) -> tuple[Any, Any]:
     return model.to(device), tokenizer
 
 
-def _function(module: str, name: str) -> Reader:
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"expected the classifier as 'module:function', got '{module}:{name}' ({error})"
-        ) from error
+def _function(target: str, folder: str) -> Reader:
+    found = find(target, folder)
 
     def read(pictures: Sequence[Image]) -> list[Reading]:
         readings = list(found(list(pictures)))
         if len(readings) != len(pictures) or not all(isinstance(r, Reading) for r in readings):
             raise TypeError(
-                f"the classifier {module}:{name} must return one Reading a picture, got "
+                f"the classifier {target} must return one Reading a picture, got "
                 f"{len(readings)} of {sorted({type(r).__name__ for r in readings})} for "
                 f"{len(pictures)} pictures"
             )

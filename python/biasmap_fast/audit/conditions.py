@@ -116,7 +116,7 @@ def find(target: str, folder: str) -> Callable[..., Any]:
         module = _file_module(place, folder) if place.endswith(".py") else _module(place, folder)
     except Exception as error:  # whatever a user's module raises
         raise ConditionError(
-            f"the module of the condition {target!r} cannot be imported from {folder}: "
+            f"the module of {target!r} cannot be imported from {folder}: "
             f"{type(error).__name__}: {error}"
         ) from error
     function = getattr(module, name, None)

@@ -61,7 +61,7 @@ class Worker:
             kind, target = conditions.parse(self._plan.interventions[condition])
             if kind == "function":  # before a model is loaded
                 conditions.find(target, self._folder)
-        self._read = reader_for(self._plan)
+        self._read = reader_for(self._plan, self._folder)
         pipe = self._given or self._load()
         self._pipe = self._stack.enter_context(_ready(self._plan, pipe))
         try:
