@@ -175,8 +175,9 @@ def measure_chunk(
         for array, fault in zip(drawn.arrays, faults, strict=True)
     ]
     readings = _read(read, pictures)
+    of_cells = [_fault(cell, drawn.maps, faults) for cell in cells]
     rows: list[dict[str, Any]] = []
-    for measured, cell in zip(_measured(plan, cells, drawn.maps, faults), cells, strict=True):
+    for measured, cell in zip(_measured(plan, cells, drawn.maps, of_cells), cells, strict=True):
         common = _settings(pipe, plan, cell, drawn.size)
         reading = _reading_fields(readings[cell.image], cell.pair, plan)
         rows.extend({**common, **guided[cell.image], **reading, **values} for values in measured)
@@ -188,7 +189,7 @@ def measure_chunk(
             if picture is not None and kept(plan.save_pictures, plan, unit)
         },
         maps=_kept_maps(plan, cells, drawn.maps),
-        sides=_sides(plan, units, cells, drawn, faults),
+        sides=_sides(plan, units, cells, drawn, faults, of_cells),
     )
 
 
@@ -205,7 +206,7 @@ def failed_chunk(
         reason: in a sentence.
     """
     cells = _cells(plan, units)
-    faults = [(status, reason)] * len(units)
+    faults = [(status, reason)] * len(cells)
     size = (plan.height or _side(pipe, 0), plan.width or _side(pipe, 1))
     rows = [
         {**_settings(pipe, plan, cell, size), **values}
@@ -295,6 +296,7 @@ def _sides(
     cells: Sequence[_Cell],
     drawn: Drawn,
     faults: Sequence[tuple[str, str] | None],
+    of_cells: Sequence[tuple[str, str] | None],
 ) -> dict[str, pa.Table]:
     """The tables that go beside the records."""
     found = {}
@@ -304,7 +306,7 @@ def _sides(
     rows = control_rows(plan, units, drawn.maps, drawn.swept, faults)
     if rows:
         found["controls"] = to_table(rows, CONTROLS_SCHEMA)
-    good = [cell for cell in cells if _fault(cell, drawn.maps, faults) is None]
+    good = [cell for cell, fault in zip(cells, of_cells, strict=True) if fault is None]
     if good:
         sides = [_pair_maps(cell, drawn.maps) for cell in good]
         a, b = (torch.stack(side).float().cpu() for side in zip(*sides, strict=True))  # [R, H, W]
@@ -358,8 +360,7 @@ def _measured(
     chances = {q: float(entanglement.chance_iou(1 - q / 100)) for q in plan.percentiles}
     values: list[list[dict[str, Any]]] = []
     good: list[int] = []
-    for index, cell in enumerate(cells):
-        fault = _fault(cell, maps, faults)
+    for index, fault in enumerate(faults):
         status, reason = fault or (OK, None)
         values.append(
             [
