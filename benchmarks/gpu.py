@@ -93,7 +93,8 @@ def tests() -> Step:
 
 
 def benchmarks() -> Step:
-    command = [sys.executable, "benchmarks/kernels.py", "--out", str(BUILD / "results")]
+    command = [sys.executable, "benchmarks/run.py", "--set", "gpu", "--part", "kernels"]
+    command += ["--part", "recorder", "--budget", "150", "--out", str(BUILD / "results")]
     return run("benchmarks", command, 170, **with_site())
 
 
@@ -116,7 +117,7 @@ def device() -> str:
 
 
 def timings() -> dict[str, Any]:
-    found = sorted((BUILD / "results").glob("*/kernels.json"))
+    found = sorted((BUILD / "results").glob("*/*.json"))
     record: dict[str, Any] = json.loads(found[0].read_text(encoding="utf-8")) if found else {}
     return record
 
@@ -127,10 +128,14 @@ def table(steps: list[Step], rows: list[dict[str, Any]]) -> str:
         if row["group"] != group:
             group = row["group"]
             lines.append(f"\n{group}: {row['workload']}")
+        if row["median_ms"] is None:
+            lines.append(f"  {row['name']:34} {row['status']}")
+            continue
         error = "" if row["error"] is None else f"{row['error']:.1e}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
         bound = "" if row["bound_ms"] is None else f"{row['bound_ms'] / row['median_ms']:.0%}"
         lines.append(
-            f"  {row['name']:34}{row['median_ms']:10.4f} ms {row['speedup']:9.1f}x"
+            f"  {row['name']:34}{row['median_ms']:10.4f} ms {ratio:>9}"
             f"{error:>10}{bound:>6} of bound  {row['note']}"
         )
     lines.append("")

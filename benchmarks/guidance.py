@@ -1,22 +1,14 @@
 """One guided UNet call at the shapes of SD 1.5: this package against the published way.
 
-    python benchmarks/guidance.py [--out DIR] [--threads N] [--rounds N] [--width 320]
-
-The published way takes the gradient through the whole guidance batch (two chunks here), with the
-weights' own gradients on, from row-wise soft masks of 20 unrolled iterations of the unconditional
-chunk's maps. Ours differentiates the attributed chunk alone, of the same branch. Both run once a
-round, in turn, in this process; peak memory is taken in a process each. Weights are random.
+The published way takes the gradient through the whole guidance batch, two chunks or (with semantic
+guidance, as its scripts run) four, with the weights' own gradients on, from row-wise soft masks of
+20 unrolled iterations of the unconditional chunk's maps. Ours differentiates the attributed chunk
+alone, of the same branch. Weights are random. On a CPU four
+chunks are measured at 128 channels, or they would take half of the whole run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,22 +20,29 @@ from biasmap_fast.concepts import tokenize_all
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers
-from harness import Variant, measure, save, show
+from harness import Entry, Group
+from settings import Settings
 
 PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
 
 
-def build(width: int) -> Any:
-    """SD 1.5's UNet (for 320 channels) with random weights, behind a pipeline's other parts."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def bare_unet(width: int) -> Any:
+    """SD 1.5's UNet (for 320 channels) without values."""
+    from diffusers import UNet2DConditionModel
 
     channels = tuple(width * factor for factor in (1, 2, 4, 4))
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
+        return UNet2DConditionModel(
             sample_size=64, cross_attention_dim=768, block_out_channels=channels
         )
-    unet = unet.to_empty(device="cpu").eval()
+
+
+def build(width: int) -> Any:
+    """SD 1.5's UNet (for 320 channels) with random weights, behind a pipeline's other parts."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet = bare_unet(width).to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
@@ -72,115 +71,128 @@ def build(width: int) -> Any:
     return pipe
 
 
-def arguments(pipe: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(1, 4, 64, 64, generator=generator).repeat(2, 1, 1, 1)
-    return latents, pipe.scheduler.timesteps[10], torch.randn(2, 77, 768, generator=generator)
+def flops(width: int, chunks: int) -> float:
+    """Of one forward pass, counted on tensors without values."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
+        bare_unet(width)(
+            torch.empty(chunks, 4, 64, 64), torch.tensor(0), torch.empty(chunks, 77, 768)
+        )
+    return float(counted.get_total_flops())
 
 
-def plain(pipe: Any) -> Callable[[], torch.Tensor]:
-    def run() -> torch.Tensor:
+class Calls:
+    """Ways of one UNet call with ``chunks`` copies of the latents in its batch."""
+
+    def __init__(self, pipe: Any, chunks: int) -> None:
+        self.pipe, self.chunks = pipe, chunks
+
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(1, 4, 64, 64, generator=generator).repeat(self.chunks, 1, 1, 1)
+        text = torch.randn(self.chunks, 77, 768, generator=generator)
+        unet = self.pipe.unet
+        return (
+            latents.to(unet.device, unet.dtype),
+            self.pipe.scheduler.timesteps[10],
+            text.to(unet.device, unet.dtype),
+        )
+
+    def plain(self) -> torch.Tensor:
         with torch.no_grad():
-            sample: torch.Tensor = pipe.unet(*arguments(pipe)).sample
+            sample: torch.Tensor = self.pipe.unet(*self.arguments()).sample
         return sample
 
-    return run
-
-
-def published(pipe: Any) -> Callable[[], torch.Tensor]:
-    """Written from the description of the published code; none of it is copied."""
-    layers = cross_attention_layers(pipe, None)
-    keys = attribution_keys(pipe, layers, tokenize_all(PROMPT, pipe))
-
-    def run() -> torch.Tensor:
-        latents, timestep, text = arguments(pipe)
+    def published(self) -> torch.Tensor:
+        """Written from the description of the published code; none of it is copied."""
+        latents, timestep, text = self.arguments()
         latents.requires_grad_()
-        queries: dict[str, torch.Tensor] = {}
-        handles = [
-            layer.module.to_q.register_forward_hook(
-                lambda module, args, query, name=layer.name: queries.__setitem__(name, query)
-            )
-            for layer in layers
-        ]
-        try:
-            prediction = pipe.unet(latents, timestep, text).sample
-        finally:
-            for handle in handles:
-                handle.remove()
-        total = torch.zeros(1, 2, 64, 64)
-        for layer in layers:
-            rows = layer.split_heads(queries[layer.name])[:1]  # batch index 0: unconditional
-            side = int(rows.shape[2] ** 0.5)
-            maps = concept_map(rows, keys.by_layer[layer.name], keys.weights)
-            total = total + resize(maps.view(1, 2, side, side), (64, 64))
-        energy = presets.paper_soft_iou(total[:, 0], total[:, 1])
-        (gradient,) = torch.autograd.grad(energy.sum(), latents)
-        alpha_bar = pipe.scheduler.alphas_cumprod[int(timestep)]
+        with RowwiseEnergy(self.pipe, PROMPT) as energy:
+            prediction = self.pipe.unet(latents, timestep, text).sample
+        (gradient,) = torch.autograd.grad(energy(), latents)
+        alpha_bar = self.pipe.scheduler.alphas_cumprod[int(timestep)]
         added: torch.Tensor = prediction.detach() + 100 * (1 - alpha_bar).sqrt() * gradient[:1]
         return added
 
-    return run
-
-
-def guided(pipe: Any) -> Callable[[], torch.Tensor]:
-    def run() -> torch.Tensor:
-        with bm.guide(pipe, PROMPT, branch="uncond", chunks=2, clip=None), torch.no_grad():
-            sample: torch.Tensor = pipe.unet(*arguments(pipe)).sample
+    def guided(self) -> torch.Tensor:
+        guide = bm.guide(self.pipe, PROMPT, branch="uncond", chunks=self.chunks, clip=None)
+        with guide, torch.no_grad():
+            sample: torch.Tensor = self.pipe.unet(*self.arguments()).sample
         return sample
 
-    return run
+
+class RowwiseEnergy:
+    """The published energy of one UNet call of one image: maps of batch index 0, unrolled masks."""
+
+    def __init__(self, pipe: Any, prompt: bm.AttributionPrompt) -> None:
+        self.layers = cross_attention_layers(pipe, None)
+        self.keys = attribution_keys(pipe, self.layers, tokenize_all(prompt, pipe))
+        self.queries: dict[str, torch.Tensor] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> RowwiseEnergy:
+        for layer in self.layers:
+
+            def keep(
+                _module: Any, _inputs: Any, query: torch.Tensor, name: str = layer.name
+            ) -> None:
+                self.queries[name] = query
+
+            self.handles.append(layer.module.to_q.register_forward_hook(keep))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def maps(self) -> torch.Tensor:
+        """``[1, K, h, w]``, summed over heads and layers."""
+        queries = [layer.split_heads(self.queries[layer.name])[:1] for layer in self.layers]
+        side = int(max(q.shape[2] for q in queries) ** 0.5)
+        total = torch.zeros(1, len(self.keys.weights), side, side, device=queries[0].device)
+        for layer, rows in zip(self.layers, queries, strict=True):
+            here = int(rows.shape[2] ** 0.5)
+            maps = concept_map(rows, self.keys.by_layer[layer.name], self.keys.weights)
+            total = total + resize(maps.view(1, -1, here, here), (side, side))
+        return total
+
+    def __call__(self) -> torch.Tensor:
+        """The first concept against the mean of the others' masks' overlaps, differentiable."""
+        maps = self.maps()
+        first, others = maps[:, :1], maps[:, 1:]
+        return presets.paper_soft_iou(first.expand_as(others), others).mean()
 
 
-WAYS = {"plain": plain, "published": published, "guide": guided}
-
-
-def peak_mib(way: str, options: argparse.Namespace) -> float:
-    """Growth of the high-water mark over one call, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", way]
-    command += ["--width", str(options.width), "--threads", str(options.threads)]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(answer.stdout)["mib"])
-
-
-def report_peak(way: str, options: argparse.Namespace) -> None:
-    run = WAYS[way](build(options.width))
-    Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark of building
-    before = high_water_kib()
-    run()
-    print(json.dumps({"mib": (high_water_kib() - before) / 1024}))
-
-
-def high_water_kib() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=320, help="channels; SD 1.5 has 320")
-    parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.peak:
-        report_peak(options.peak, options)
-        return
-
-    pipe = build(options.width)
-    group = "guided UNet call"
-    workload = f"{options.width} channels, latents of 64 x 64, 2 chunks, float32"
-    variants = [
-        Variant(name, WAYS[name](pipe), lambda values: None, note)
-        for name, note in (("published", ""), ("guide", ""), ("plain", "no guidance"))
+def entries(width: int, chunks: int, settings: Settings) -> list[Entry]:
+    pipe = build(width).to(settings.device, settings.dtype)
+    calls = Calls(pipe, chunks)
+    forward = flops(width, chunks)
+    own = "another energy: the exact soft top-k of a whole map"
+    return [
+        Entry("published", calls.published, note="20 unrolled iterations, row by row"),
+        Entry("guide", calls.guided, note=own, ours=True),
+        Entry("plain", calls.plain, note="no guidance", flops=forward),
     ]
-    rows = measure(group, workload, variants, options.rounds)
-    for row in rows:
-        row.peak_mib = peak_mib(row.name, options)
-    show(rows)
-    print(f"\n{save(rows, options.out, options.threads, 'guidance')}")
 
 
-if __name__ == "__main__":
-    main()
+def groups(settings: Settings) -> list[Group]:
+    """Two chunks at full width, then four (on a CPU, at less of it)."""
+    widths = {2: 32, 4: 32} if settings.quick else {2: 320, 4: 320 if settings.gpu else 128}
+    seconds = {2: 195.0, 4: 60.0}
+    dtype = str(settings.dtype).removeprefix("torch.")
+    return [
+        Group(
+            "guidance",
+            f"guided UNet call, {chunks} chunks",
+            f"{width} channels, latents of 64 x 64, {chunks} chunks, {dtype}",
+            lambda width=width, chunks=chunks: entries(width, chunks, settings),  # type: ignore[misc]
+            rounds=settings.rounds(9 if settings.gpu else 2),
+            seconds=40.0 if settings.gpu else seconds[chunks],
+            threads=2,
+            warm_up="" if settings.gpu else "plain",
+            peaks=True,
+        )
+        for chunks, width in widths.items()
+    ]

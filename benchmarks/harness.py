@@ -1,8 +1,9 @@
-"""What the benchmarks share: interleaved timing, and one JSON file a run.
+"""What the benchmarks share: entries as data, interleaved timing, limits, and what a regression is.
 
-Every variant of a group runs once a round, in turn, in one process, after a warm-up: a slow minute
-of the machine then falls on all of them. Medians with quartiles; the error stands beside the time,
-and so does the least time possible where that is known.
+Every entry of a group runs once a round, in turn, in one process, after a warm-up: a slow minute of
+the machine then falls on all of them, and the ratio to the group's first entry is taken round by
+round. Medians with quartiles; error and least time possible stand in the same row. An entry that
+raises is a row that says so, and one that was not run says why: neither is a number.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,29 +26,90 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast import _C
 
+TOLERANCE = 0.05  # worse by more than this, beyond both spreads, is a regression
+Clock = Callable[[Callable[[], Any]], float]
+
+
+@dataclass
+class Entry:
+    """One thing to time. ``run`` may be None if ``status`` says why."""
+
+    name: str
+    run: Callable[[], Any] | None
+    error: Callable[[Any], float | None] | None = None  # of what `run` gave, from the exact value
+    note: str = ""
+    bytes: float = 0.0  # that must move at least, read and written
+    flops: float = 0.0  # of matrix products
+    exponentials: float = 0.0
+    calls: int = 1  # that one `run` makes; times are of one
+    ours: bool = False  # a regression of it is this package's
+    held: Callable[[], int] | None = None  # bytes kept after `run`
+    tolerance: float | None = None  # a greater error is a failure
+    x: float | None = None  # what a slope is fitted over
+    status: str = "ok"
+
+
+@dataclass
+class Group:
+    """Entries on one workload, the first of which the others are compared with."""
+
+    part: str
+    name: str
+    workload: str
+    setup: Callable[[], Sequence[Entry]]
+    rounds: int
+    seconds: float  # that it takes on two idle cores, to keep within a budget
+    threads: int = 1
+    warm_up: str = ""  # the one entry that warms up, where a call takes long; default each
+    peaks: bool = False  # peak memory, in a process an entry
+    repeats: int = 1  # of a call between two events of a GPU
+    slope: str = ""  # what the entries' `x` counts
+
 
 @dataclass
 class Row:
+    part: str
     group: str
     name: str
     workload: str
-    median_ms: float
-    quartiles_ms: tuple[float, float]
-    speedup: float  # over the group's first row
-    error: float | None  # greatest difference from the exact value
+    status: str
+    threads: int
     note: str = ""
-    peak_mib: float | None = None  # growth of the process's high-water mark over one call
+    ours: bool = False
+    rounds: int = 0
+    median_ms: float | None = None
+    quartiles_ms: tuple[float, float] | None = None
+    ratio: float | None = None  # of time to the group's first row's, median over the rounds
+    ratio_quartiles: tuple[float, float] | None = None
+    error: float | None = None
+    bytes: float = 0.0
+    flops: float = 0.0
+    exponentials: float = 0.0
     bound_ms: float | None = None  # no version can be faster
+    bound_by: str = ""
+    peak_mib: float | None = None  # growth of the high-water mark over one call
+    held_kib: float | None = None
+    x: float | None = None
+    times_ms: list[float] = field(default_factory=list)
 
 
 @dataclass
-class Variant:
-    name: str
-    run: Callable[[], Any]
-    error: Callable[[Any], float | None]
-    note: str = ""
-    bound_ms: float | None = None
-    calls: int = 1  # that one `run` makes
+class Limits:
+    """What the device was measured to do, at a number of threads."""
+
+    copy_gb_s: float  # read and written
+    matrix_gflop_s: float
+    exponentials_g_s: float | None
+
+    def bound(self, entry: Entry) -> tuple[float | None, str]:
+        """Milliseconds that the entry's work takes at least, and by which limit."""
+        times = {
+            "copy": entry.bytes / self.copy_gb_s,
+            "matrix": entry.flops / self.matrix_gflop_s,
+            "exponentials": entry.exponentials / (self.exponentials_g_s or float("inf")),
+        }
+        name = max(times, key=lambda each: times[each])
+        return (times[name] / 1e6, name) if times[name] > 0 else (None, "")
 
 
 def wall_clock(run: Callable[[], Any]) -> float:
@@ -68,36 +130,190 @@ def device_clock(run: Callable[[], Any], repeats: int = 10) -> float:
     return float(start.elapsed_time(end)) / repeats
 
 
+def measure_limits(device: torch.device, exponentials: float | None = None) -> Limits:
+    """A copy of tensors larger than a cache, a matrix product, and exponentials inside one."""
+    gpu = device.type == "cuda"
+    clock: Clock = device_clock if gpu else wall_clock
+    source = torch.rand(1 << (28 if gpu else 24), device=device)
+    target = torch.empty_like(source)
+    side = 8192 if gpu else 1536
+    dtype = torch.float16 if gpu else torch.float32
+    a = torch.rand(side, side, device=device, dtype=dtype)
+    small = torch.rand(1 << 16, device=device)
+    out = torch.empty_like(small)
+
+    def median(run: Callable[[], Any]) -> float:
+        run()
+        return statistics.median(clock(run) for _ in range(9))
+
+    def sixteen() -> None:
+        for _ in range(16):
+            torch.exp(small, out=out)
+
+    copied = median(lambda: target.copy_(source))
+    multiplied = median(lambda: a @ a)
+    if exponentials is None and not gpu:
+        exponentials = 16 * small.numel() / 1e6 / median(sixteen)
+    return Limits(2 * source.nbytes / 1e6 / copied, 2 * side**3 / 1e6 / multiplied, exponentials)
+
+
+def spread(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Median and quartiles."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return float(median), (float(low), float(high))
+
+
 def measure(
-    group: str,
-    workload: str,
-    variants: list[Variant],
-    rounds: int,
-    clock: Callable[[Callable[[], Any]], float] = wall_clock,
+    group: Group,
+    entries: Sequence[Entry],
+    limits: Limits | None,
+    clock: Clock = wall_clock,
+    deadline: float = float("inf"),
 ) -> list[Row]:
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    results = {variant.name: variant.run() for variant in variants}  # warm-up
-    for _ in range(rounds):
-        for variant in variants:
-            times[variant.name].append(clock(variant.run) / variant.calls)
-    base = statistics.median(times[variants[0].name])
+    """One row an entry; after ``deadline`` (monotonic) no round begins, but two there are."""
+    times: dict[str, list[float]] = {entry.name: [] for entry in entries}
+    results: dict[str, Any] = {}
+    status = {entry.name: entry.status for entry in entries}
+
+    def attempt(entry: Entry, timed: bool) -> None:
+        if status[entry.name] != "ok" or entry.run is None:
+            return
+        run = entry.run
+
+        def keep() -> None:
+            results[entry.name] = run()
+
+        try:
+            took = clock(keep)
+        except Exception as error:  # whatever a peer raises is its row's status
+            said = " ".join(str(error).split())[:300]
+            status[entry.name] = f"failed: {type(error).__name__}: {said}"
+            return
+        if timed:
+            times[entry.name].append(took / entry.calls)
+
+    for entry in entries:
+        if group.warm_up in ("", entry.name):
+            attempt(entry, timed=False)
+    for done in range(group.rounds):
+        if done >= 2 and time.monotonic() > deadline:
+            break
+        for entry in entries:
+            attempt(entry, timed=True)
+
+    base = times[entries[0].name] if status[entries[0].name] == "ok" else []
     rows = []
-    for variant in variants:
-        low, median, high = statistics.quantiles(times[variant.name], n=4, method="inclusive")
-        rows.append(
-            Row(
-                group=group,
-                name=variant.name,
-                workload=workload,
-                median_ms=median,
-                quartiles_ms=(low, high),
-                speedup=base / median,
-                error=variant.error(results[variant.name]),
-                note=variant.note,
-                bound_ms=variant.bound_ms,
+    for entry in entries:
+        row = Row(
+            group.part, group.name, entry.name, group.workload, status[entry.name], group.threads,
+            entry.note, entry.ours, x=entry.x, bytes=entry.bytes, flops=entry.flops,
+            exponentials=entry.exponentials,
+        )  # fmt: skip
+        rows.append(row)
+        if row.status != "ok":
+            continue
+        found = times[entry.name]
+        row.times_ms, row.rounds = [round(each, 5) for each in found], len(found)
+        row.median_ms, row.quartiles_ms = spread(found)
+        if base:
+            row.ratio, row.ratio_quartiles = spread(
+                [each / one for each, one in zip(found, base, strict=True)]
             )
-        )
+        if limits is not None:
+            row.bound_ms, row.bound_by = limits.bound(entry)
+        if entry.error is not None:
+            row.error = entry.error(results[entry.name])
+            if entry.tolerance is not None and not (row.error or 0.0) <= entry.tolerance:
+                row.status = f"failed: error {row.error:.1e}, allowed {entry.tolerance:.0e}"
+        if entry.held is not None:
+            row.held_kib = entry.held() / 2**10
     return rows
+
+
+def skipped(group: Group, reason: str) -> Row:
+    """The row of a group that was not run."""
+    return Row(group.part, group.name, "*", group.workload, f"skipped: {reason}", group.threads)
+
+
+def high_water_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
+
+
+def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
+    """Growth of the process's high-water mark over one call, or of the allocator's on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark of building
+    started = high_water_mib()
+    run()
+    return high_water_mib() - started
+
+
+def slope(points: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Of log time over log x by least squares, with its 95 % interval (Student's t)."""
+    from scipy import stats
+
+    x, y = np.log(np.array(points)).T
+    fit = stats.linregress(x, y)
+    half = float(stats.t.ppf(0.975, len(x) - 2) * fit.stderr)
+    return {
+        "slope": float(fit.slope),
+        "low": float(fit.slope) - half,
+        "high": float(fit.slope) + half,
+        "points": len(x),
+    }
+
+
+def slopes(groups: Sequence[Group], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One for each group that has something to fit over."""
+    found = []
+    for group in groups:
+        own = [row for row in rows if (row.part, row.group) == (group.part, group.name)]
+        points = [
+            (row.x, each) for row in own if row.x and row.status == "ok" for each in row.times_ms
+        ]
+        if group.slope and len({x for x, _ in points}) >= 3:
+            named = {"part": group.part, "group": group.name, "over": group.slope}
+            found.append({**named, **slope(points)})
+    return found
+
+
+def regressions(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows of ours that got worse than stored ones, in words.
+
+    Times are compared as ratios to the group's first row, as those on a shared machine mean nothing
+    by themselves. A ratio is worse if it rose by more than 5 % and each run's median lies outside
+    the other's quartiles; memory, which hardly varies, if it rose by more than 5 % and 1 MiB. A row
+    that was measured before and now failed is worse; one that was skipped says nothing.
+    """
+    stored = {(row["part"], row["group"], row["name"]): row for row in old if row["status"] == "ok"}
+    found = []
+    for row in new:
+        key = (row["part"], row["group"], row["name"])
+        before = stored.get(key)
+        if before is None or not row["ours"]:
+            continue
+        where = " / ".join(key)
+        if row["status"].startswith("failed"):
+            found.append(f"{where}: {row['status']}")
+            continue
+        if row["status"] != "ok" or before["workload"] != row["workload"]:
+            continue
+        a, b = before["ratio"], row["ratio"]
+        slower = a is not None and b is not None and b > a * (1 + TOLERANCE)
+        if slower and b > before["ratio_quartiles"][1] and a < row["ratio_quartiles"][0]:
+            found.append(f"{where}: {b:.3g} of the first row's time, was {a:.3g}")
+        for name, more in (("peak_mib", 1.0), ("held_kib", 1024.0)):
+            a, b = before[name], row[name]
+            if a is not None and b is not None and b > max(a * (1 + TOLERANCE), a + more):
+                found.append(f"{where}: {name} {b:.1f}, was {a:.1f}")
+    return found
 
 
 def device_name() -> str:
@@ -106,10 +322,21 @@ def device_name() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def save(rows: list[Row], folder: Path, threads: int, name: str, gpu: str | None = None) -> Path:
-    """Writes ``folder/<device>/<name>.json``, whole or not at all; the device is a GPU if named."""
-    record = {
-        "schema": 1,
+def slug(device: str) -> str:
+    """The name of a device's folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole run of a device: files are called by their date."""
+    found = sorted(folder.glob("[0-9]*-[0-9]*-[0-9]*.json"))
+    return found[-1] if found else None
+
+
+def environment(threads: int, gpu: str | None = None) -> dict[str, Any]:
+    """Machine and versions, as every results file begins."""
+    return {
+        "schema": 2,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": gpu or device_name(),
         "cores": os.cpu_count(),
@@ -121,10 +348,11 @@ def save(rows: list[Row], folder: Path, threads: int, name: str, gpu: str | None
             "biasmap_fast": bm.__version__,
         },
         "build": _C.build_info(),
-        "rows": [asdict(row) for row in rows],
     }
-    device = re.sub(r"[^a-z0-9]+", "-", str(record["device"]).lower()).strip("-")
-    target = folder / device / f"{name}.json"
+
+
+def write(record: dict[str, Any], target: Path) -> Path:
+    """Writes JSON, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -132,23 +360,34 @@ def save(rows: list[Row], folder: Path, threads: int, name: str, gpu: str | None
     return target
 
 
-def show(rows: list[Row]) -> None:
+def save(rows: list[Row], folder: Path, threads: int, name: str, gpu: str | None = None) -> Path:
+    """Writes ``folder/<device>/<name>.json``, of a script that is not part of a whole run."""
+    record = {**environment(threads, gpu), "rows": [asdict(row) for row in rows]}
+    return write(record, folder / slug(str(record["device"])) / f"{name}.json")
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A table on stdout."""
     group = ""
     for row in rows:
         if row.group != group:
             group = row.group
-            print(f"\n{group}: {row.workload}")
+            print(f"\n{row.part}: {group}, {row.workload}, {row.threads} thread(s)")
             print(
-                f"{'':36}{'median ms':>10}{'quartiles':>20}{'speed-up':>10}{'error':>10}{'MiB':>8}"
-                f"{'of bound':>10}"
+                f"{'':36}{'median ms':>11}{'quartiles':>22}{'ratio':>9}{'error':>9}{'MiB':>7}"
+                f"{'KiB held':>10}{'of bound':>9}"
             )
+        if row.status != "ok" or row.median_ms is None or row.quartiles_ms is None:
+            print(f"{row.name:36} {row.status}")
+            continue
+        digits = 1 if row.median_ms >= 10 else 4
         low, high = row.quartiles_ms
-        error = "" if row.error is None else f"{row.error:.1e}"
-        peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
-        bound = "" if row.bound_ms is None else f"{row.bound_ms / row.median_ms:.0%}"
-        digits = 2 if row.median_ms >= 1 else 4
-        print(
-            f"{row.name:36}{row.median_ms:10.{digits}f}"
-            f"{f'{low:.{digits}f} to {high:.{digits}f}':>20}"
-            f"{row.speedup:9.1f}x{error:>10}{peak:>8}{bound:>10}  {row.note}"
-        )
+        cells = [f"{row.median_ms:11.{digits}f}{f'{low:.{digits}f} to {high:.{digits}f}':>22}"]
+        cells.append("" if row.ratio is None else f"{row.ratio:.3g}")
+        cells.append("" if row.error is None else f"{row.error:.1e}")
+        cells.append("" if row.peak_mib is None else f"{row.peak_mib:.0f}")
+        cells.append("" if row.held_kib is None else f"{row.held_kib:.0f}")
+        cells.append("" if row.bound_ms is None else f"{row.bound_ms / row.median_ms:.0%}")
+        widths = (33, 9, 9, 7, 10, 9)
+        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{row.name:36}{line}  {row.note}")

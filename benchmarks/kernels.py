@@ -1,30 +1,26 @@
 """The CUDA kernels against plain torch, torch.compile and what the GPU can do at most.
 
-    python benchmarks/kernels.py [--out DIR] [--rounds N] [--sets N] [--no-compile] [--device cpu]
-
 Inputs rotate among four sets, so that the cache holds none of them where they are large. "In a
 graph" is a CUDA graph of one call on each: the kernels without Python's share. A bound is the
 larger of the bytes that must move over the measured bandwidth of a copy and the exponentials that
-must be taken over their measured rate; the share of it stands in the table. ``--device cpu --sets
-2`` runs everything small, to test this file.
+must be taken over their measured rate; the share of it stands in the table. A part of the set
+``gpu``; ``--set cpu --part kernels --quick`` runs everything small on a CPU, to test this file.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import biasmap_fast as bm
 from biasmap_fast import ops, presets, reference
-from harness import Row, Variant, device_clock, device_name, measure, save, show, wall_clock
+from harness import Entry, Group, device_clock
+from settings import Settings
 
 SETS, CONCEPTS, SIDE, ROTATED = 256, 8, 64, 4
 TOKENS, MAPS = 12, 2
@@ -37,22 +33,18 @@ class Setting:
     device: torch.device
     rounds: int
     compiled: bool
-    copy_gb_s: float | None  # read and written
-    exponentials_g_s: float | None
 
-    def bound(self, gigabytes: float, exponentials: float = 0.0) -> float | None:
-        """Milliseconds; exponentials in 1e9."""
-        if self.copy_gb_s is None:
-            return None
-        moved = gigabytes / self.copy_gb_s
-        taken = exponentials / self.exponentials_g_s if self.exponentials_g_s else 0.0
-        return max(moved, taken) * 1e3
-
-    def measure(self, group: str, workload: str, variants: list[Variant]) -> list[Row]:
+    def group(self, name: str, workload: str, entries: list[Entry]) -> Group:
         if self.compiled:
-            group += ", torch compiled"
-        clock = device_clock if self.device.type == "cuda" else wall_clock
-        return measure(group, workload, variants, self.rounds, clock)
+            name += ", torch compiled"
+        seconds = 30.0 if self.compiled else 3.0
+        return Group("kernels", name, workload, lambda: entries, self.rounds, seconds, repeats=10)
+
+
+@dataclass(frozen=True)
+class Work:
+    bytes: float = 0.0
+    exponentials: float = 0.0
 
 
 def rotating(run: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], Any]:
@@ -92,39 +84,23 @@ def compare(
     inputs: Sequence[Any],
     plain: Function,
     native: Function,
-    error: Callable[[Any], float | None],
-    bound: float | None,
+    error: Callable[[Any], float | None] | None,
+    work: Work,
     wrap: Callable[[Function], Function] = as_it_is,
-) -> list[Variant]:
+) -> list[Entry]:
     """Torch, compiled torch, ours, and ours without Python; each in ``wrap``, not compiled."""
-    found = [Variant("torch reference", rotating(wrap(plain), inputs), error, bound_ms=bound)]
+    found = [Entry("torch reference", rotating(wrap(plain), inputs), error)]
     if setting.compiled:
         fast = wrap(torch.compile(plain))
-        name = "torch reference, compiled"
-        found.append(Variant(name, rotating(fast, inputs), error, bound_ms=bound))
-    found.append(Variant("native", rotating(wrap(native), inputs), error, bound_ms=bound))
+        found.append(Entry("torch reference, compiled", rotating(fast, inputs), error))
+    found.append(Entry("native", rotating(wrap(native), inputs), error, ours=True))
     if setting.device.type == "cuda":
         replay = in_a_graph(wrap(native), inputs)
         name = "native, in a graph"
-        found.append(Variant(name, replay, error, bound_ms=bound, calls=len(inputs)))
+        found.append(Entry(name, replay, error, calls=len(inputs), ours=True))
+    for entry in found:
+        entry.bytes, entry.exponentials = work.bytes, work.exponentials
     return found
-
-
-def copy_bandwidth(device: torch.device) -> tuple[float, Row]:
-    """GB/s read and written by a copy of 1 GiB."""
-    source = torch.rand(1 << (28 if device.type == "cuda" else 22), device=device)
-    target = torch.empty_like(source)
-    clock = device_clock if device.type == "cuda" else wall_clock
-    rows = measure(
-        "ceilings",
-        f"{source.nbytes >> 20} MiB",
-        [Variant("copy", lambda: target.copy_(source), lambda _: None)],
-        9,
-        clock,
-    )
-    rate = 2 * source.nbytes / 1e6 / rows[0].median_ms
-    rows[0].note = f"{rate:.0f} GB/s read and written"
-    return rate, rows[0]
 
 
 def exponential_rate() -> float | None:
@@ -169,7 +145,7 @@ def relative_error(exact: torch.Tensor) -> Callable[[torch.Tensor], float]:
     return lambda found: float((found.double() - exact).norm() / exact.norm())
 
 
-def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Row]]:
+def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[Group]:
     pairs = torch.combinations(torch.arange(concepts))
     inputs = [
         attribution_like(sets, setting.device, seed)[:, :concepts].contiguous()
@@ -177,9 +153,9 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Ro
     ]
     on_device = pairs.to(setting.device)
     workload = f"{sets} sets of {concepts} concepts at {SIDE} x {SIDE}, {len(pairs)} pairs"
-    gigabytes, pixels = inputs[0].nbytes / 1e9, inputs[0].numel() / 1e9
+    size, pixels = inputs[0].nbytes, inputs[0].numel()
 
-    yield setting.measure(
+    yield setting.group(
         "hard IoU",
         workload,
         compare(
@@ -188,7 +164,7 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Ro
             lambda maps: reference.pairs_iou(maps, on_device, 70.0)[0],
             lambda maps: ops.pairs_iou(maps, pairs, 70.0).iou,
             largest_error(reference.pairs_iou(inputs[0], on_device, 70.0)[0].double()),
-            setting.bound(gigabytes),
+            Work(size),
         ),
     )
     exact = inputs[0].double().requires_grad_()
@@ -197,7 +173,7 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Ro
 
     if not setting.compiled:
         # A mask at the root, once: no method that finds it does with less.
-        yield setting.measure(
+        yield setting.group(
             "SoftIoU",
             workload,
             compare(
@@ -206,29 +182,29 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Ro
                 lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
                 lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
                 largest_error(expected.detach()),
-                setting.bound(gigabytes, pixels),
+                Work(size, pixels),
             ),
         )
-    # A mask at the root, and once more for the gradient, as masks are not kept
+    # Maps twice, their gradient once; a mask at the root, and once more, as masks are not kept
     variants = compare(
         setting,
         inputs,
         lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
         lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
         relative_error(gradient),
-        setting.bound(2 * gigabytes, 2 * pixels),
+        Work(3 * size, 2 * pixels),
         with_gradient,
     )
     if concepts == CONCEPTS and not setting.compiled:
         variants.insert(0, published(inputs[0], pairs))
-    yield setting.measure("SoftIoU with gradient", workload, variants)
+    yield setting.group("SoftIoU with gradient", workload, variants)
     if setting.compiled:
         return
 
     rows = [maps.flatten(0, 1) for maps in inputs]
     exact = rows[0].double().requires_grad_()
     (gradient,) = torch.autograd.grad(reference.soft_topk(exact, 0.3, 0.01)[:, ::2].sum(), exact)
-    yield setting.measure(
+    yield setting.group(
         "soft top-k with gradient",
         f"{len(rows[0])} maps at {SIDE} x {SIDE}",
         compare(
@@ -237,13 +213,13 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[list[Ro
             lambda x: reference.soft_topk(x, 0.3, 0.01)[:, ::2],
             lambda x: ops.soft_topk(x, 0.3, 0.01)[:, ::2],
             relative_error(gradient),
-            setting.bound(5 * gigabytes, pixels),  # maps, mask; mask, its gradient, theirs
+            Work(5 * size, pixels),  # maps, mask; mask, its gradient, theirs
             with_gradient,
         ),
     )
 
 
-def published(maps: torch.Tensor, pairs: torch.Tensor) -> Variant:
+def published(maps: torch.Tensor, pairs: torch.Tensor) -> Entry:
     """The unrolled iteration, sixteen sets at a time: more of its states do not fit."""
     i, j = pairs.unbind(1)
 
@@ -260,7 +236,7 @@ def published(maps: torch.Tensor, pairs: torch.Tensor) -> Variant:
             run(some)
 
     note = "another quantity: row by row, not converged"
-    return Variant("unrolled, batched (published)", every, lambda _: None, note)
+    return Entry("unrolled, batched (published)", every, None, note)
 
 
 def attention_inputs(
@@ -279,7 +255,7 @@ def attention_inputs(
     ]
 
 
-def concept_map_rows(setting: Setting) -> Iterator[list[Row]]:
+def concept_map_rows(setting: Setting) -> Iterator[Group]:
     batch = 16 if setting.device.type == "cuda" else 1
     for shape in LAYERS[: 1 if setting.compiled else None]:
         inputs = attention_inputs(batch, shape, setting.device)
@@ -293,7 +269,7 @@ def concept_map_rows(setting: Setting) -> Iterator[list[Row]]:
         )
 
         if not setting.compiled:
-            yield setting.measure(
+            yield setting.group(
                 "concept maps",
                 workload,
                 compare(
@@ -302,10 +278,10 @@ def concept_map_rows(setting: Setting) -> Iterator[list[Row]]:
                     lambda arguments: reference.concept_map(*arguments),
                     lambda arguments: ops.concept_map(*arguments),
                     largest_error(expected.detach()),
-                    setting.bound(query.nbytes / 1e9),
+                    Work(query.nbytes),
                 ),
             )
-        yield setting.measure(
+        yield setting.group(
             "concept maps with gradient",
             workload,
             compare(
@@ -314,13 +290,13 @@ def concept_map_rows(setting: Setting) -> Iterator[list[Row]]:
                 lambda arguments: reference.concept_map(*arguments),
                 lambda arguments: ops.concept_map(*arguments),
                 relative_error(gradient),
-                setting.bound(3 * query.nbytes / 1e9),  # queries twice, their gradient once
+                Work(3 * query.nbytes),  # queries twice, their gradient once
                 with_gradient,
             ),
         )
 
 
-def recorder_rows(setting: Setting) -> list[Row]:
+def recorder_group(setting: Setting) -> Group:
     """All that the recorder computes in one UNet call of one image: fifteen layers."""
     layers = [attention_inputs(1, shape, setting.device)[0] for shape in LAYERS for _ in range(5)]
     sums = {
@@ -335,87 +311,22 @@ def recorder_rows(setting: Setting) -> list[Row]:
         for query, keys, weights in layers:
             ops.add_concept_map(sums[query.shape[2]], query, keys, weights)
 
-    bound = setting.bound(sum(query.nbytes for query, *_ in layers) / 1e9)
-    with torch.no_grad():
-        return setting.measure(
-            "the recorder's share of a UNet call",
-            "15 layers of SD 1.5, one image",
-            compare(setting, [None], plain, native, lambda _: None, bound),
-        )
-
-
-def unet_rows(setting: Setting) -> list[Row]:
-    """A whole UNet call at the shapes of SD 1.5, with and without the recorder."""
-    from guidance import PROMPT, build
-
-    pipe = build(320)
-    pipe.unet.to(setting.device, torch.float16)
-    pipe.text_encoder.to(setting.device, torch.float16)
-    sample = torch.randn(1, 4, 64, 64, device=setting.device, dtype=torch.float16)
-    sample = sample.repeat(2, 1, 1, 1)
-    states = torch.randn(2, 77, 768, device=setting.device, dtype=torch.float16)
-    recorder = bm.attribute(pipe, PROMPT, chunks=2)
-
-    def call() -> None:
-        pipe.unet(sample, 500, encoder_hidden_states=states)
-
-    def recorded() -> None:
-        with recorder:
-            for _ in range(10):
-                call()
-
-    with torch.no_grad():
-        return setting.measure(
-            "UNet call of SD 1.5, float16, guidance batch of 2",
-            "64 x 64 latents, random weights",
-            [
-                Variant("alone", call, lambda _: None),
-                Variant("recorded", recorded, lambda _: None, "ten a block", calls=10),
-            ],
-        )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--sets", type=int, default=SETS)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--device", default="cuda")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-    bandwidth, copied = copy_bandwidth(device)
-    rate = exponential_rate() if gpu else None
-    if rate is not None:
-        copied.note += f"; {rate:.0f}e9 exponentials a second"
-    setting = Setting(device, options.rounds, False, bandwidth, rate)
-    rows = [copied]
-
-    def keep(more: list[Row]) -> None:
-        rows.extend(more)  # and what there is, should the time run out
-        save(rows, options.out, torch.get_num_threads(), "kernels", gpu)
-
-    groups = itertools.chain(
-        overlap_rows(setting, options.sets, CONCEPTS),
-        overlap_rows(setting, 1, 2),
-        concept_map_rows(setting),
+    work = Work(sum(query.nbytes for query, *_ in layers))
+    return setting.group(
+        "the recorder's share of a UNet call",
+        "15 layers of SD 1.5, one image",
+        compare(setting, [None], plain, native, None, work),
     )
-    for more in groups:
-        keep(more)
-    keep(recorder_rows(setting))
-    if gpu and importlib.util.find_spec("diffusers") is not None:
-        keep(unet_rows(setting))
-    if not options.no_compile:  # last, as compiling takes longest
+
+
+def groups(settings: Settings) -> Iterator[Group]:
+    """Lazily: each has its inputs when it is asked for. Compiling takes longest and comes last."""
+    setting = Setting(settings.device, settings.rounds(9), False)
+    sets = 2 if settings.quick else SETS
+    yield from overlap_rows(setting, sets, CONCEPTS)
+    yield from overlap_rows(setting, 1, 2)
+    yield from concept_map_rows(setting)
+    yield recorder_group(setting)
+    if not settings.quick:
         setting = replace(setting, compiled=True)
-        for more in itertools.chain(
-            concept_map_rows(setting), overlap_rows(setting, options.sets, CONCEPTS)
-        ):
-            keep(more)
-    show(rows)
-    print(f"\n{gpu or device_name()}: {options.out}")
-
-
-if __name__ == "__main__":
-    main()
+        yield from itertools.chain(concept_map_rows(setting), overlap_rows(setting, sets, CONCEPTS))

@@ -1,13 +1,13 @@
 """Overlap of attribution maps: this package against the published code, numpy and plain torch.
 
-python benchmarks/overlap.py [--out DIR] [--threads N] [--rounds N]
+One thread, as numpy's percentile has no more. A bound counts the maps read once for a value, and
+with a gradient read twice and written once with two exponentials a pixel: a mask at its root, and
+once more for the gradient, as masks are not kept.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import ops, presets, reference
-from harness import Variant, device_name, measure, save, show
+from harness import Entry, Group
+from settings import Settings
 
 CONCEPTS, SIDE = 8, 64
 PAIRS = torch.combinations(torch.arange(CONCEPTS))  # [28, 2]
@@ -27,10 +28,6 @@ def attribution_like(sets: int) -> torch.Tensor:
     coarse = torch.rand(sets, CONCEPTS, 8, 8, generator=generator) ** 2
     maps = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic")
     return (maps + 0.05 * torch.rand(maps.shape, generator=generator)) * 5
-
-
-def workload(maps: torch.Tensor) -> str:
-    return f"{len(maps)} sets of {CONCEPTS} concepts at {SIDE} x {SIDE}"
 
 
 def published_iou(maps: np.ndarray) -> np.ndarray:
@@ -53,7 +50,8 @@ def batched_numpy_iou(maps: np.ndarray) -> np.ndarray:
     return values
 
 
-def hard_variants(maps: torch.Tensor) -> list[Variant]:
+def hard(sets: int) -> list[Entry]:
+    maps = attribution_like(sets)
     flat = maps.flatten(2)
     array = flat.numpy()
     exact = published_iou(array).astype(np.float32)
@@ -64,12 +62,18 @@ def hard_variants(maps: torch.Tensor) -> list[Variant]:
         pairs = pairs[:, i, j] if pairs.ndim == 3 else pairs
         return float(np.abs(pairs - exact).max())
 
-    return [
-        Variant("numpy, pair by pair (published)", lambda: published_iou(array), error),
-        Variant("numpy, batched", lambda: batched_numpy_iou(array), error),
-        Variant("torch reference", lambda: reference.pairs_iou(flat, PAIRS, 70.0)[0], error),
-        Variant("pairwise_iou", lambda: bm.pairwise_iou(maps), error, "all 8 x 8 pairs"),
-    ]
+    found = [
+        Entry("numpy, pair by pair (published)", lambda: published_iou(array), error),
+        Entry("numpy, batched", lambda: batched_numpy_iou(array), error),
+        Entry("torch reference", lambda: reference.pairs_iou(flat, PAIRS, 70.0)[0], error),
+        Entry(
+            "pairwise_iou", lambda: bm.pairwise_iou(maps), error, "all 8 x 8 pairs", ours=True,
+            tolerance=1e-6,
+        ),
+    ]  # fmt: skip
+    for entry in found:
+        entry.bytes = maps.nbytes
+    return found
 
 
 def with_gradient(
@@ -84,7 +88,9 @@ def with_gradient(
     return run
 
 
-def soft_variants(maps: torch.Tensor, compiled: bool) -> list[Variant]:
+def soft(sets: int, compiled: bool, every: bool) -> list[Entry]:
+    """Of the native function alone, or beside ``every`` other."""
+    maps = attribution_like(sets)
     flat = maps.flatten(2)
     exact = reference.soft_iou(flat.double(), PAIRS, 0.3, 0.01)
     i, j = PAIRS.unbind(1)
@@ -96,60 +102,50 @@ def soft_variants(maps: torch.Tensor, compiled: bool) -> list[Variant]:
         values = [presets.paper_soft_iou(s[a], s[b]) for s in x for a, b in PAIRS.tolist()]
         return torch.stack(values).reshape(len(x), -1)
 
-    other = "another quantity: row by row, not converged"
-    variants = [
-        Variant(
-            "unrolled, pair by pair (published)", with_gradient(pair_by_pair, maps), error, other
-        ),
-        Variant(
-            "unrolled, batched",
-            with_gradient(lambda x: presets.paper_soft_iou(x[:, i], x[:, j]), maps),
-            error,
-            other,
-        ),
-        Variant(
-            "torch reference",
-            with_gradient(lambda x: reference.soft_iou(x, PAIRS, 0.3, 0.01), flat),
-            error,
-        ),
-    ]
-    if compiled:
-        fast = torch.compile(lambda x: reference.soft_iou(x, PAIRS, 0.3, 0.01))
-        variants.append(Variant("torch reference, compiled", with_gradient(fast, flat), error))
+    def batched(x: torch.Tensor) -> torch.Tensor:
+        return presets.paper_soft_iou(x[:, i], x[:, j])
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return reference.soft_iou(x, PAIRS, 0.3, 0.01)
 
     def side_by_side(x: torch.Tensor) -> torch.Tensor:
-        found = bm.soft_iou(x[:, i].flatten(0, 1), x[:, j].flatten(0, 1))
-        return found.reshape(len(x), -1)
+        values = bm.soft_iou(x[:, i].flatten(0, 1), x[:, j].flatten(0, 1))
+        return values.reshape(len(x), -1)
 
-    native = with_gradient(lambda x: ops.soft_iou(x, PAIRS, 0.3, 0.01), flat)
-    return [
-        *variants,
-        Variant("soft_iou, every pair's maps", with_gradient(side_by_side, maps), error),
-        Variant("ops.soft_iou, each map once", native, error),
+    def native(x: torch.Tensor) -> torch.Tensor:
+        return ops.soft_iou(x, PAIRS, 0.3, 0.01)
+
+    other = "another quantity: row by row, not converged"
+    found = [
+        Entry(
+            "unrolled, pair by pair (published)", with_gradient(pair_by_pair, maps), error, other
+        ),
+        Entry("unrolled, batched", with_gradient(batched, maps), error, other),
+        Entry("torch reference", with_gradient(plain, flat), error),
     ]
+    if compiled:
+        fast = torch.compile(plain)
+        found.append(Entry("torch reference, compiled", with_gradient(fast, flat), error))
+    pairwise = with_gradient(side_by_side, maps)
+    found.append(Entry("soft_iou, every pair's maps", pairwise, error, ours=True, tolerance=1e-5))
+    once = with_gradient(native, flat)
+    found.append(Entry("ops.soft_iou, each map once", once, error, ours=True, tolerance=1e-5))
+    for entry in found:
+        if entry.note != other:
+            entry.bytes, entry.exponentials = 3 * maps.nbytes, 2 * maps.numel()
+    return found if every else found[-1:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--threads", type=int, default=1, help="default 1, as numpy's percentile")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--sets", type=int, default=256)
-    parser.add_argument("--soft-sets", type=int, default=2, help="of which SoftIoU takes so many")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def groups(settings: Settings) -> list[Group]:
+    sets, few = (16, 1) if settings.quick else (256, 2)
+    name, rounds = "SoftIoU with gradient", settings.rounds(9)
 
-    maps = attribution_like(options.sets)
-    few = maps[: options.soft_sets].clone()
-    hard, soft = "hard IoU", "SoftIoU with gradient"
-    rows = measure(hard, workload(maps), hard_variants(maps), options.rounds)
-    rows += measure(soft, workload(few), soft_variants(few, not options.no_compile), options.rounds)
-    rows += measure(f"{soft}, all", workload(maps), soft_variants(maps, False)[-1:], options.rounds)
-    show(rows)
-    saved = save(rows, options.out, options.threads, "overlap")
-    print(f"\n{device_name()}, {options.threads} thread(s): {saved}")
+    def group(name: str, sets: int, setup: Callable[[], list[Entry]], seconds: float) -> Group:
+        workload = f"{sets} sets of {CONCEPTS} concepts at {SIDE} x {SIDE}"
+        return Group("overlap", name, workload, setup, rounds, seconds)
 
-
-if __name__ == "__main__":
-    main()
+    return [
+        group("hard IoU", sets, lambda: hard(sets), 18),
+        group(name, few, lambda: soft(few, not settings.quick, True), 40),
+        group(f"{name}, all", sets, lambda: soft(sets, False, False), 6),
+    ]

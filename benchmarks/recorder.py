@@ -1,23 +1,21 @@
-"""What maps cost a whole run: plain, this package's recorder, full probabilities, and OVAM.
+"""What maps cost a whole run: plain, this package's recorder, full probabilities, OVAM and DAAM.
 
-    python benchmarks/recorder.py [--ovam CHECKOUT] [--part testbed|sd15] [--out DIR] [--rounds N]
-
-Each variant draws with classifier-free guidance and ends with the maps of two concepts. "full
+Each entry draws with classifier-free guidance and ends with the maps of two concepts. "full
 probabilities" keeps what naive hooks keep: every layer's attention over the attribution prompt,
-every step, summed at the end. OVAM (github.com/vpulab/ovam, MIT) is used unmodified from a checkout
-that the user gives; it measures one image, of the unconditional branch, so ours does the same where
-the two are compared, and the error column holds the greatest difference of the maps over their
-greatest value. ``sd15`` has SD 1.5's UNet in its real size with random weights, two steps.
+every step, summed at the end. OVAM (github.com/vpulab/ovam, MIT) and DAAM (PyPI, MIT) run
+unmodified where the user gives them. OVAM measures one image, of the unconditional branch, so
+ours does the same where the two are compared; the error is the greatest difference of the maps
+from those of full probabilities over their greatest value. DAAM knows the words of the drawing
+prompt only, in the softmax over all 77 tokens: another quantity, without an error. The embedded
+model runs on one thread; SD 1.5 is its UNet in real size with random weights, one step, two
+threads.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,13 +24,15 @@ import biasmap_fast as bm
 from biasmap_fast.attribution import attribution_keys
 from biasmap_fast.concepts import tokenize_all
 from biasmap_fast.maps import resize
+from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers, resolutions
 from guidance import build
-from harness import Row, Variant, measure, save, show
+from harness import Entry, Group
+from settings import Settings
 
 PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
 OTHER = bm.AttributionPrompt("a photo of the face of a doctor and man", ("doctor", "man"))
-ROOT = Path(__file__).resolve().parents[1]
+SAME = 1e-4  # two tools' maps of one prompt, relative
 
 
 def one_of(found: Any) -> torch.Tensor:
@@ -44,8 +44,11 @@ def one_of(found: Any) -> torch.Tensor:
 class Runs:
     """Ways to draw ``images`` pictures in ``steps`` steps and to have maps of them afterwards."""
 
-    def __init__(self, pipe: Any, images: int, steps: int, size: int) -> None:
-        self.pipe, self.images, self.steps, self.size = pipe, images, steps, size
+    def __init__(
+        self, pipe: Any, images: int, steps: int, height: int, width: int | None = None
+    ) -> None:
+        self.pipe, self.images, self.steps = pipe, images, steps
+        self.size = (height, width or height)  # of the latents
         self.held: dict[str, int] = {}
 
     def draw(self) -> None:
@@ -53,33 +56,28 @@ class Runs:
             ["a photo of the face of a doctor"] * self.images,
             num_inference_steps=self.steps,
             guidance_scale=3.0,
-            height=self.size * self.pipe.vae_scale_factor,
-            width=self.size * self.pipe.vae_scale_factor,
+            height=self.size[0] * self.pipe.vae_scale_factor,
+            width=self.size[1] * self.pipe.vae_scale_factor,
             generator=[torch.Generator().manual_seed(seed) for seed in range(self.images)],
             output_type="latent",
         )
-
-    def plain(self) -> None:
-        self.draw()
 
     def recorder(self, *prompts: bm.AttributionPrompt) -> torch.Tensor:
         with bm.attribute(self.pipe, prompts, branch="uncond") as recorder:
             self.draw()
             self.held[f"recorder {len(prompts)}"] = recorder.nbytes["maps"]
-        found = recorder.maps()
-        return one_of(found)
+        return one_of(recorder.maps())
 
     def probabilities(self) -> torch.Tensor:
         """Hooks that keep every call's attention, ``[images, heads, n, T']``."""
         layers = cross_attention_layers(self.pipe, None)
-        tokenized = tokenize_all(PROMPT, self.pipe)
-        keys = attribution_keys(self.pipe, layers, tokenized)
+        keys = attribution_keys(self.pipe, layers, tokenize_all(PROMPT, self.pipe))
         kept: list[torch.Tensor] = []
 
         def see(layer: Any) -> Callable[..., None]:
             def hook(_module: Any, _inputs: Any, query: torch.Tensor) -> None:
-                q = layer.split_heads(query[: self.images])  # [B, heads, n, d]
-                kept.append((q @ keys.by_layer[layer.name].transpose(1, 2)).softmax(-1))
+                q = layer.split_heads(query[: self.images]).float()  # [B, heads, n, d]
+                kept.append((q @ keys.by_layer[layer.name].float().transpose(1, 2)).softmax(-1))
 
             return hook
 
@@ -88,13 +86,14 @@ class Runs:
                 handle = layer.module.to_q.register_forward_hook(see(layer))
                 stack.callback(handle.remove)
             self.draw()
-        self.held["full probabilities"] = sum(one.nbytes for one in kept)
-        sizes = resolutions(self.size, self.size)
-        total = torch.zeros(self.images, 2, self.size, self.size)
+        self.held["probabilities"] = sum(one.nbytes for one in kept)
+        sizes = resolutions(*self.size)
+        total = torch.zeros(self.images, 2, *self.size, device=kept[0].device)
         for one in kept:
-            columns = (one @ keys.weights.T).sum(1).transpose(1, 2)  # [B, K, n]
-            side = sizes[columns.shape[2]]
-            total += resize(columns.reshape(*columns.shape[:2], *side), (self.size, self.size))
+            columns = (one @ keys.weights.to(one).T).sum(1).transpose(1, 2)  # [B, K, n]
+            total += resize(
+                columns.reshape(*columns.shape[:2], *sizes[columns.shape[2]]), self.size
+            )
         return total
 
     def ovam(self, hooker_class: Any) -> torch.Tensor:
@@ -108,72 +107,139 @@ class Runs:
         with torch.no_grad():
             maps = hooker.get_ovam_callable()(PROMPT.text)  # [1, T', h, w]
         (tokenized,) = tokenize_all(PROMPT, self.pipe)
-        found: torch.Tensor = torch.einsum("kt,bthw->bkhw", tokenized.weights, maps)
+        found: torch.Tensor = torch.einsum("kt,bthw->bkhw", tokenized.weights.to(maps), maps)
+        return found
+
+    def daam(self, trace: Any, **settings: Any) -> torch.Tensor:
+        with trace(self.pipe, **settings) as traced:
+            self.draw()
+            self.held["DAAM"] = sum(maps.nbytes for _, maps in traced.all_heat_maps)
+            found: torch.Tensor = traced.compute_global_heat_map().heat_maps  # [T, h, w]
         return found
 
 
-def compare(runs: Runs, group: str, hooker_class: Any, rounds: int) -> list[Row]:
-    expected = runs.probabilities()
+def entries(
+    runs: Runs, settings: Settings, no_daam: str = "", both_prompts: bool = True
+) -> list[Entry]:
+    """Ways to have maps; ``no_daam`` says why DAAM cannot, if so."""
+
+    @cache
+    def expected() -> torch.Tensor:
+        return runs.probabilities()
 
     def error(maps: torch.Tensor) -> float:
-        return float((maps - expected).abs().max() / expected.abs().max())
+        if maps.shape != expected().shape:
+            raise ValueError(f"maps of {tuple(maps.shape)}, expected {tuple(expected().shape)}")
+        return float((maps.to(expected()) - expected()).abs().max() / expected().abs().max())
 
-    variants = [
-        Variant("plain", runs.plain, lambda _: None, "no maps"),
-        Variant("recorder", lambda: runs.recorder(PROMPT), error, "2 concepts, 1 prompt"),
-        Variant("recorder, 2 prompts", lambda: runs.recorder(PROMPT, OTHER), error, "4 concepts"),
-        Variant("full probabilities", runs.probabilities, error, "2 concepts, 1 prompt"),
+    def held(name: str) -> Callable[[], int]:
+        return lambda: runs.held[name]
+
+    ovam, daam = settings.ovam, settings.daam
+    one = "cannot: one image a call" if runs.images > 1 else ""
+    tolerance = SAME if not settings.gpu else 1e-2  # sums of float16 queries
+    found = [
+        Entry("plain", runs.draw, note="no maps"),
+        Entry(
+            "recorder", lambda: runs.recorder(PROMPT), error, "2 concepts, 1 prompt", ours=True,
+            held=held("recorder 1"), tolerance=tolerance,
+        ),
+        Entry(
+            "recorder, 2 prompts", lambda: runs.recorder(PROMPT, OTHER), error, "4 concepts",
+            ours=True, held=held("recorder 2"), tolerance=tolerance,
+        ),
+        Entry(
+            "full probabilities", runs.probabilities, error, "2 concepts, 1 prompt",
+            held=held("probabilities"),
+        ),
+        Entry(
+            "OVAM", lambda: runs.ovam(ovam.load), error, "all tokens of 1 prompt",
+            held=held("OVAM"), tolerance=tolerance, status=one or ovam.status,
+        ),
+        Entry(
+            "DAAM", lambda: runs.daam(daam.load), None, "words of the drawing prompt",
+            held=held("DAAM"), status=no_daam or one or daam.status,
+        ),
+    ]  # fmt: skip
+    return found if both_prompts else [each for each in found if each.name != "recorder, 2 prompts"]
+
+
+def real_size(settings: Settings, width: int, **kwargs: Any) -> Any:
+    """A pipeline with SD 1.5's shapes, whose prompts have 77 tokens."""
+    pipe = build(width, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.requires_grad_(False)
+    pipe.tokenizer.model_max_length = 77
+    pipe.vae_scale_factor = 8  # DAAM takes the size of its maps from it
+    return pipe.to(settings.device, settings.dtype)
+
+
+def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...]) -> list[Entry]:
+    """What the recorder computes in one UNet call of one image, with the work there is."""
+    from kernels import MAPS, TOKENS, attention_inputs
+
+    inputs = [attention_inputs(1, shape, settings.device)[0] for shape in shapes for _ in range(5)]
+    sums = {shape[0]: torch.zeros(1, MAPS, shape[0]) for shape in shapes}
+
+    def kept() -> list[torch.Tensor]:
+        return [(q @ k.transpose(1, 2)).softmax(-1) for q, k, _ in inputs]
+
+    def recorded() -> None:
+        for query, keys, weights in inputs:
+            sums[query.shape[2]] += concept_map(query, keys, weights)
+
+    tokens = sum(query.shape[1] * query.shape[2] * TOKENS for query, *_ in inputs)
+    depths = sum(query.numel() * TOKENS for query, *_ in inputs)
+    found = [
+        Entry("probabilities kept", kept),
+        Entry("concept maps", recorded, ours=True),
     ]
-    if hooker_class is not None and runs.images == 1:
-        variants.append(Variant("OVAM", lambda: runs.ovam(hooker_class), error, "1 prompt"))
-    size = f"latents of {runs.size} x {runs.size}"
-    workload = f"{runs.images} image(s), {runs.steps} steps, two chunks, {size}"
-    rows = measure(group, workload, variants, rounds)
-    held = {
-        "recorder": "recorder 1", "recorder, 2 prompts": "recorder 2",
-        "full probabilities": "full probabilities", "OVAM": "OVAM",
-    }  # fmt: skip
-    for row in rows:
-        if row.name in held:
-            row.note += f"; holds {runs.held[held[row.name]] / 2**10:.0f} KiB after the run"
-    return rows
+    for entry in found:
+        entry.bytes = float(sum(query.nbytes for query, *_ in inputs))
+        entry.flops, entry.exponentials = 2.0 * depths, float(tokens)
+    return found
 
 
-def load_ovam(folder: Path | None) -> Any:
-    """The hooker of an OVAM checkout, or None."""
-    if folder is None:
-        return None
-    if not (folder / "ovam/stable_diffusion").is_dir():
-        raise SystemExit(f"--ovam must be a checkout with ovam/stable_diffusion, got {folder}")
-    sys.path.insert(0, str(folder))
-    return importlib.import_module("ovam.stable_diffusion").StableDiffusionHooker
+def groups(settings: Settings) -> list[Group]:
+    found: list[Group] = []
 
+    def add(name: str, workload: str, setup: Callable[[], list[Entry]], **kwargs: Any) -> None:
+        found.append(Group("recorder", name, workload, setup, **kwargs))
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--ovam", type=Path, help="a checkout of github.com/vpulab/ovam")
-    parser.add_argument("--part", choices=("testbed", "sd15"), default="testbed")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    hooker_class = load_ovam(options.ovam)
-    rows: list[Row] = []
-    if options.part == "testbed":
-        pipe = bm.testbed.pipeline()
-        for images, steps in ((1, 10), (1, 25), (1, 50), (8, 25)):
-            runs = Runs(pipe, images, steps, 16)
-            group = f"testbed, {images} image(s), {steps} steps"
-            rows += compare(runs, group, hooker_class, options.rounds or 7)
-    else:
-        pipe = build(320)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.unet.requires_grad_(False)
-        rows += compare(Runs(pipe, 1, 2, 64), "SD 1.5 shapes", hooker_class, options.rounds or 3)
-    show(rows)
-    print(save(rows, options.out, options.threads, f"recorder-{options.part}"))
+    def testbed(images: int, steps: int) -> list[Entry]:
+        pipe = bm.testbed.pipeline(device=settings.device)
+        why = "cannot: it wants prompts of 77 tokens, this model has 20"
+        return entries(Runs(pipe, images, steps, 16), settings, why)
 
-
-if __name__ == "__main__":
-    main()
+    workload = "{} image(s), {} steps, two chunks, latents of 16 x 16, float32"
+    for images, steps in ((1, 10),) if settings.quick else ((1, 10), (1, 25), (1, 50), (8, 25)):
+        add(
+            f"testbed, {images} image(s), {steps} steps",
+            workload.format(images, steps),
+            lambda images=images, steps=steps: testbed(images, steps),  # type: ignore[misc]
+            rounds=settings.rounds(5),
+            seconds=8.0 + (20 if steps in (10, 50) else 0) + images * steps * 0.2,
+            peaks=steps in (10, 50),
+        )
+    width, steps = (32, 1) if settings.quick else (320, 25 if settings.gpu else 1)
+    add(
+        "SD 1.5 shapes",
+        f"{width} channels, random weights, 1 image, {steps} step(s), two chunks, latents of "
+        f"64 x 64, {str(settings.dtype).removeprefix('torch.')}",
+        lambda: entries(Runs(real_size(settings, width), 1, steps, 64), settings, "", settings.gpu),
+        rounds=settings.rounds(5 if settings.gpu else 2),
+        warm_up="" if settings.gpu else "plain",
+        seconds=60 if settings.gpu else 130,
+        threads=2,
+        peaks=settings.gpu,
+    )
+    if not settings.gpu:
+        shapes = ((4096, 8, 40), (1024, 8, 80), (256, 8, 160))
+        add(
+            "the recorder's share of a UNet call",
+            "15 layers of SD 1.5, one image, 12 tokens, float32",
+            lambda: layers_entries(settings, shapes),
+            rounds=settings.rounds(9),
+            seconds=3,
+        )
+    return found

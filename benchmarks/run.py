@@ -1,0 +1,284 @@
+"""Every benchmark by one command: one process, one results file, compared with the stored one.
+
+    python benchmarks/run.py [--set cpu|gpu] [--ovam DIR] [--daam DIR]      (or: biasmap bench)
+
+A whole run is written to benchmarks/results/<device>/<date>.json, and the tables and figures of
+README.md and docs/ are made from the newest such file by benchmarks/tables.py and figures.py. A
+run of some parts, or a quick one, goes to runs/bench/ and into no table; a long part, which only
+runs by name, to results/<device>/<part>.json.
+
+Exit status 1 if a row of this package failed, or got worse than in the newest stored run of the
+same device: if its time over that of its group's first row rose by more than 5 % and each of the
+two medians lies outside the other run's quartiles, or its memory rose by more than 5 % (and 1
+MiB). Absolute times are not compared: on a shared machine they mean nothing.
+
+What there was no time for is recorded as skipped. OVAM: a checkout of github.com/vpulab/ovam.
+DAAM: `pip install --no-deps --target DIR daam; pip install --target DIR spacy`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import (
+    Group,
+    Limits,
+    Row,
+    device_clock,
+    environment,
+    measure,
+    measure_limits,
+    newest,
+    peak_mib,
+    regressions,
+    show,
+    skipped,
+    slopes,
+    slug,
+    wall_clock,
+    write,
+)
+from settings import Settings, find_daam, find_ovam
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+logger = logging.getLogger("bench")
+
+# part -> module; in a set, what matters most runs first
+MODULES = {
+    "overlap": "overlap",
+    "recorder": "recorder",
+    "guidance": "guidance",
+    "audits": "audits",
+    "peers": "peers",
+    "engines": "engines",
+    "kernels": "kernels",
+    "engines-sd15": "engines",
+}
+SETS = {
+    "cpu": ("overlap", "peers", "recorder", "audits", "guidance", "engines"),
+    "gpu": ("kernels", "recorder", "guidance", "audits"),
+}
+LONG = ("engines-sd15",)
+BUDGET = {"cpu": 870.0, "gpu": 450.0}
+
+
+def groups_of(part: str, settings: Settings) -> Iterator[Group]:
+    module = importlib.import_module(MODULES[part])
+    yield from (module.long_groups if part in LONG else module.groups)(settings)
+
+
+def peak_in_process(row: Row, given: Sequence[str]) -> None:
+    """Puts the peak memory of one entry into its row, measured in a process of its own."""
+    command = [sys.executable, __file__, "--peak", row.part, row.group, row.name, *given]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        row.note += "; peak failed: 300 s passed"
+        return
+    if done.returncode:
+        row.note += f"; peak failed: {done.stderr.strip().splitlines()[-1][:200]}"
+        return
+    row.peak_mib = float(json.loads(done.stdout.splitlines()[-1])["mib"])
+
+
+def report_peak(settings: Settings, part: str, group: str, name: str) -> None:
+    (found,) = (each for each in groups_of(part, settings) if each.name == group)
+    torch.set_num_threads(found.threads)
+    (entry,) = (each for each in found.setup() if each.name == name)
+    if entry.run is None or entry.status != "ok":
+        raise SystemExit(f"{name}: {entry.status}")
+    print(json.dumps({"mib": peak_mib(entry.run, settings.device)}))
+
+
+class Bench:
+    """A run: its groups in turn, within a budget of seconds."""
+
+    def __init__(self, settings: Settings, budget: float, given: Sequence[str]) -> None:
+        self.settings, self.given = settings, given
+        self.begun = time.monotonic()
+        self.deadline = self.begun + budget
+        self.limits: dict[int, Limits] = {}
+        self.rows: list[Row] = []
+        self.groups: list[Group] = []
+
+    def limit(self, threads: int) -> Limits:
+        torch.set_num_threads(threads)
+        if threads not in self.limits:
+            rate = None
+            if self.settings.gpu:
+                rate = importlib.import_module("kernels").exponential_rate()
+            self.limits[threads] = measure_limits(self.settings.device, rate)
+        return self.limits[threads]
+
+    def run(self, parts: Sequence[str], keep: Callable[[], object]) -> None:
+        """``keep`` is called after every group, should the time run out."""
+        for part in parts:
+            begun, found = time.monotonic(), len(self.rows)
+            try:
+                for group in groups_of(part, self.settings):
+                    self.add(group)
+                    keep()
+            except ImportError as error:  # an extra that is not installed
+                self.rows.append(Row(part, part, "*", "", f"skipped: {error}", 0))
+            took = time.monotonic() - begun
+            logger.info("%s: %d rows in %.0f s", part, len(self.rows) - found, took)
+
+    def add(self, group: Group) -> None:
+        left = self.deadline - time.monotonic()
+        if left < group.seconds:
+            reason = f"{group.seconds:.0f} s needed, {max(left, 0):.0f} s of the budget left"
+            self.rows.append(skipped(group, reason))
+            return
+        limits = self.limit(group.threads)
+        clock = partial(device_clock, repeats=group.repeats) if self.settings.gpu else wall_clock
+        begun = time.monotonic()
+        try:
+            rows = measure(group, group.setup(), limits, clock, self.deadline)
+        except ImportError as error:
+            rows = [skipped(group, str(error))]
+        except Exception as error:  # of a set-up: recorded, and the next group has its turn
+            logger.exception("%s / %s", group.part, group.name)
+            failed = skipped(group, "")
+            rows = [replace(failed, status=f"failed: {type(error).__name__}: {error}", ours=True)]
+        for row in rows if group.peaks else ():
+            if row.status == "ok" and time.monotonic() < self.deadline:
+                peak_in_process(row, self.given)
+        took = time.monotonic() - begun
+        logger.info("  %s: %.0f s (%.0f s allowed for)", group.name, took, group.seconds)
+        self.rows += rows
+        self.groups.append(group)
+
+    def record(self, load: float) -> dict[str, Any]:
+        gpu = torch.cuda.get_device_name(self.settings.device) if self.settings.gpu else None
+        threads = max((group.threads for group in self.groups), default=1)
+        peers = (self.settings.ovam, self.settings.daam)
+        return {
+            **environment(threads, gpu),
+            "quick": self.settings.quick,
+            "load_before": round(load, 2),
+            "seconds": round(time.monotonic() - self.begun, 1),
+            "peers": {peer.name: peer.version or peer.status for peer in peers},
+            "limits": {str(n): asdict(limits) for n, limits in self.limits.items()},
+            "slopes": slopes(self.groups, self.rows),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="biasmap bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--set", choices=SETS, help="default gpu where there is one, else cpu")
+    made.add_argument("--part", action="append", choices=MODULES, help="only this part; repeatable")
+    made.add_argument("--ovam", type=Path, metavar="DIR", help="a checkout of OVAM to measure too")
+    made.add_argument("--daam", type=Path, metavar="DIR", help="a folder with DAAM to measure too")
+    made.add_argument("--quick", action="store_true", help="everything small, two rounds: a test")
+    made.add_argument(
+        "--against", metavar="FILE", default="newest",
+        help="stored run to compare with, or none; default the device's newest",
+    )  # fmt: skip
+    made.add_argument(
+        "--budget", type=float, metavar="S", help="seconds; default 870, on a GPU 450"
+    )
+    made.add_argument("--out", type=Path, metavar="DIR", help="folder of results, see above")
+    made.add_argument("--json", action="store_true", help="the results on stdout, no table")
+    made.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    return made
+
+
+def given_to_processes(options: argparse.Namespace) -> list[str]:
+    given = ["--set", options.set]
+    for name in ("ovam", "daam"):
+        if getattr(options, name) is not None:
+            given += [f"--{name}", str(getattr(options, name).resolve())]
+    return given + ["--quick"] * options.quick
+
+
+def place(options: argparse.Namespace, device: str) -> Path:
+    """Where a run is written: only a whole one among those that tables are made of."""
+    whole = not options.part and not options.quick
+    long = options.part is not None and len(options.part) == 1 and options.part[0] in LONG
+    kept = whole or (long and not options.quick)
+    folder = (options.out or (RESULTS if kept else ROOT / "runs/bench")) / slug(device)
+    return folder / f"{options.part[0] if long else time.strftime('%Y-%m-%d', time.gmtime())}.json"
+
+
+def stored(options: argparse.Namespace, device: str) -> tuple[str, list[dict[str, Any]]]:
+    """The rows to compare with, and where they are from."""
+    if options.against == "none" or options.quick:
+        return "", []
+    found = options.against == "newest"
+    path = newest(RESULTS / slug(device)) if found else Path(options.against)
+    if path is None:
+        return "", []
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return path.name, rows
+
+
+def main() -> None:
+    options = parser().parse_args()
+    options.set = options.set or ("gpu" if torch.cuda.is_available() else "cpu")
+    if options.set == "gpu" and not torch.cuda.is_available():
+        raise SystemExit("--set gpu: torch finds no GPU")
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    warnings.simplefilter("ignore")  # of peers and libraries; what fails is a row
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = Settings(
+            torch.device("cuda" if options.set == "gpu" else "cpu"), Path(scratch), options.quick,
+            find_ovam(options.ovam), find_daam(options.daam),
+        )  # fmt: skip
+        if options.peak:
+            report_peak(settings, *options.peak)
+            return
+        load = os.getloadavg()[0]
+        budget = options.budget or BUDGET[options.set]
+        if options.part and set(options.part) <= set(LONG):
+            budget = options.budget or float("inf")
+        bench = Bench(settings, budget, given_to_processes(options))
+        device = str(bench.record(load)["device"])
+        name, before = stored(options, device)
+        path = place(options, device)
+        # A whole run replaces the stored one of the day at its end alone.
+        keep = (lambda: write(bench.record(load), path)) if options.part else (lambda: None)
+        bench.run(options.part or SETS[options.set], keep)
+        record = bench.record(load)
+        write(record, path)
+
+    if options.json:
+        print(json.dumps(record, indent=1))
+    else:
+        show(bench.rows)
+        for each in record["slopes"]:
+            print("{group}: slope {slope:.2f} [{low:.2f}, {high:.2f}] over {over}".format(**each))
+    worse = regressions(record["rows"], before)
+    failed = [row for row in bench.rows if row.ours and row.status.startswith("failed")]
+    lines = [f"worse than {name}: {line}" for line in worse]
+    lines += [f"failed: {row.part} / {row.group} / {row.name}: {row.status}" for row in failed]
+    print("\n".join([*lines, f"{path}"]), file=sys.stderr)
+    if before and not worse:
+        print(f"no row is worse than in {name}", file=sys.stderr)
+    sys.exit(bool(lines))
+
+
+if __name__ == "__main__":
+    main()
