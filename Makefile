@@ -1,4 +1,4 @@
-# Linux, Python >= 3.11 with venv, a C++17 compiler. Everything lands in .venv. `make bench OVAM=DIR` times that too.
+# Linux, Python >= 3.11 with venv, a C++17 compiler. Everything lands in .venv. `make bench OVAM=DIR DAAM=DIR` times those too.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ help:
 	@echo "make engine   export the embedded model's UNet with its maps to engines/testbed"
 	@echo "make test     the test suite"
 	@echo "make lint     ruff, mypy --strict, clang-format"
-	@echo "make bench    the CPU benchmarks, into benchmarks/results/"
+	@echo "make bench    every benchmark, into benchmarks/results/, tables and figures (under 15 minutes)"
 	@echo "make study    what guidance moves on the embedded model (50 minutes of one core; goes on if stopped)"
 	@echo "make scale    audits killed twenty times, profiled, on one and two workers (on an idle machine)"
 	@echo "make validity train ten models and ask which overlap measure recovers their truth (hours)"
@@ -42,12 +42,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.installed-onnx
-	$(BIN)/python benchmarks/overlap.py
-	$(BIN)/python benchmarks/guidance.py
-	$(BIN)/python benchmarks/recorder.py $(if $(OVAM),--ovam $(OVAM))
-	$(BIN)/python benchmarks/engines.py --part testbed
-	$(BIN)/python benchmarks/engines.py --part audit
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/run.py $(if $(OVAM),--ovam $(OVAM)) $(if $(DAAM),--daam $(DAAM)); \
+	status=$$?; $(BIN)/python benchmarks/tables.py && $(BIN)/python benchmarks/figures.py && exit $$status
 
 study: $(VENV)/.installed
 	$(BIN)/python benchmarks/study_guidance.py

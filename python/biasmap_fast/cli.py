@@ -1,4 +1,4 @@
-"""The command line: ``biasmap audit | maps | generate | report | export | env``.
+"""The command line: ``biasmap audit | maps | generate | report | export | bench | env``.
 
 Results go to stdout, everything else to stderr. Heavy imports stay inside the commands, so that
 ``--help`` is quick and a missing extra is named only by the command that needs it.
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -550,6 +551,33 @@ def export(
             typer.echo(f"{name}: {value}")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    checkout: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkout of this package's repository. [default: where an editable install comes "
+            "from, or the working directory]"
+        ),
+    ] = None,
+) -> None:
+    """Measure speed and memory against what one would run otherwise, and compare with stored runs.
+
+    Runs benchmarks/run.py of a checkout, as neither the benchmarks nor their results are part of an
+    installed wheel. All other arguments are handed to it: --set cpu|gpu, --part PART, --ovam DIR and
+    --daam DIR (peers, unmodified), --quick, --against FILE|none, --budget SECONDS, --out DIR, --json.
+    `biasmap bench -- --help` explains them.
+
+    Exit status 1 if a row failed or is worse than in the device's newest stored run: its time over
+    that of its group's first row by more than 5 % and beyond the quartiles of both, or its memory.
+
+    Example: biasmap bench --quick --part overlap
+    """
+    with _clear_errors(False, "nothing was written"):
+        raise typer.Exit(subprocess.call([sys.executable, _benchmarks(checkout), *context.args]))
+
+
 @app.command()
 def env(as_json: Json = False) -> None:
     """Print versions, devices and what was compiled: put this into a bug report."""
@@ -575,6 +603,19 @@ def main() -> None:
     # they wait for on a busy machine: 16 pictures took 13 s, and 5 s with this.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
+
+
+def _benchmarks(checkout: Path | None) -> Path:
+    """The script in ``checkout``, or in one that is found."""
+    beside = Path(__file__).resolve().parents[2]  # of an editable install
+    places = [beside, Path.cwd()] if checkout is None else [checkout]
+    for place in places:
+        if (place / "benchmarks/run.py").is_file() and (place / "csrc").is_dir():
+            return place / "benchmarks/run.py"
+    raise ValueError(
+        f"the benchmarks are in the repository, not in the installed package, and not in "
+        f"{' or '.join(map(str, places))}: clone it and give --checkout DIR"
+    )
 
 
 def _seeds(text: str) -> list[int]:
