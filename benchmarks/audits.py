@@ -246,6 +246,22 @@ def scaling(settings: Settings, over: str, values: tuple[int, ...]) -> list[Entr
     ]
 
 
+def controls(settings: Settings) -> list[Entry]:
+    """An audit of one axis without what is measured beside it, and with the defaults."""
+    pipe = bm.testbed.pipeline(device=settings.device)
+    steps = 2 if settings.quick else 10
+    one: dict[str, Any] = {"axes": ["gender"], "conditions": ("plain",), "evaluation_size": None}
+    bare = plan(settings, 8, 8, steps, **one)
+    defaults = bm.AuditPlan(
+        professions=PROFESSIONS[:8], seeds=(0,), steps=steps, guidance_scale=GUIDANCE,
+        classifier="none", device=str(settings.device), save_pictures="none", save_maps="none",
+    )  # fmt: skip
+    return [
+        Entry("IoU alone", audit(settings, pipe, bare), ours=True),
+        Entry("containment, controls and curves", audit(settings, pipe, defaults), ours=True),
+    ]
+
+
 def groups(settings: Settings) -> list[Group]:
     quick = settings.quick
     batches, pictures = ((1, 4, 8), 8) if quick else ((1, 8, 64), 64)
@@ -263,6 +279,16 @@ def groups(settings: Settings) -> list[Group]:
             slope="batch size",
         )
     ]
+    found.append(
+        Group(
+            "audits",
+            "what the defaults measure beside IoU",
+            f"embedded model, one axis, 8 pictures, {2 if quick else 10} steps; a whole audit",
+            lambda: controls(settings),
+            settings.rounds(3),
+            30.0,
+        )
+    )
     series = {
         "pictures": (8, 16, 32) if quick else (8, 16, 32, 64),
         "concepts": (2, 4, 8) if quick else (2, 4, 8, 12),

@@ -163,6 +163,10 @@ def spread(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     return float(median), (float(low), float(high))
 
 
+def failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def measure(
     group: Group,
     entries: Sequence[Entry],
@@ -186,8 +190,7 @@ def measure(
         try:
             took = clock(keep)
         except Exception as error:  # whatever a peer raises is its row's status
-            said = " ".join(str(error).split())[:300]
-            status[entry.name] = f"failed: {type(error).__name__}: {said}"
+            status[entry.name] = failure(error)
             return
         if timed:
             times[entry.name].append(took / entry.calls)
@@ -222,7 +225,11 @@ def measure(
         if limits is not None:
             row.bound_ms, row.bound_by = limits.bound(entry)
         if entry.error is not None:
-            row.error = entry.error(results[entry.name])
+            try:
+                row.error = entry.error(results[entry.name])
+            except Exception as error:
+                row.status = failure(error)
+                continue
             if entry.tolerance is not None and not (row.error or 0.0) <= entry.tolerance:
                 row.status = f"failed: error {row.error:.1e}, allowed {entry.tolerance:.0e}"
         if entry.held is not None:

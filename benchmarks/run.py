@@ -42,6 +42,7 @@ from harness import (
     Row,
     device_clock,
     environment,
+    failure,
     measure,
     measure_limits,
     newest,
@@ -156,7 +157,7 @@ class Bench:
         except Exception as error:  # of a set-up: recorded, and the next group has its turn
             logger.exception("%s / %s", group.part, group.name)
             failed = skipped(group, "")
-            rows = [replace(failed, status=f"failed: {type(error).__name__}: {error}", ours=True)]
+            rows = [replace(failed, status=failure(error), ours=True)]
         for row in rows if group.peaks else ():
             if row.status == "ok" and time.monotonic() < self.deadline:
                 peak_in_process(row, self.given)
@@ -241,6 +242,8 @@ def main() -> None:
         raise SystemExit("--set gpu: torch finds no GPU")
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logger.setLevel(logging.INFO)
+    for noisy in ("diffusers", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # of peers and libraries; what fails is a row
     with tempfile.TemporaryDirectory() as scratch:
         settings = Settings(

@@ -7,30 +7,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness import newest
+
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+DEVICE = RESULTS / "amd-epyc"  # whose tables the pages show first
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs/benchmarks.md"
+ENGINES = ROOT / "export/README.md"
 GUIDANCE = ROOT / "docs/guidance.md"
 STATISTICS = ROOT / "docs/statistics.md"
-CALIBRATION = ROOT / "benchmarks/results/studies/calibration.json"
-STUDY = ROOT / "benchmarks/results/studies/guidance.json"
+CALIBRATION = RESULTS / "studies/calibration.json"
+STUDY = RESULTS / "studies/guidance.json"
 VALIDITY = ROOT / "docs/validity.md"
-VALIDITY_STUDY = ROOT / "benchmarks/results/studies/validity.json"
-COST = ROOT / "benchmarks/results/amd-epyc/guidance.json"
+VALIDITY_STUDY = RESULTS / "studies/validity.json"
 SCALE = ROOT / "docs/scale.md"
 PROFILES = {
-    "embedded model": ROOT / "benchmarks/results/amd-epyc/audit-profile-testbed.json",
-    "shapes of SD 1.5": ROOT / "benchmarks/results/amd-epyc/audit-profile-sd15.json",
+    "embedded model": DEVICE / "audit-profile-testbed.json",
+    "shapes of SD 1.5": DEVICE / "audit-profile-sd15.json",
 }
-OVERLAP = ROOT / "benchmarks/results/amd-epyc/overlap.json"
-RECORDER = [
-    ROOT / f"benchmarks/results/amd-epyc/recorder-{part}.json" for part in ("testbed", "sd15")
-]
 TRAINING = ROOT / "python/biasmap_fast/testbed/weights/training.json"
+
+
+NOT_MEASURED = "not measured"
+Cells = list[tuple[str, list[str]]]  # column -> a cell a row
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -38,39 +46,283 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def overlap() -> str:
-    lines = []
-    group = ""
-    for row in read(OVERLAP)["rows"]:
-        if row["group"] != group:
-            group = row["group"]
-            lines += ["", f"{group[0].upper()}{group[1:]}, {row['workload']}:", ""]
-            lines += ["| | median ms | quartiles | speed-up | error |", "|---|---:|---:|---:|---:|"]
-        low, high = row["quartiles_ms"]
-        error = "" if row["error"] is None else f"{row['error']:.0e}"
-        note = f" ({row['note']})" if row["note"] else ""
-        lines.append(
-            f"| {row['name']}{note} | {row['median_ms']:.1f} | {low:.1f} to {high:.1f} | "
-            f"{row['speedup']:.0f}x | {error} |"
-        )
+def run() -> dict[str, Any]:
+    """The newest whole run of the device that the pages show."""
+    path = newest(DEVICE)
+    if path is None:
+        raise ValueError(f"{DEVICE.relative_to(ROOT)} has no whole run: run benchmarks/run.py")
+    return read(path)
+
+
+def row(part: str, group: str, name: str) -> dict[str, Any] | None:
+    """A row that was measured."""
+    for found in run()["rows"]:
+        if (found["part"], found["group"], found["name"]) == (part, group, name):
+            return found if found["status"] == "ok" else None
+    return None
+
+
+def number(value: float) -> str:
+    """Three digits, and no more than there are."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def group_cells(rows: list[dict[str, Any]]) -> Cells:
+    """Columns of a group's table; those that no row fills are left out."""
+    times = [each["median_ms"] for each in rows if each["median_ms"] is not None]
+    unit, scale = ("s", 1e3) if times and min(times) >= 2000 else ("ms", 1.0)
+    columns: dict[str, list[str]] = {}
+
+    def put(column: str, cell: str) -> None:
+        columns.setdefault(column, []).append(cell)
+
+    for each in rows:
+        timed = each["median_ms"] is not None
+        note = f" ({each['note']})" if each["note"] else ""
+        put("", f"{each['name']}{note}")
+        put(f"median {unit}", number(each["median_ms"] / scale) if timed else each["status"])
+        quartiles = [number(end / scale) for end in each["quartiles_ms"]] if timed else []
+        put("quartiles", " to ".join(quartiles))
+        several = timed and len(rows) > 1 and each["ratio"] is not None
+        put("of the first", number(each["ratio"]) if several else "")
+        put("error", "" if each["error"] is None else f"{each['error']:.0e}")
+        put("peak MiB", "" if each["peak_mib"] is None else number(each["peak_mib"]))
+        put("held KiB", "" if each["held_kib"] is None else number(each["held_kib"]))
+        bound = timed and each["bound_ms"] is not None
+        share = 100 * each["bound_ms"] / each["median_ms"] if bound else 0.0
+        put("of the limit", f"{share:.0f} % ({each['bound_by']})" if bound else "")
+    return [(name, cells) for name, cells in columns.items() if any(cells)]
+
+
+def part_tables(record: dict[str, Any], part: str) -> str:
+    """Every group of a part, each under a line that says its workload."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for each in record["rows"]:
+        if each["part"] == part:
+            groups.setdefault(each["group"], []).append(each)
+    lines: list[str] = []
+    for name, rows in groups.items():
+        if rows[0]["name"] == "*":
+            lines += [f"{name}: {rows[0]['status']}.", ""]
+            continue
+        threads = f"{rows[0]['threads']} thread{'s' * (rows[0]['threads'] > 1)}"
+        rounds = max(each["rounds"] for each in rows)
+        lines += [f"**{name}** ({rows[0]['workload']}; {threads}, {rounds} rounds)", ""]
+        cells = group_cells(rows)
+        lines.append(f"| {' | '.join(column for column, _ in cells)} |")
+        lines.append("|---|" + "---:|" * (len(cells) - 1))
+        lines += [f"| {' | '.join(each)} |" for each in zip(*(c for _, c in cells), strict=True)]
+        lines.append("")
     return "\n".join(lines).strip()
 
 
-def recorder() -> str:
-    """Whole runs with maps, beside an unmodified OVAM."""
+def machine(record: dict[str, Any] | None = None) -> str:
+    """Where and when the run was, and what the machine can do."""
+    record = record or run()
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    peers = ", ".join(f"{name} {version}" for name, version in record["peers"].items())
     lines = [
-        "| run | | median ms | quartiles | of plain | held after it, KiB | error |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        f"{record['device']}, {record['cores']} cores, {record['date'][:10]}, load "
+        f"{record['load_before']:.1f} before it, {record['seconds'] / 60:.0f} minutes. {versions}. "
+        f"Peers: {peers}.",
+        "",
+        "| threads | copy, GB/s read and written | matrix product, GFLOP/s | exponentials, 1e9/s |",
+        "|---:|---:|---:|---:|",
     ]
-    for path in RECORDER:
-        for row in read(path)["rows"] if path.exists() else ():
-            low, high = row["quartiles_ms"]
-            held = re.search(r"holds (\d+) KiB", row["note"])
-            error = "" if row["error"] is None else f"{row['error']:.0e}"
-            cells = [f"{row['median_ms']:.0f}", f"{low:.0f} to {high:.0f}"]
-            cells += [f"{1 / row['speedup']:.2f}", held.group(1) if held else "", error]
-            lines.append(f"| {row['group']} | {row['name']} | {' | '.join(cells)} |")
+    for threads, found in record["limits"].items():
+        rate = found["exponentials_g_s"]
+        cells = [number(found["copy_gb_s"]), number(found["matrix_gflop_s"])]
+        cells.append(NOT_MEASURED if rate is None else number(rate))
+        lines.append(f"| {threads} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def peers() -> str:
+    """What each tool did with what was asked of it."""
+    rows = [each for each in run()["rows"] if each["part"] == "peers" and each["name"] != "*"]
+    tools = list(dict.fromkeys(each["name"] for each in rows))
+    asked = dict.fromkeys(each["group"] for each in rows)
+    lines = [f"| | {' | '.join(tools)} |", "|---|" + "---|" * len(tools)]
+    said = {(each["group"], each["name"]): each["status"] for each in rows}
+    for group in asked:
+        cells = [said.get((group, tool), "") for tool in tools]
+        cells = [
+            "yes" if cell == "ok" else cell.replace("failed: ", "no: ").replace("|", "/")
+            for cell in cells
+        ]
+        lines.append(f"| {group} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def audits() -> str:
+    """Findings an hour beside the times."""
+    rows = [
+        each
+        for each in run()["rows"]
+        if (each["part"], each["group"]) == ("audits", "against the published recipe")
+    ]
+    lines = [
+        "| | findings an hour | of the recipe's time | quartiles | difference of a finding |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for each in rows:
+        if each["median_ms"] is None:
+            lines.append(f"| {each['name']} | {each['status']} | | | |")
+            continue
+        low, high = each["ratio_quartiles"]
+        error = "" if each["error"] is None else f"{each['error']:.0e}"
+        lines.append(
+            f"| {each['name']} ({each['note']}) | {3.6e6 / each['median_ms']:,.0f} | "
+            f"{each['ratio']:.2f} | {low:.2f} to {high:.2f} | {error} |"
+        )
+    return "\n".join(lines)
+
+
+def scaling() -> str:
+    """How an audit's time grows, with fitted slopes and those of the workers."""
+    record = run()
+    lines = ["| over | values | times, s | slope of log time | 95 % |", "|---|---|---|---:|---:|"]
+    for fitted in record["slopes"]:
+        rows = [
+            each
+            for each in record["rows"]
+            if each["group"] == fitted["group"] and each["x"] and each["status"] == "ok"
+        ]
+        values = ", ".join(f"{each['x']:.0f}" for each in rows)
+        what = " (of a finding)" if fitted["over"] == "batch size" else ""
+        times = ", ".join(number(each["median_ms"] / 1e3) for each in rows)
+        lines.append(
+            f"| {fitted['over']}{what} | {values} | {times} | {fitted['slope']:.2f} | "
+            f"{fitted['low']:.2f} to {fitted['high']:.2f} |"
+        )
+    found = read(DEVICE / "audit-cluster.json")
+    seconds = [statistics.median(found["seconds"][n]) for n in ("1", "2")]
+    slope = -math.log2(found["speed_up"])
+    of_rounds = sorted(-math.log2(each) for each in found["speed_up_of_each_round"])
+    lines.append(
+        f"| workers (one thread each) | 1, 2 | {', '.join(map(number, seconds))} | "
+        f"{slope:.2f} | {of_rounds[0]:.2f} to {of_rounds[-1]:.2f} (rounds) |"
+    )
+    return "\n".join(lines)
+
+
+def other_devices() -> str:
+    """Whole runs of other devices, complete."""
+    found = [newest(folder) for folder in sorted(RESULTS.iterdir()) if folder != DEVICE]
+    parts: list[str] = []
+    for path in found:
+        if path is None:
+            continue
+        record = read(path)
+        parts += [f"### {record['device']}", machine(record)]
+        parts += [
+            part_tables(record, part) for part in dict.fromkeys(r["part"] for r in record["rows"])
+        ]
+    return "\n\n".join(parts) or "None yet: no GPU was at hand."
+
+
+# What the README shows: words, ours, what it is compared with, and of what the ratio is
+HEADLINE = [
+    (
+        "hard IoU of all pairs, against numpy pair by pair (published)",
+        ("overlap", "hard IoU", "pairwise_iou"),
+        "numpy, pair by pair (published)",
+    ),
+    (
+        "the same, against batched numpy",
+        ("overlap", "hard IoU", "pairwise_iou"),
+        "numpy, batched",
+    ),
+    (
+        "SoftIoU with gradient, against 20 unrolled iterations, batched",
+        ("overlap", "SoftIoU with gradient", "ops.soft_iou, each map once"),
+        "unrolled, batched",
+    ),
+    (
+        "one UNet call of SD 1.5's shapes with maps, against none",
+        ("recorder", "SD 1.5 shapes", "recorder"),
+        "plain",
+    ),
+    (
+        "the same, against OVAM",
+        ("recorder", "SD 1.5 shapes", "recorder"),
+        "OVAM",
+    ),
+    (
+        "one guided UNet call of SD 1.5's shapes, against the published way",
+        ("guidance", "guided UNet call, 2 chunks", "guide"),
+        "published",
+    ),
+    (
+        "a finding of a whole audit at batch 8, against the published recipe",
+        ("audits", "against the published recipe", "run_audit, batch 8"),
+        "published recipe, one picture at a time",
+    ),
+]
+
+
+def headline() -> str:
+    """Ours against what one would run otherwise: time, and memory where it was measured."""
+    lines = ["| | ours | theirs | time, of theirs | memory |", "|---|---:|---:|---:|---:|"]
+    for words, (part, group, name), other in HEADLINE:
+        ours, theirs = row(part, group, name), row(part, group, other)
+        if ours is None or theirs is None:
+            lines.append(f"| {words} | {NOT_MEASURED} | | | |")
+            continue
+        times = [each["median_ms"] for each in (ours, theirs)]
+        memory = ""
+        for column, unit in (("peak_mib", "MiB at the peak"), ("held_kib", "KiB held")):
+            pair = (ours[column], theirs[column])
+            if None not in pair:
+                memory = f"{number(pair[0])} of {number(pair[1])} {unit}"
+        cells = [*map(duration, times), number(times[0] / times[1]), memory]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def duration(milliseconds: float) -> str:
+    seconds = milliseconds >= 1000
+    return f"{number(milliseconds / 1e3)} s" if seconds else f"{number(milliseconds)} ms"
+
+
+def measured(part: str, group: str, name: str, column: str = "median_ms", per: float = 1.0) -> str:
+    found = row(part, group, name)
+    return NOT_MEASURED if found is None or found[column] is None else number(found[column] / per)
+
+
+def stored(file: str, name: str) -> float:
+    """Median of a row in a file of its own, in milliseconds."""
+    return next(float(r["median_ms"]) for r in read(DEVICE / file)["rows"] if r["name"] == name)
+
+
+def share(group: str, ours: str, theirs: str, column: str, part: str = "guidance") -> str:
+    pair = row(part, group, ours), row(part, group, theirs)
+    values = [each[column] for each in pair if each is not None and each[column] is not None]
+    return f"{values[0] / values[1]:.2f}" if len(values) == 2 else NOT_MEASURED
+
+
+BATCH_8 = ("engines", "testbed, batch 8")
+QUERIES = 5 * (4096 + 1024 + 256)  # of the default layers of SD 1.5 at 64 x 64
+# Numbers inside sentences: name -> what stands between <!-- = name --> and <!-- /= -->
+INLINE: dict[str, Callable[[], str]] = {
+    "held": lambda: measured("recorder", "SD 1.5 shapes", "recorder", "held_kib"),
+    "guided time": lambda: share("guided UNet call, 2 chunks", "guide", "published", "median_ms"),
+    "guided memory": lambda: share("guided UNet call, 2 chunks", "guide", "published", "peak_mib"),
+    "two workers": lambda: f"{read(DEVICE / 'audit-cluster.json')['speed_up']:.2f}",
+    "sd15 torch": lambda: f"{stored('engines-sd15.json', 'torch') / 1e3:.1f}",
+    "sd15 onnx": lambda: f"{stored('engines-sd15.json', 'onnx 23, reduced maps') / 1e3:.1f}",
+    "sd15 gain": lambda: "{:.2f}".format(
+        stored("engines-sd15.json", "torch") / stored("engines-sd15.json", "onnx 23, reduced maps")
+    ),
+    "testbed torch": lambda: measured(*BATCH_8, "torch"),
+    "testbed compiled": lambda: measured(*BATCH_8, "torch.compile"),
+    "testbed onnx": lambda: measured(*BATCH_8, "onnx, no maps"),
+    "testbed maps": lambda: measured(*BATCH_8, "onnx, reduced maps"),
+    "testbed maps 23": lambda: measured(*BATCH_8, "onnx 23, reduced maps"),
+    # float32, of 8 heads and 77 tokens, and of two concepts in six blocks: arithmetic, not a time
+    "probabilities": lambda: f"{8 * QUERIES * 77 * 4 / 1e6:.0f}",
+    "reduced": lambda: f"{6 * 2 * 4096 * 4 / 1e6:.1f}",
+}
 
 
 def testbed() -> str:
@@ -158,22 +410,6 @@ def points(figures: dict[str, Any]) -> str:
     """A change in points of 100 with its interval."""
     value, low, high = (f"{100 * figures[end]:+.1f}" for end in ("value", "low", "high"))
     return f"{value} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
-
-
-def cost() -> str:
-    """One guided UNet call at the shapes of SD 1.5."""
-    lines = [
-        "| | median s | quartiles | of the published way | peak MiB |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    rows = read(COST)["rows"]
-    for row in rows:
-        low, high = (value / 1e3 for value in row["quartiles_ms"])
-        lines.append(
-            f"| {row['name']} | {row['median_ms'] / 1e3:.1f} | {low:.1f} to {high:.1f} | "
-            f"{row['median_ms'] / rows[0]['median_ms']:.2f} | {row['peak_mib']:.0f} |"
-        )
-    return "\n".join(lines)
 
 
 def profile() -> str:
@@ -286,8 +522,20 @@ def interval(figures: dict[str, Any]) -> str:
     return f"{figures['value']:.2f} [{figures['low']:.2f}, {min(1.0, figures['high']):.2f}]"
 
 
-TABLES = {
-    README: {"overlap": overlap, "recorder": recorder, "testbed": testbed},
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"headline": headline, "testbed": testbed},
+    BENCHMARKS: {
+        "machine": machine,
+        "overlap": lambda: part_tables(run(), "overlap"),
+        "recorder": lambda: part_tables(run(), "recorder"),
+        "peers": peers,
+        "guidance": lambda: part_tables(run(), "guidance"),
+        "audits": audits,
+        "scaling": scaling,
+        "engines": lambda: part_tables(run(), "engines"),
+        "other devices": other_devices,
+    },
+    ENGINES: {},
     VALIDITY: {
         "validity": validity,
         "validity measures": validity_measures,
@@ -295,14 +543,22 @@ TABLES = {
         "validity models": validity_models,
     },
     STATISTICS: {"calibration": calibration},
-    GUIDANCE: {"study": study, "study more": study_more, "cost": cost},
+    GUIDANCE: {
+        "study": study,
+        "study more": study_more,
+        "cost": lambda: part_tables(run(), "guidance"),
+    },
     SCALE: {"profile": profile},
 }
 
 
-def rendered(path: Path) -> str:
-    """A page with every table between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
-    text = path.read_text(encoding="utf-8")
+def rendered(path: Path, text: str | None = None) -> str:
+    """A page with its tables and numbers made anew.
+
+    A table stands between ``<!-- name -->`` and ``<!-- /name -->``, a number inside a sentence
+    between ``<!-- = name -->`` and ``<!-- /= -->``.
+    """
+    text = path.read_text(encoding="utf-8") if text is None else text
     for name, table in TABLES[path].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         if not re.search(pattern, text, re.DOTALL):
@@ -310,7 +566,12 @@ def rendered(path: Path) -> str:
         # no backslash of a table may act as a group reference
         filled = table().replace("\\", r"\\")
         text = re.sub(pattern, rf"\g<1>{filled}\n\g<2>", text, flags=re.DOTALL)
-    return text
+    return re.sub(
+        r"(<!-- = ([\w ]+) -->).*?(<!-- /= -->)",
+        lambda found: f"{found[1]}{INLINE[found[2]]()}{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def main() -> None:

@@ -565,9 +565,9 @@ def bench(
     """Measure speed and memory against what one would run otherwise, and compare with stored runs.
 
     Runs benchmarks/run.py of a checkout, as neither the benchmarks nor their results are part of an
-    installed wheel. All other arguments are handed to it: --set cpu|gpu, --part PART, --ovam DIR and
-    --daam DIR (peers, unmodified), --quick, --against FILE|none, --budget SECONDS, --out DIR, --json.
-    `biasmap bench -- --help` explains them.
+    installed wheel. All other arguments are handed to it: --set cpu|gpu, --part PART, --ovam DIR
+    and --daam DIR (peers, unmodified), --quick, --against FILE|none, --budget SECONDS, --out DIR,
+    --json. `biasmap bench -- --help` explains them.
 
     Exit status 1 if a row failed or is worse than in the device's newest stored run: its time over
     that of its group's first row by more than 5 % and beyond the quartiles of both, or its memory.
