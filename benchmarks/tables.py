@@ -301,6 +301,14 @@ def share(group: str, ours: str, theirs: str, column: str, part: str = "guidance
     return f"{values[0] / values[1]:.2f}" if len(values) == 2 else NOT_MEASURED
 
 
+def controls() -> str:
+    """What the default measures add to a whole audit of IoU alone, in percent."""
+    group = "what the defaults measure beside IoU"
+    found = row("audits", group, "containment, controls and curves")
+    more = NOT_MEASURED if found is None or found["ratio"] is None else found["ratio"] - 1
+    return more if isinstance(more, str) else f"{100 * more:.0f}"
+
+
 BATCH_8 = ("engines", "testbed, batch 8")
 QUERIES = 5 * (4096 + 1024 + 256)  # of the default layers of SD 1.5 at 64 x 64
 # Numbers inside sentences: name -> what stands between <!-- = name --> and <!-- /= -->
@@ -308,6 +316,7 @@ INLINE: dict[str, Callable[[], str]] = {
     "held": lambda: measured("recorder", "SD 1.5 shapes", "recorder", "held_kib"),
     "guided time": lambda: share("guided UNet call, 2 chunks", "guide", "published", "median_ms"),
     "guided memory": lambda: share("guided UNet call, 2 chunks", "guide", "published", "peak_mib"),
+    "controls": controls,
     "two workers": lambda: f"{read(DEVICE / 'audit-cluster.json')['speed_up']:.2f}",
     "sd15 torch": lambda: f"{stored('engines-sd15.json', 'torch') / 1e3:.1f}",
     "sd15 onnx": lambda: f"{stored('engines-sd15.json', 'onnx 23, reduced maps') / 1e3:.1f}",

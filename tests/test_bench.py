@@ -94,6 +94,13 @@ def test_what_fails_or_is_not_run_is_no_number():
     assert skipped(group(), "no time").median_ms is None
 
 
+def test_the_error_is_that_of_the_first_call():
+    calls = count()
+    entries = [Entry("rotating", lambda: next(calls), error=float)]
+    (row,) = measure(group(*entries), entries, None)
+    assert row.error == 0.0
+
+
 def test_without_a_baseline_there_is_no_ratio():
     entries = [Entry("base", None, status="skipped: not given"), Entry("other", lambda: None)]
     rows = measure(group(*entries), entries, None)
