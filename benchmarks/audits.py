@@ -252,10 +252,9 @@ def controls(settings: Settings) -> list[Entry]:
     steps = 2 if settings.quick else 10
     one: dict[str, Any] = {"axes": ["gender"], "conditions": ("plain",), "evaluation_size": None}
     bare = plan(settings, 8, 8, steps, **one)
-    defaults = bm.AuditPlan(
-        professions=PROFESSIONS[:8], seeds=(0,), steps=steps, guidance_scale=GUIDANCE,
-        classifier="none", device=str(settings.device), save_pictures="none", save_maps="none",
-    )  # fmt: skip
+    same: dict[str, Any] = {"professions": PROFESSIONS[:8], "seeds": (0,), "steps": steps}
+    same |= {"guidance_scale": GUIDANCE, "classifier": "none", "device": str(settings.device)}
+    defaults = bm.AuditPlan(**same, save_pictures="none", save_maps="none")
     return [
         Entry("IoU alone", audit(settings, pipe, bare), ours=True),
         Entry("containment, controls and curves", audit(settings, pipe, defaults), ours=True),

@@ -44,20 +44,27 @@ def measured(record: dict[str, Any], part: str, group: str = "") -> Rows:
     ]
 
 
-def bars(axes: Any, rows: Rows, value: Callable[[dict[str, Any]], float], form: str) -> None:
-    """Horizontal bars with quartiles of the ratio and the value at the end."""
-    names = [row["name"] for row in rows]
+def bars(
+    axes: Any,
+    rows: Rows,
+    value: Callable[[dict[str, Any]], float],
+    form: str,
+    quartiles: Callable[[dict[str, Any]], tuple[float, float]] | None = None,
+) -> None:
+    """Horizontal bars, with quartiles where there are some, and the value at the end."""
     values = [value(row) for row in rows]
-    colours = [COLOURS.get(name, OURS if row["ours"] else THEIRS) for name, row in
-               zip(names, rows, strict=True)]  # fmt: skip
-    axes.barh(names, values, color=colours, height=0.65)
-    for i, each in enumerate(values):
-        axes.text(each, i, f" {form.format(each)}", va="center", fontsize=8)
-    axes.set_xlim(0, 1.2 * max(values))
+    ends = [quartiles(row) if quartiles else (v, v) for row, v in zip(rows, values, strict=True)]
+    for i, (row, each, (low, high)) in enumerate(zip(rows, values, ends, strict=True)):
+        colour = COLOURS.get(row["name"], OURS if row["ours"] else THEIRS)
+        axes.barh(i, each, color=colour, height=0.65)
+        if quartiles:
+            axes.plot([low, high], [i, i], color="black", linewidth=1.2)
+        axes.text(max(each, high), i, f" {form.format(each)}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_xlim(0, 1.2 * max(high for _, high in ends))
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    axes.title.set_fontsize(9)
 
 
 def overhead(record: dict[str, Any]) -> Figure:
@@ -67,8 +74,8 @@ def overhead(record: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, group in zip(figure.subplots(1, len(shown)), shown, strict=True):
         rows = measured(record, "recorder", group)
-        bars(axes, rows, lambda row: row["ratio"], "{:.2f}")
-        axes.set_title(group)
+        bars(axes, rows, lambda row: row["ratio"], "{:.2f}", lambda row: row["ratio_quartiles"])
+        axes.set_title(group.replace("(s)", "s" * ("8 image" in group)), fontsize=9)
         axes.set_xlabel("time, of the plain run", fontsize=8)
     return figure
 
@@ -94,6 +101,16 @@ def memory(record: dict[str, Any]) -> Figure:
     return figure
 
 
+def seconds(row: dict[str, Any]) -> tuple[float, float]:
+    low, high = row["quartiles_ms"]
+    return low / 1e3, high / 1e3
+
+
+def an_hour(row: dict[str, Any]) -> tuple[float, float]:
+    low, high = row["quartiles_ms"]
+    return 3.6e6 / high, 3.6e6 / low
+
+
 def guidance(record: dict[str, Any]) -> Figure:
     """Time and peak memory of a guided UNet call."""
     groups = list(dict.fromkeys(row["group"] for row in measured(record, "guidance")))
@@ -101,13 +118,13 @@ def guidance(record: dict[str, Any]) -> Figure:
     grid = figure.subplots(len(groups), 2, squeeze=False)
     for (left, right), group in zip(grid, groups, strict=True):
         rows = measured(record, "guidance", group)
-        bars(left, rows, lambda row: row["median_ms"] / 1e3, "{:.1f} s")
+        bars(left, rows, lambda row: row["median_ms"] / 1e3, "{:.1f} s", seconds)
         width = rows[0]["workload"].partition(",")[0]
-        left.set_title(f"{group.partition(', ')[2]}, {width}: time")
+        left.set_title(f"{group.partition(', ')[2]}, {width}: time", fontsize=9)
         peaks = [row for row in rows if row["peak_mib"] is not None]
         if peaks:
             bars(right, peaks, lambda row: row["peak_mib"], "{:,.0f} MiB")
-        right.set_title("peak memory beyond the model")
+        right.set_title("peak memory beyond the model", fontsize=9)
     return figure
 
 
@@ -119,13 +136,17 @@ def limit(record: dict[str, Any]) -> Figure:
     names = [f"{row['group']}: {row['name']}" for row in rows]
     shares = [100 * row["bound_ms"] / row["median_ms"] for row in rows]
     colours = [OURS if row["ours"] else THEIRS for row in rows]
-    axes.barh(names, shares, color=colours, height=0.65)
-    for i, (share, row) in enumerate(zip(shares, rows, strict=True)):
-        text = f" {share:.2g} % ({row['bound_by']})"
-        axes.text(share, i, text, va="center", fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlim(min(shares) / 2, 400)
     axes.axvline(100, color="black", linewidth=0.8, linestyle="--")
+    axes.hlines(range(len(rows)), min(shares) / 2, shares, color=colours, linewidth=1)
+    axes.scatter(shares, range(len(rows)), color=colours, zorder=3)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for i, (share, row) in enumerate(zip(shares, rows, strict=True)):
+        text = f"{share:.2g} % ({row['bound_by']})"
+        axes.annotate(text, (share, i), xytext=(7, 0), textcoords="offset points", va="center",
+                      fontsize=8, bbox=box)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlim(min(shares) / 2, 1000)
+    axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set_xlabel("share of the measured limit, %", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -138,7 +159,7 @@ def audits(record: dict[str, Any]) -> Figure:
     rows = measured(record, "audits", "against the published recipe")
     figure = Figure(figsize=(7, 0.35 * len(rows) + 0.6), layout="constrained")
     axes = figure.subplots()
-    bars(axes, rows, lambda row: 3.6e6 / row["median_ms"], "{:,.0f}")
+    bars(axes, rows, lambda row: 3.6e6 / row["median_ms"], "{:,.0f}", an_hour)
     axes.set_xlabel("findings an hour (embedded model, one thread)", fontsize=8)
     return figure
 
