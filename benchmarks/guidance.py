@@ -189,7 +189,7 @@ def groups(settings: Settings) -> list[Group]:
             f"{width} channels, latents of 64 x 64, {chunks} chunks, {dtype}",
             lambda width=width, chunks=chunks: entries(width, chunks, settings),  # type: ignore[misc]
             rounds=settings.rounds(9 if settings.gpu else 2),
-            seconds=40.0 if settings.gpu else seconds[chunks],
+            seconds=60.0 if settings.gpu else seconds[chunks],
             threads=2,
             warm_up="" if settings.gpu else "plain",
             peaks=True,

@@ -299,18 +299,18 @@ def regressions(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) ->
     the other's quartiles; memory, which hardly varies, if it rose by more than 5 % and 1 MiB. A row
     that was measured before and now failed is worse; one that was skipped says nothing.
     """
-    stored = {(row["part"], row["group"], row["name"]): row for row in old if row["status"] == "ok"}
+    names = ("part", "group", "name", "workload")
+    stored = {tuple(row[n] for n in names): row for row in old if row["status"] == "ok"}
     found = []
     for row in new:
-        key = (row["part"], row["group"], row["name"])
-        before = stored.get(key)
+        before = stored.get(tuple(row[n] for n in names))
         if before is None or not row["ours"]:
             continue
-        where = " / ".join(key)
+        where = " / ".join(row[n] for n in names[:3])
         if row["status"].startswith("failed"):
             found.append(f"{where}: {row['status']}")
             continue
-        if row["status"] != "ok" or before["workload"] != row["workload"]:
+        if row["status"] != "ok":
             continue
         a, b = before["ratio"], row["ratio"]
         slower = a is not None and b is not None and b > a * (1 + TOLERANCE)

@@ -61,28 +61,29 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 logger = logging.getLogger("bench")
 
-# part -> module; in a set, what matters most runs first
-MODULES = {
-    "overlap": "overlap",
-    "recorder": "recorder",
-    "guidance": "guidance",
-    "audits": "audits",
-    "peers": "peers",
-    "engines": "engines",
-    "kernels": "kernels",
-    "engines-sd15": "engines",
+# part -> module and function; in a set, what matters most runs first
+PARTS = {
+    "overlap": ("overlap", "groups"),
+    "recorder": ("recorder", "groups"),
+    "guidance": ("guidance", "groups"),
+    "audits": ("audits", "groups"),
+    "peers": ("peers", "groups"),
+    "engines": ("engines", "groups"),
+    "kernels": ("kernels", "groups"),
+    "kernels-compiled": ("kernels", "compiled_groups"),
+    "engines-sd15": ("engines", "long_groups"),
 }
 SETS = {
     "cpu": ("overlap", "peers", "recorder", "audits", "guidance", "engines"),
-    "gpu": ("kernels", "recorder", "guidance", "audits"),
+    "gpu": ("kernels", "recorder", "guidance", "audits", "kernels-compiled"),
 }
 LONG = ("engines-sd15",)
 BUDGET = {"cpu": 870.0, "gpu": 450.0}
 
 
 def groups_of(part: str, settings: Settings) -> Iterator[Group]:
-    module = importlib.import_module(MODULES[part])
-    yield from (module.long_groups if part in LONG else module.groups)(settings)
+    module, function = PARTS[part]
+    yield from getattr(importlib.import_module(module), function)(settings)
 
 
 def peak_in_process(row: Row, given: Sequence[str]) -> None:
@@ -189,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--set", choices=SETS, help="default gpu where there is one, else cpu")
-    made.add_argument("--part", action="append", choices=MODULES, help="only this part; repeatable")
+    made.add_argument("--part", action="append", choices=PARTS, help="only this part; repeatable")
     made.add_argument("--ovam", type=Path, metavar="DIR", help="a checkout of OVAM to measure too")
     made.add_argument("--daam", type=Path, metavar="DIR", help="a folder with DAAM to measure too")
     made.add_argument("--quick", action="store_true", help="everything small, two rounds: a test")
@@ -227,12 +228,14 @@ def stored(options: argparse.Namespace, device: str) -> tuple[str, list[dict[str
     """The rows to compare with, and where they are from."""
     if options.against == "none" or options.quick:
         return "", []
-    found = options.against == "newest"
-    path = newest(RESULTS / slug(device)) if found else Path(options.against)
-    if path is None:
+    path: Path | None = Path(options.against)
+    if options.against == "newest":
+        alone = place(options, device) if set(options.part or ()) & set(LONG) else None
+        path = alone or newest(RESULTS / slug(device))
+    if path is None or not path.exists():
         return "", []
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-    return path.name, rows
+    record = json.loads(path.read_text())
+    return path.name, record["rows"] if record["schema"] >= 2 else []
 
 
 def main() -> None:

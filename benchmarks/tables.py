@@ -96,12 +96,12 @@ def group_cells(rows: list[dict[str, Any]]) -> Cells:
 
 def part_tables(record: dict[str, Any], part: str) -> str:
     """Every group of a part, each under a line that says its workload."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in record["rows"]:
         if each["part"] == part:
-            groups.setdefault(each["group"], []).append(each)
+            groups.setdefault((each["group"], each["workload"]), []).append(each)
     lines: list[str] = []
-    for name, rows in groups.items():
+    for (name, _), rows in groups.items():
         if rows[0]["name"] == "*":
             lines += [f"{name}: {rows[0]['status']}.", ""]
             continue

@@ -15,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import run
 from biasmap_fast.cli import app
 from harness import (
     Entry,
@@ -29,6 +30,7 @@ from harness import (
     slope,
     slopes,
 )
+from settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -248,6 +250,28 @@ def test_without_time_every_group_is_skipped(tmp_path):
     assert {row["part"] for row in record["rows"]} == {
         "overlap", "peers", "recorder", "audits", "guidance", "engines",
     }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+@pytest.mark.parametrize("part", run.PARTS)
+def test_groups_are_named_once_and_say_their_part(part, tmp_path):
+    settings = Settings(torch.device("cpu"), tmp_path, quick=True)
+    found = list(run.groups_of(part, settings))
+    assert {each.part for each in found} == {part}
+    names = [each.name + each.workload for each in found]
+    assert len(set(names)) == len(names)
+
+
+def test_only_whole_runs_and_long_parts_are_kept():
+    def placed(*given):
+        options = run.parser().parse_args(given)
+        return run.place(options, "Some CPU 3").relative_to(ROOT).parts
+
+    assert placed()[:3] == ("benchmarks", "results", "some-cpu-3")
+    assert placed("--part", "overlap")[:2] == placed("--quick")[:2] == ("runs", "bench")
+    long = placed("--part", "engines-sd15")
+    assert long == ("benchmarks", "results", "some-cpu-3", "engines-sd15.json")
+    assert placed("--part", "engines-sd15", "--quick")[0] == "runs"
 
 
 def test_bench_command_says_where_the_benchmarks_are(tmp_path):
