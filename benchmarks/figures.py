@@ -15,8 +15,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from bench_tables import DEVICE, ROOT, read
 from harness import newest
-from tables import DEVICE, ROOT, read
 
 DOCS = ROOT / "docs"
 # Okabe and Ito's colours, which those who see red and green alike can tell apart

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache
 from typing import Any
 
 import torch
@@ -50,6 +49,7 @@ class Runs:
         self.pipe, self.images, self.steps = pipe, images, steps
         self.size = (height, width or height)  # of the latents
         self.held: dict[str, int] = {}
+        self.expected: torch.Tensor | None = None  # once it has been drawn
 
     def draw(self) -> None:
         self.pipe(
@@ -94,6 +94,7 @@ class Runs:
             total += resize(
                 columns.reshape(*columns.shape[:2], *sizes[columns.shape[2]]), self.size
             )
+        self.expected = total
         return total
 
     def ovam(self, hooker_class: Any) -> torch.Tensor:
@@ -123,14 +124,11 @@ def entries(
 ) -> list[Entry]:
     """Ways to have maps; ``no_daam`` says why DAAM cannot, if so."""
 
-    @cache
-    def expected() -> torch.Tensor:
-        return runs.probabilities()
-
     def error(maps: torch.Tensor) -> float:
-        if maps.shape != expected().shape:
-            raise ValueError(f"maps of {tuple(maps.shape)}, expected {tuple(expected().shape)}")
-        return float((maps.to(expected()) - expected()).abs().max() / expected().abs().max())
+        expected = runs.expected if runs.expected is not None else runs.probabilities()
+        if maps.shape != expected.shape:
+            raise ValueError(f"maps of {tuple(maps.shape)}, expected {tuple(expected.shape)}")
+        return float((maps.to(expected) - expected).abs().max() / expected.abs().max())
 
     def held(name: str) -> Callable[[], int]:
         return lambda: runs.held[name]
