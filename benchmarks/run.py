@@ -281,8 +281,9 @@ def main() -> None:
     lines = [f"worse than {name}: {line}" for line in worse]
     lines += [f"failed: {row.part} / {row.group} / {row.name}: {row.status}" for row in failed]
     print("\n".join([*lines, f"{path}"]), file=sys.stderr)
-    if before and not worse:
-        print(f"no row is worse than in {name}", file=sys.stderr)
+    if not worse:
+        said = f"no row is worse than in {name}" if before else "compared with no stored run"
+        print(said, file=sys.stderr)
     sys.exit(bool(lines))
 
 
