@@ -83,7 +83,8 @@ def find_daam(folder: Path | None) -> Peer:
     try:
         module = importlib.import_module("daam")
         peer.load, peer.version = module.trace, module.__version__
-    except ImportError as error:
-        given = folder is not None
-        peer.reason = f"cannot: import fails, {error}" if given else "skipped: no --daam DIR"
+    except Exception as error:  # it is not ours to mend
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "daam"
+        said = f"cannot: import fails, {type(error).__name__}: {error}"
+        peer.reason = "skipped: no --daam DIR" if absent and folder is None else said
     return peer

@@ -30,7 +30,7 @@ from harness import (
     slope,
     slopes,
 )
-from settings import Settings
+from settings import Settings, find_daam, find_ovam
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -272,6 +272,20 @@ def test_only_whole_runs_and_long_parts_are_kept():
     long = placed("--part", "engines-sd15")
     assert long == ("benchmarks", "results", "some-cpu-3", "engines-sd15.json")
     assert placed("--part", "engines-sd15", "--quick")[0] == "runs"
+
+
+def test_a_peer_that_cannot_be_imported_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit, match="--ovam must be a checkout"):
+        find_ovam(tmp_path)
+    (tmp_path / "ovam/stable_diffusion").mkdir(parents=True)
+    (tmp_path / "ovam/stable_diffusion/__init__.py").write_text("import no_such_module_of_2020\n")
+    peer = find_ovam(tmp_path)
+    assert peer.load is None
+    assert peer.status.startswith("cannot: import fails, ModuleNotFoundError")
+    assert find_ovam(None).status == "skipped: no --ovam DIR"
+    monkeypatch.setitem(sys.modules, "daam", None)
+    assert find_daam(tmp_path).status.startswith("cannot: import fails")
 
 
 def test_bench_command_says_where_the_benchmarks_are(tmp_path):
