@@ -159,7 +159,7 @@ def groups(settings: Settings) -> list[Group]:
             ),
             rounds, seconds,
         )
-        for batch, alone, seconds in ((8, True, 110.0), (1, False, 6.0))
+        for batch, alone, seconds in ((8, True, 110.0), (1, False, 30.0))
     ]  # fmt: skip
     found.append(
         Group(
