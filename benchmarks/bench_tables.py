@@ -240,7 +240,7 @@ HEADLINE = [
 
 def headline() -> str:
     """Ours against what one would run otherwise: time, and memory where it was measured."""
-    lines = ["| | ours | theirs | time, of theirs | memory |", "|---|---:|---:|---:|---:|"]
+    lines = ["| | ours | theirs | speed-up | memory |", "|---|---:|---:|---:|---:|"]
     for words, (part, group, name), other in HEADLINE:
         ours, theirs = row(part, group, name), row(part, group, other)
         if ours is None or theirs is None:
@@ -252,7 +252,7 @@ def headline() -> str:
             pair = (ours[column], theirs[column])
             if None not in pair:
                 memory = f"{number(pair[0])} of {number(pair[1])} {unit}"
-        cells = [*map(duration, times), number(times[0] / times[1]), memory]
+        cells = [*map(duration, times), f"{number(times[1] / times[0])}x", memory]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
