@@ -94,17 +94,17 @@ class Calls:
 
 
 def testbed(settings: Settings, batch: int, compiled: bool) -> list[Entry]:
+    """Beside engines, or beside torch.compile alone."""
     pipe = bm.testbed.pipeline()
     generator = torch.Generator().manual_seed(0)
-    names = list(ENGINES)[:2] if settings.quick else ENGINES
-    folders = {name: exported(pipe, settings.scratch, name, "testbed") for name in names}
     latents = torch.randn(batch, 4, 16, 16, generator=generator)
     text = torch.randn(batch, 20, 64, generator=generator)
     calls = Calls(pipe, (latents, torch.tensor(500), text))
-    found = calls.torch()
     if compiled:
-        found.append(calls.compiled())
-    return found + [calls.engine(name, folder) for name, folder in folders.items()]
+        return [calls.torch()[0], calls.compiled()]
+    names = list(ENGINES)[:2] if settings.quick else ENGINES
+    folders = {name: exported(pipe, settings.scratch, name, "testbed") for name in names}
+    return calls.torch() + [calls.engine(name, folder) for name, folder in folders.items()]
 
 
 def audits(settings: Settings, seeds: int) -> list[Entry]:
@@ -151,24 +151,21 @@ def groups(settings: Settings) -> list[Group]:
     rounds = settings.rounds(15)
     workload = "batch {}, latents of 16 x 16, float32"
     seeds = 1 if settings.quick else 2
-    found = [
-        Group(
-            "engines", f"testbed, batch {batch}", workload.format(batch),
-            lambda batch=batch, alone=alone: testbed(  # type: ignore[misc]
-                settings, batch, alone and not settings.quick
-            ),
-            rounds, seconds,
-        )
-        for batch, alone, seconds in ((8, True, 110.0), (1, False, 30.0))
-    ]  # fmt: skip
-    found.append(
-        Group(
-            "engines", "an audit through an engine",
-            f"{20 * seeds} pictures of the embedded model, 25 steps, batch 8; time of a picture",
-            lambda: audits(settings, seeds), settings.rounds(2), 40.0, warm_up="torch",
-        )
+
+    def calls(batch: int, compiled: bool, seconds: float) -> Group:
+        return Group(
+            "engines", f"testbed, batch {batch}{', compiled' * compiled}", workload.format(batch),
+            lambda: testbed(settings, batch, compiled), rounds, seconds,
+        )  # fmt: skip
+
+    audited = Group(
+        "engines", "an audit through an engine",
+        f"{20 * seeds} pictures of the embedded model, 25 steps, batch 8; time of a picture",
+        lambda: audits(settings, seeds), settings.rounds(2), 30.0, warm_up="torch",
     )  # fmt: skip
-    return found
+    # the first exports; compiling takes long and comes last
+    found = [calls(1, False, 40.0), calls(8, False, 10.0), audited]
+    return found if settings.quick else [*found, calls(8, True, 50.0)]
 
 
 def long_groups(settings: Settings) -> list[Group]:

@@ -92,8 +92,8 @@ def memory(record: dict[str, Any]) -> Figure:
     for name, points in lines.items():
         x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, marker=MARKS[name], color=COLOURS[name], label=name)
-        axes.annotate(f"{name}: {y[-1]:,.1f} KiB".replace(".0 ", " "), (x[-1], y[-1]), xytext=(6, -3),
-                      textcoords="offset points", fontsize=8)  # fmt: skip
+        words = f"{name}: {y[-1]:,.1f} KiB".replace(".0 ", " ")
+        axes.annotate(words, (x[-1], y[-1]), xytext=(6, -3), textcoords="offset points", fontsize=8)
     axes.set(yscale="log", xlabel="steps", ylabel="held after the run, KiB", xlim=(5, 85))
     axes.set_title("embedded model, one image", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

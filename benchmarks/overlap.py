@@ -138,7 +138,7 @@ def soft(sets: int, compiled: bool, every: bool) -> list[Entry]:
 
 def groups(settings: Settings) -> list[Group]:
     sets, few = (16, 1) if settings.quick else (256, 2)
-    name, rounds = "SoftIoU with gradient", settings.rounds(9)
+    name, rounds = "SoftIoU with gradient", settings.rounds(7)
 
     def group(name: str, sets: int, setup: Callable[[], list[Entry]], seconds: float) -> Group:
         workload = f"{sets} sets of {CONCEPTS} concepts at {SIDE} x {SIDE}"
