@@ -150,8 +150,9 @@ def stored_row(**changes):
         ({"ratio": None, "ratio_quartiles": None}, False),
         ({"status": "failed: RuntimeError: no"}, True),
         ({"status": "skipped: no time", "ratio": None}, False),
-        ({"peak_mib": 106.0}, True),
-        ({"peak_mib": 104.0}, False),
+        ({"peak_mib": 109.0}, True),
+        ({"peak_mib": 107.0}, False),  # less than 8 MiB
+        ({"peak_mib": 1040.0}, True),
         ({"held_kib": 44.0}, False),  # less than a MiB
         ({"held_kib": 1100.0}, True),
     ],
