@@ -7,7 +7,7 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import reference
-from biasmap_fast.groups import ConceptMaps, grouped
+from biasmap_fast.groups import ConceptMaps, GroupKeys, grouped, stacked
 
 DOCTOR = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
 NURSE = bm.AttributionPrompt("a photo of a nurse and woman", ("nurse", "woman"))
@@ -39,13 +39,67 @@ def test_tiles_equal_prompt_by_prompt(prompts, images, heads, pixels, depth, tok
     weights = torch.rand(prompts, 2, tokens, dtype=wide)
     start = torch.rand(prompts, images, 2, pixels, dtype=wide)
     found, adding = start.clone(), ConceptMaps()
+    group = GroupKeys(weights, {"layer": keys}, None)
     for _ in range(2):  # the memory of the tiles is used again
-        adding.add(found, query, keys, weights)
+        adding.add(found, query, group, "layer")
     for index in range(prompts):
         exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
         torch.testing.assert_close(
             found[index].double(), start[index].double() + 2 * exact, rtol=1e-5, atol=1e-5
         )
+
+
+def shared_case(images, heads, pixels, depth, scale):
+    """Six prompts of nine tokens, of which the last two are their own."""
+    torch.manual_seed(1)
+    query = torch.randn(images, heads, pixels, depth)
+    common, own = torch.randn(7, 32), torch.randn(6, 2, 32)
+    states = [torch.cat([common, end]) for end in own]
+    project = scale * torch.randn(heads, 32, depth) / 32**0.5
+    keys = [(each @ project).contiguous() for each in states]  # [heads, T', d]
+    weights = [torch.rand(2, 9) for _ in states]
+    return query, stacked(weights, [{"layer": each} for each in keys], states), keys, weights
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 9, 4), (2, 8, 4096, 40), (30, 4, 64, 16)])
+def test_shared_tokens_equal_prompt_by_prompt(shape):
+    query, group, keys, weights = shared_case(*shape, scale=1.0)
+    assert group.shared.by_layer["layer"].shape[1] == 7 + 6 * 2
+    found = torch.zeros(6, shape[0], 2, shape[2])
+    ConceptMaps().add(found, query, group, "layer")
+    for index in range(6):
+        exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
+        torch.testing.assert_close(found[index].double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_far_apart_do_not_share():
+    # one prompt's own tokens outshine all others by more than float32's exponents can tell
+    query, group, keys, weights = shared_case(2, 4, 64, 16, scale=200.0)
+    assert group.shared is not None
+    adding, found = ConceptMaps(), torch.zeros(6, 2, 2, 64)
+    assert not adding._add_shared(found, query, group.shared, "layer")
+    assert not found.any()
+    adding.add(found, query, group, "layer")
+    for index in range(6):
+        exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
+        torch.testing.assert_close(found[index].double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_a_repeated_token_counts_twice():
+    states = torch.randn(12, 16)
+    which = torch.tensor(
+        [[0, 1, 1, 2, 3, 4, 5, 6], [0, 1, 1, 2, 3, 4, 5, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
+    )
+    prompts = [states[own] for own in which.repeat(3, 1)]
+    keys = [each.view(8, 2, 8).transpose(0, 1).contiguous() for each in prompts]  # [heads, T', d]
+    weights = [torch.rand(1, 8) for _ in prompts]
+    group = stacked(weights, [{"layer": each} for each in keys], prompts)
+    assert group.shared.by_layer["layer"].shape == (2, 8, 8)
+    query, found = torch.randn(1, 2, 5, 8), torch.zeros(9, 1, 1, 5)
+    ConceptMaps().add(found, query, group, "layer")
+    for index, own in enumerate(keys):
+        exact = reference.concept_map(query, own, weights[index])
+        torch.testing.assert_close(found[index], exact)
 
 
 def test_prompts_of_single_images_are_those_of_the_batch():

@@ -123,6 +123,7 @@ class AttributionKeys:
     """One prompt, ready to meet the queries of a UNet."""
 
     weights: torch.Tensor  # [K, T'], on the UNet's device
+    states: torch.Tensor  # [T', D] hidden states
     by_layer: Mapping[str, torch.Tensor]  # [heads, T', d] >= float32, times 1 / sqrt(d)
 
 
@@ -142,7 +143,7 @@ def attribution_keys(
     """
     states, weights = attribution_states(pipe, tokenized)
     by_layer = {layer.name: layer.keys(states[None])[0] for layer in layers}
-    return AttributionKeys(weights, by_layer)
+    return AttributionKeys(weights, states, by_layer)
 
 
 @torch.no_grad()
@@ -310,7 +311,11 @@ class Recorder:
             ]
             for group in self._groups:
                 own = [attributed[index] for index in group.prompts]
-                self._keys.append(stacked([k.weights for k in own], [k.by_layer for k in own]))
+                self._keys.append(
+                    stacked(
+                        [k.weights for k in own], [k.by_layer for k in own], [k.states for k in own]
+                    )
+                )
             for layer in self._layers:
                 hook = self._query_hook(layer)
                 self._handles.append(layer.module.to_q.register_forward_hook(hook))
@@ -369,7 +374,7 @@ class Recorder:
         (On a CPU there is a working memory of 1 MiB a thread at most beside them.)
         """
         sums = [t for run in self._runs for part in run.sums.values() for t in part.values()]
-        keys = [key for own in self._keys for key in own.by_layer.values()]
+        keys = [key for own in self._keys for key in own.tensors()]
         return {"maps": sum(t.nbytes for t in sums), "keys": sum(t.nbytes for t in keys)}
 
     def _before_call(self, unet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -444,8 +449,9 @@ class Recorder:
                 continue
             taken, images = (list(part) for part in zip(*mine, strict=True))
             query, place = rows[as_slice(taken)], as_slice(images)
-            keys, weights = attributed.by_layer[layer.name], attributed.weights
+            weights = attributed.weights
             if self._by == "head":
+                keys = attributed.by_layer[layer.name]
                 for index in range(len(group.prompts)):
                     found = concept_map(query, keys[index], weights[index], per_head=True)
                     for head in range(layer.heads):
@@ -454,7 +460,7 @@ class Recorder:
                 continue
             target = self._sum(run, (number, self._part(layer, run)), size, weights)
             sums = target[:, place]  # [P, b, K, h, w], a view of consecutive images
-            self._adding.add(sums.flatten(3), query, keys, weights)
+            self._adding.add(sums.flatten(3), query, attributed, layer.name)
             if not isinstance(place, slice):
                 target[:, place] = sums
 
