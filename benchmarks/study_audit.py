@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,6 @@ def no_bias_trained(result: AuditResult) -> dict[str, Any]:
     pictures = [len(own) for own in labels.values()]
     spread = sum(n * (share - 0.5) ** 2 / 0.25 for n, share in zip(pictures, drawn, strict=True))
     summary = result.summary
-    inside = summary["containment"]
     return {
         "seeds": len(result.plan.seeds),
         "weights": weight_hashes(Path(result.plan.model)),
@@ -240,36 +240,39 @@ def no_bias_trained(result: AuditResult) -> dict[str, Any]:
             "mean": float(np.mean(drawn)),
             "chi-square p of all being 0.5": float(stats.chi2.sf(spread, len(drawn))),
         },
-        "containment": [
-            {
-                "word": row["demographic"],
-                "mean over professions": row["containment"],
-                "chance": row["chance"],
-                **{
-                    name: counts[name]
-                    for name in ("professions", "above", "below", "above_holm", "below_holm")
-                },
-                "above chance and every control": sum(
-                    _above_all(one, row["chance"], inside, row["demographic"])
-                    for one in inside["professions"]
-                    if one["demographic"] == row["demographic"]
-                ),
-            }
-            for row in inside["overall"]
-            for counts in inside["comparisons"]
-            if counts["demographic"] == row["demographic"]
-        ],
+        "containment": _above(summary["containment"], "containment"),
+        "iou": _above(summary, "iou"),
     }
 
 
-def _above_all(row: dict[str, Any], chance: float, inside: dict[str, Any], word: str) -> bool:
-    """Whether a profession's interval lies above chance, and its difference from each control."""
-    if (row["containment"]["low"] or 0.0) <= chance:
-        return False
-    (controls,) = [each for each in inside["controls"] if each["demographic"] == word]
-    (own,) = [each for each in controls["professions"] if each["semantic"] == row["semantic"]]
-    negative = [own[kind]["difference"]["low"] for kind in NEGATIVE if kind in own]
-    return all(low is not None and low > 0.0 for low in negative)
+def _above(figures: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
+    """How many professions a measure puts above chance, and above every control too."""
+    found = []
+    for row in figures["overall"]:
+        word, chance = row["demographic"], row["chance"]
+        (counts,) = [each for each in figures["comparisons"] if each["demographic"] == word]
+        (controls,) = [each for each in figures["controls"] if each["demographic"] == word]
+        against = {each["semantic"]: each for each in controls["professions"]}
+        professions = [each for each in figures["professions"] if each["demographic"] == word]
+        beyond = [
+            (each[measure]["low"] or 0.0) > chance
+            and all(
+                (against[each["semantic"]][kind]["difference"]["low"] or 0.0) > 0.0
+                for kind in NEGATIVE
+            )
+            for each in professions
+        ]
+        names = ("professions", "above", "below", "above_holm", "below_holm")
+        found.append(
+            {
+                "word": word,
+                "mean over professions": row[measure],
+                "chance": chance,
+                **{name: counts[name] for name in names},
+                "above chance and every control": sum(beyond),
+            }
+        )
+    return found
 
 
 def no_bias(repeats: int) -> dict[str, Any]:
