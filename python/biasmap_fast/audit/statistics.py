@@ -14,6 +14,8 @@ repeats the important rows):
   20 professions, 8 seeds and seed effects as large as profession effects this covers 0.96;
   resampling professions and then the images within them covers 0.73. Where professions do not
   differ it is too wide, never too narrow.
+* *As many images as needed* (``--precision``): mean +- the precision, the fixed-width interval of
+  Chow and Robbins (1965); see `rounds`.
 * *Shares*: Wilson's score interval.
 * *Rank correlation over professions*: Fisher's z with Bonett and Wright's standard error for
   Spearman's coefficient (Psychometrika 2000). At 20 professions it covers 0.953 to 0.961 and the
@@ -39,6 +41,11 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+
+FIXED_WIDTH = "fixed width after sequential sampling (Chow and Robbins 1965)"
+"""Method of an interval whose number of images its own width decided."""
+
+_NO_SPREAD = 1e-12  # standard errors below it are those of values that do not vary
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,11 @@ class Figure:
 
 
 def mean_interval(
-    values: Sequence[float] | FloatArray, confidence: float = CONFIDENCE, *, lowest: float = 0.0
+    values: Sequence[float] | FloatArray,
+    confidence: float = CONFIDENCE,
+    *,
+    lowest: float = 0.0,
+    precision: float | None = None,
 ) -> Figure:
     """Mean of independent measurements with Student's t interval, cut to the possible values.
 
@@ -91,10 +102,14 @@ def mean_interval(
             profession, or, with ``lowest=-1``, the differences between two conditions.
         confidence: nominal coverage, between 0 and 1.
         lowest: the smallest possible value.
+        precision: half-width at which drawing stopped (`rounds`), or would have. The 95 % interval
+            is then no narrower, for it is the fixed width that holds where the number of images was
+            not fixed; intervals of another confidence are widened by the same factor.
 
     Returns:
         A figure without interval for n < 2 and for values that do not vary: neither says anything
-        about the spread.
+        about the spread. (With a precision, values that do not vary have an interval where there
+        are as many of them as `half_width` asks.)
 
     Raises:
         ValueError: a value is not finite, or outside [lowest, 1].
@@ -111,12 +126,86 @@ def mean_interval(
     mean = float(x.mean())
     if n == 1:
         return Figure(mean, None, None, 1, confidence, "no interval from one image")
-    error = float(x.std(ddof=1)) / math.sqrt(n)
-    if error <= 1e-12:
+    error = standard_error(x, precision)
+    if error is None:
         return Figure(mean, None, None, n, confidence, "no interval: the values do not vary")
     reach = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
     low, high = max(lowest, mean - reach), min(1.0, mean + reach)
-    return Figure(mean, low, high, n, confidence, "Student t over images")
+    method = "Student t over images"
+    if precision is not None:
+        narrow = (half_width(x) or math.inf) <= precision
+        method = FIXED_WIDTH if narrow else f"{method}; the precision was not reached"
+    return Figure(mean, low, high, n, confidence, method)
+
+
+def half_width(values: Sequence[float] | FloatArray) -> float | None:
+    """Half-width of Student's 95 % interval of a mean, from the spread alone.
+
+    Args:
+        values: ``[n]`` in [0, 1].
+
+    Returns:
+        ``None`` for n < 2. ``3 / n`` for values that do not vary, the rule of three (Hanley and
+        Lippman-Hand, JAMA 1983): of n values all alike the share of others is below ``3 / n`` with
+        confidence 0.95, and the mean moves by no more than that.
+
+    Example:
+        >>> round(half_width([0.2, 0.3, 0.4]), 3), half_width([0.0] * 100)
+        (0.248, 0.03)
+    """
+    x = np.asarray(values, dtype=np.float64)
+    n = int(x.size)
+    if n < 2:
+        return None
+    error = float(x.std(ddof=1)) / math.sqrt(n)
+    if error <= _NO_SPREAD:
+        return 3 / n
+    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
+
+
+def images_for(values: Sequence[float] | FloatArray, precision: float) -> int:
+    """Smallest number of images whose `half_width` is within a precision, going by the spread.
+
+    Args:
+        values: ``[n]`` in [0, 1], n >= 2.
+        precision: the half-width, above 0.
+
+    Example:
+        >>> images_for([0.2, 0.3, 0.4], 0.02), images_for([0.0] * 10, 0.02)
+        (99, 150)
+    """
+    spread = float(np.std(values, ddof=1))
+    if spread / math.sqrt(len(values)) <= _NO_SPREAD:
+        return math.ceil(3 / precision)
+    n = max(2, math.ceil((float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * spread / precision) ** 2))
+    while float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * spread / math.sqrt(n) > precision:
+        n += 1
+    return n
+
+
+def standard_error(
+    values: Sequence[float] | FloatArray, precision: float | None = None
+) -> float | None:
+    """Standard error of a mean; with a precision, no smaller than one whose 95 % interval has it.
+
+    Args:
+        values: ``[n]``.
+        precision: half-width at which drawing stopped; ``None`` where the number was fixed.
+
+    Returns:
+        ``None`` below two values, and for values that do not vary (with a precision: that are too
+        few for `half_width` to be within it).
+    """
+    x = np.asarray(values, dtype=np.float64)
+    n = int(x.size)
+    if n < 2:
+        return None
+    error = float(x.std(ddof=1)) / math.sqrt(n)
+    if precision is None:
+        return error if error > _NO_SPREAD else None
+    if error <= _NO_SPREAD and (half_width(x) or math.inf) > precision:
+        return None
+    return max(error, precision / float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)))
 
 
 def crossed_mean_interval(
@@ -160,7 +249,7 @@ def crossed_mean_interval(
     total = drawn.sum(axis=1)
     boot = (drawn * np.nan_to_num(means)).sum(axis=1)[total > 0] / total[total > 0]
     error = float(boot.std(ddof=1))
-    if error <= 1e-12:
+    if error <= _NO_SPREAD:
         return Figure(mean, None, None, count, confidence, "no interval: the values do not vary")
     reach = float(stats.t.ppf(0.5 + confidence / 2, min(count, seeds) - 1)) * error
     low, high = max(lowest, mean - reach), min(1.0, mean + reach)
