@@ -85,8 +85,8 @@ def audit(
     seeds: Annotated[
         str | None,
         typer.Option(
-            help="A count ('20': 0 to 19), a range ('5-24') or a list. With --precision, the first "
-            "round. [default: 20; with --precision H 1/H, if that is more]"
+            help="A count ('20': 0 to 19), a range ('5-24') or a list. With --precision H it is "
+            "the first round, by default of 1/H seeds if that is more. [default: 20]"
         ),
     ] = None,
     precision: Annotated[
@@ -100,8 +100,8 @@ def audit(
     max_seeds: Annotated[
         int | None,
         typer.Option(
-            help="With --precision: seeds that a profession may take. "
-            "[default: ten times the first round]"
+            help="With --precision H: seeds that a profession may take; one that needs more is "
+            "reported as not reached. [default: 10/H]"
         ),
     ] = None,
     steps: Steps = None,

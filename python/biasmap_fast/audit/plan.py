@@ -39,6 +39,8 @@ _PAPER_DEFAULTS: dict[str, Any] = {
     "guidance_scale": presets.PAPER.guidance_scale,
 }
 
+_FIRST_ROUND = 10  # fewest seeds of it: of fewer, Student's quantile is far from the normal one
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -171,12 +173,13 @@ class AuditPlan(BaseModel):
             ``"model:ID"`` or ``"module:function"`` (`conditions.parse`).
         energy: settings of the condition ``"guided"``.
         seeds: one picture a profession, seed and condition. With a precision these are the first
-            round's (default 20, or ``1 / precision``), and the following numbers may be drawn too.
+            round's (ten at least, default 20 or ``1 / precision``), and the numbers after the
+            greatest may be drawn too.
         precision: half-width that the 95 % interval of each profession's mean of ``measure`` must
             come to, with every word and under every condition: drawing goes on in rounds until it
             does (`rounds`). ``None`` to draw ``seeds`` and no more.
-        max_seeds: with a precision, how many seeds a profession may take; default ten times the
-            first round.
+        max_seeds: with a precision, how many seeds a profession may take; default
+            ``10 / precision``.
         steps: inference steps.
         guidance_scale: classifier-free guidance; 1 for none. Default 7.5, on the testbed 1.
         height: of the pictures in pixels; ``None`` for the model's default.
@@ -322,11 +325,10 @@ class AuditPlan(BaseModel):
                     "`seeds` alone says how many"
                 )
             return self
-        least = first_round(self.precision)
-        if len(self.seeds) < least:
+        if len(self.seeds) < _FIRST_ROUND:
             raise ValueError(
-                f"seeds: with precision {self.precision:g} they are the first round, of which the "
-                f"spread is judged: expected at least {least}, got {len(self.seeds)}"
+                "seeds: with a precision they are the first round, and the spread is judged by "
+                f"them: expected at least {_FIRST_ROUND}, got {len(self.seeds)}"
             )
         if self.max_seeds is None or self.max_seeds < len(self.seeds):
             raise ValueError(
@@ -566,28 +568,17 @@ class AuditPlan(BaseModel):
         )
 
 
-def first_round(precision: float) -> int:
-    """Fewest seeds of a first round: ``1 / precision``, and ten.
-
-    Fewer may all miss a kind of picture that the mean depends on, and drawing would stop on the
-    small spread of the rest: docs/statistics.md has the coverage.
-
-    Example:
-        >>> first_round(0.02), first_round(0.3)
-        (50, 10)
-    """
-    return max(10, math.ceil(1 / precision - 1e-9))  # 1 / 0.02 may lie above 50
-
-
 def _fill_rounds(settings: dict[str, Any]) -> None:
     """Writes out the first round and the most seeds of a plan with a precision, if it is one."""
     precision = settings.get("precision")
     if not isinstance(precision, (int, float)) or not 0 < precision < 0.5:
         return
+    # no profession has enough before about 1 / precision images (`statistics.half_width`)
+    about = math.ceil(1 / precision - 1e-9)  # 1 / 0.02 may lie above 50
     if settings.get("seeds") is None:
-        settings["seeds"] = tuple(range(max(20, first_round(precision))))
+        settings["seeds"] = tuple(range(max(20, about)))
     if settings.get("max_seeds") is None and hasattr(settings["seeds"], "__len__"):
-        settings["max_seeds"] = 10 * len(settings["seeds"])
+        settings["max_seeds"] = max(10 * about, len(settings["seeds"]))
 
 
 def _name_interventions(settings: dict[str, Any]) -> None:

@@ -1,18 +1,18 @@
 """As many images as needed: seeds drawn in rounds until every interval of a profession is narrow.
 
 A run with ``precision`` h draws the plan's seeds first, then further seeds in rounds. A profession
-stops as soon as, at the end of a round, Student's 95 % half-width of the mean of the plan's measure
-is at most h for each of its words under each condition. The interval that is then shown is
-mean +- h: the fixed-width interval of Chow and Robbins ("On the asymptotic theory of fixed-width
-sequential confidence intervals for the mean", Annals of Mathematical Statistics 36, 1965), whose
-coverage tends to the nominal one as h falls. The rule looks at the spread alone, never at the mean.
+stops as soon as, at the end of a round, the 95 % half-width (`statistics.half_width`) of the mean
+of the plan's measure is at most h for each of its words under each condition. The interval that is
+then shown is mean +- h: the fixed-width interval of Chow and Robbins ("On the asymptotic theory of
+fixed-width sequential confidence intervals for the mean", Annals of Mathematical Statistics 36,
+1965), whose coverage tends to the nominal one as h falls. The rule looks at the spread alone, never
+at the mean; a confidence sequence, valid at every image and for any rule, would be wider.
 
-Two things keep it from stopping on a spread that is small by accident. The first round has at least
-1 / h images (`plan.first_round`), so that rare pictures that matter for the mean show up; Chow and
-Robbins add 1 / n to the variance for the same purpose. And rounds grow by a fifth, so that the
-spread is looked at a dozen times and not at every image, and a profession has mostly a few images
-more than it needs (for normal values a few more are all it takes: Simons, ibid. 39, 1968).
-docs/statistics.md has the coverage that was simulated, and where it falls short.
+Three things keep it from stopping on a spread that is small by accident: half-widths carry a term
+for that, so none is within h before about 1 / h images; rounds grow by a fifth, so the spread is
+looked at a dozen times and not at every image; and so a profession has mostly a few images more
+than it needs (for normal values a few more are all it takes: Simons, ibid. 39, 1968).
+docs/statistics.md has the coverage that was simulated.
 
 What is drawn next follows from the plan and the records alone, at the same boundaries for all: a
 run that was stopped goes on as if it had not been, on any number of workers.

@@ -45,6 +45,10 @@ RESAMPLES = 2000
 FIXED_WIDTH = "fixed width after sequential sampling (Chow and Robbins 1965)"
 """Method of an interval whose number of images its own width decided."""
 
+NOT_REACHED = "sequential sampling (Chow and Robbins 1965), the precision was not reached"
+"""Method of one for which drawing ended before."""
+
+ALIKE = 1e-3  # values within so much of each other are one value, as reports show it
 _NO_SPREAD = 1e-12  # standard errors below it are those of values that do not vary
 
 
@@ -103,13 +107,13 @@ def mean_interval(
         confidence: nominal coverage, between 0 and 1.
         lowest: the smallest possible value.
         precision: half-width at which drawing stopped (`rounds`), or would have. The 95 % interval
-            is then no narrower, for it is the fixed width that holds where the number of images was
-            not fixed; intervals of another confidence are widened by the same factor.
+            is then mean +- that, or +- `half_width` where it is more: what holds where the number
+            of images was not fixed. One of another confidence is wider or narrower in the ratio of
+            Student's quantiles.
 
     Returns:
         A figure without interval for n < 2 and for values that do not vary: neither says anything
-        about the spread. (With a precision, values that do not vary have an interval where there
-        are as many of them as `half_width` asks.)
+        about the spread. (With a precision, values that do not vary have an interval.)
 
     Raises:
         ValueError: a value is not finite, or outside [lowest, 1].
@@ -134,40 +138,45 @@ def mean_interval(
     method = "Student t over images"
     if precision is not None:
         narrow = (half_width(x) or math.inf) <= precision
-        method = FIXED_WIDTH if narrow else f"{method}; the precision was not reached"
+        method = FIXED_WIDTH if narrow else NOT_REACHED
     return Figure(mean, low, high, n, confidence, method)
 
 
 def half_width(values: Sequence[float] | FloatArray) -> float | None:
-    """Half-width of Student's 95 % interval of a mean, from the spread alone.
+    """Half-width of the 95 % interval of a mean whose number of values its own width decides.
+
+    ``t * sqrt((s ** 2 + 1 / (4 n)) / n)``, t of n - 1 degrees of freedom. Chow and Robbins (1965)
+    add ``1 / n`` to the variance, so that drawing does not stop on a spread that is small by
+    accident; here it is the largest variance that values in [0, 1] can have, 1 / 4, over n.
 
     Args:
         values: ``[n]`` in [0, 1].
 
     Returns:
-        ``None`` for n < 2. ``3 / n`` for values that do not vary, the rule of three (Hanley and
-        Lippman-Hand, JAMA 1983): of n values all alike the share of others is below ``3 / n`` with
-        confidence 0.95, and the mean moves by no more than that.
+        ``None`` for n < 2. ``3 / n`` for values that are alike, to 0.001: the rule of three (Hanley
+        and Lippman-Hand, JAMA 1983). Where none of n values is another one, the share of such is
+        below ``3 / n`` with confidence 0.95, and they move the mean by no more than that.
 
     Example:
-        >>> round(half_width([0.2, 0.3, 0.4]), 3), half_width([0.0] * 100)
-        (0.248, 0.03)
+        >>> round(half_width([0.2, 0.4] * 20), 3), half_width([0.0] * 100)
+        (0.041, 0.03)
     """
     x = np.asarray(values, dtype=np.float64)
     n = int(x.size)
     if n < 2:
         return None
-    error = float(x.std(ddof=1)) / math.sqrt(n)
-    if error <= _NO_SPREAD:
+    if float(np.ptp(x)) <= ALIKE:
         return 3 / n
-    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
+    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
+    return reach * math.sqrt((float(x.var(ddof=1)) + 0.25 / n) / n)
 
 
 def images_for(values: Sequence[float] | FloatArray, precision: float) -> int:
-    """Smallest number of images whose `half_width` is within a precision, going by the spread.
+    """Smallest fixed number of images whose Student's 95 % half-width is within a precision.
 
     Args:
-        values: ``[n]`` in [0, 1], n >= 2.
+        values: ``[n]`` in [0, 1], n >= 2; their spread is taken for the true one. If they are
+            alike, ``3 / precision`` images (`half_width`).
         precision: the half-width, above 0.
 
     Example:
@@ -175,7 +184,7 @@ def images_for(values: Sequence[float] | FloatArray, precision: float) -> int:
         (99, 150)
     """
     spread = float(np.std(values, ddof=1))
-    if spread / math.sqrt(len(values)) <= _NO_SPREAD:
+    if float(np.ptp(values)) <= ALIKE:
         return math.ceil(3 / precision)
     n = max(2, math.ceil((float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * spread / precision) ** 2))
     while float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * spread / math.sqrt(n) > precision:
@@ -186,26 +195,24 @@ def images_for(values: Sequence[float] | FloatArray, precision: float) -> int:
 def standard_error(
     values: Sequence[float] | FloatArray, precision: float | None = None
 ) -> float | None:
-    """Standard error of a mean; with a precision, no smaller than one whose 95 % interval has it.
+    """Standard error of a mean; with a precision, that whose 95 % interval `mean_interval` shows.
 
     Args:
         values: ``[n]``.
         precision: half-width at which drawing stopped; ``None`` where the number was fixed.
 
     Returns:
-        ``None`` below two values, and for values that do not vary (with a precision: that are too
-        few for `half_width` to be within it).
+        ``None`` below two values and, without a precision, for values that do not vary.
     """
     x = np.asarray(values, dtype=np.float64)
     n = int(x.size)
     if n < 2:
         return None
-    error = float(x.std(ddof=1)) / math.sqrt(n)
     if precision is None:
+        error = float(x.std(ddof=1)) / math.sqrt(n)
         return error if error > _NO_SPREAD else None
-    if error <= _NO_SPREAD and (half_width(x) or math.inf) > precision:
-        return None
-    return max(error, precision / float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)))
+    shown = max(half_width(x) or 0.0, precision)
+    return shown / float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
 
 
 def crossed_mean_interval(
