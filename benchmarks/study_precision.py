@@ -106,12 +106,17 @@ class Stopped:
     other_widths: Floats
 
 
-def stop(values: Floats, precision: float, others: Floats | None = None) -> Stopped:
-    """Draws every row of ``values`` ``[R, N, J]`` until the rule of `audit.rounds` stops it."""
+def stop(
+    values: Floats, precision: float, others: Floats | None = None, *, term: bool = True
+) -> Stopped:
+    """Draws every row of ``values`` ``[R, N, J]`` until the rule of `audit.rounds` stops it.
+
+    ``term=False`` leaves out what the rule adds to the variance.
+    """
     ends = np.array(list(boundaries(first_size(precision), values.shape[1])))
     means, widths = moments(values, ends)  # [R, E, J]
     alike = (running(np.maximum, values) - running(np.minimum, values))[:, ends - 1] <= ALIKE
-    wide = guarded(widths, ends, alike)
+    wide = guarded(widths, ends, alike) if term else widths
     narrow = np.all(wide <= precision, axis=2)  # [R, E]
     at = np.where(np.any(narrow, axis=1), np.argmax(narrow, axis=1), len(ends) - 1)
     rows = np.arange(len(values))
@@ -230,28 +235,28 @@ def simulate(name: str, precision: float, trials: int, seed: int) -> dict[str, A
     fixed = fixed_number(np.array([spread]), precision)
     rng = np.random.default_rng([seed, round(1000 * precision)])
     most = 2 * fixed + 10 * first_size(precision)
-    parts, plain = [], []
+    hits: dict[str, list[Any]] = {"fixed width": [], "t": [], "without the term": [], "fixed": []}
+    counts, errors = [], []
     for begin in range(0, trials, 500):
         values = draw(rng, (min(500, trials - begin), most, 1))
-        parts.append(stop(values, precision))
+        found, bare = stop(values, precision), stop(values, precision, term=False)
+        errors.append(found.means - truth)
+        counts.append(found.counts)
+        miss = np.abs(errors[-1])
+        hits["fixed width"].append(miss <= np.maximum(found.wide, precision))
+        hits["t"].append(miss <= found.widths)
+        hits["without the term"].append(
+            np.abs(bare.means - truth) <= np.maximum(bare.widths, precision)
+        )
         means, widths = moments(values, np.array([fixed]))
-        plain.append(np.abs(means[:, 0] - truth) <= widths[:, 0])
-    means = np.concatenate([part.means for part in parts])
-    wide = np.concatenate([part.wide for part in parts])
-    widths = np.concatenate([part.widths for part in parts])
-    counts = np.concatenate([part.counts for part in parts])
-    miss = np.abs(means - truth)
+        hits["fixed"].append(np.abs(means[:, 0] - truth) <= widths[:, 0])
     return {
         "name": name,
         "precision": precision,
-        "images": float(counts.mean()),
+        "images": float(np.concatenate(counts).mean()),
         "images_fixed": fixed,
-        "bias": float(means.mean() - truth),
-        "covered": {
-            "fixed width": rate(miss <= np.maximum(wide, precision)),
-            "t": rate(miss <= widths),
-            "fixed": rate(np.concatenate(plain)),
-        },
+        "bias": float(np.concatenate(errors).mean()),
+        "covered": {kind: rate(np.concatenate(each)) for kind, each in hits.items()},
     }
 
 

@@ -125,9 +125,8 @@ def test_half_widths_by_hand():
     assert half_width([0.2, 0.4]) == pytest.approx(12.706 * math.sqrt(0.145 / 2), rel=1e-4)
     assert half_width([0.3]) is None
     assert half_width([0.0] * 150) == 0.02
-    x = np.random.default_rng(0).beta(2, 5, 40)
-    n = images_for(x, 0.02)
-    widths = [stats.t.ppf(0.975, m - 1) * x.std(ddof=1) / math.sqrt(m) for m in (n - 1, n)]
+    n = images_for(0.16, 0.02)
+    widths = [stats.t.ppf(0.975, m - 1) * 0.16 / math.sqrt(m) for m in (n - 1, n)]
     assert widths[1] <= 0.02 < widths[0]
 
 
@@ -152,6 +151,7 @@ def test_a_profession_stops_when_all_of_its_words_are_narrow():
     states = second.professions
     assert [states[p].narrow for p in plan.professions] == [True, False, False]
     assert states["pilot"].half_width == pytest.approx(half_width(WIDE[:10]))
+    assert precision(figures(plan, second)).endswith("±0.15. So far 1 profession came to that.")
     # a picture is missing: the round is not whole, and nothing is decided
     short = [row for row in rows if (row["semantic"], row["seed"]) != ("judge", 9)]
     assert asked(plan, short).chunks == first.chunks
@@ -194,7 +194,7 @@ def test_the_saving_is_that_of_the_profession_that_needs_most():
     told = figures(plan, found)
     assert [row["seeds"] for row in told["professions"]] == [10, 12, 10]
     assert told["images"] == 32
-    needed = images_for([0.2, 0.5] * 6, 0.15)
+    needed = images_for(np.std([0.2, 0.5] * 6, ddof=1), 0.15)
     assert told["images_fixed"] == 3 * needed
     assert told["saved"] == pytest.approx(1 - 32 / (3 * needed))
     assert told["worst_half_width"] == pytest.approx(half_width(less))

@@ -23,8 +23,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .records import OK
-from .statistics import FIXED_WIDTH, half_width, images_for
+from .statistics import ALIKE, FIXED_WIDTH, half_width, images_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,14 +53,13 @@ class State:
         seeds: images of each condition that were drawn for it.
         half_width: of its widest interval; ``None`` where one of them cannot be given.
         narrow: whether that is within the precision.
-        needed: images of each condition that a fixed number would take for the precision, going by
-            the widest interval's spread; ``None`` where that is not known.
+        spread: standard deviation behind that interval, 0 where values are alike.
     """
 
     seeds: int
     half_width: float | None
     narrow: bool
-    needed: int | None
+    spread: float | None
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,11 @@ def figures(plan: AuditPlan, found: Asked) -> dict[str, Any] | None:
     states = found.professions
     widths = [state.half_width for state in states.values() if state.half_width is not None]
     images = len(plan.conditions) * sum(state.seeds for state in states.values())
-    ended = found.ended and len(widths) == len(plan.professions)
+    worst = max(widths) if found.ended and len(widths) == len(states) else None
     fixed = None
-    if ended:
-        # a profession that did not come to the precision came to the worst width with its own seeds
-        most = max(
-            state.needed if state.narrow and state.needed is not None else state.seeds
-            for state in states.values()
-        )
-        fixed = len(plan.conditions) * len(plan.professions) * most
+    if worst is not None:
+        seeds = max(_fixed(state, max(worst, plan.precision)) or 0 for state in states.values())
+        fixed = len(plan.conditions) * len(plan.professions) * seeds
     return {
         "target": plan.precision,
         "measure": plan.measure,
@@ -177,7 +174,7 @@ def figures(plan: AuditPlan, found: Asked) -> dict[str, Any] | None:
         "rounds": found.rounds,
         "ended": found.ended,
         "images": images,
-        "worst_half_width": max(widths) if ended else None,
+        "worst_half_width": worst,
         "images_fixed": fixed,
         "saved": None if fixed is None else 1 - images / fixed,
         "not_reached": [p for p, state in states.items() if found.ended and not state.narrow],
@@ -187,7 +184,7 @@ def figures(plan: AuditPlan, found: Asked) -> dict[str, Any] | None:
                 "seeds": state.seeds,
                 "half_width": state.half_width,
                 "reached": state.narrow,
-                "seeds_fixed": state.needed,
+                "seeds_fixed": _fixed(state, plan.precision),
             }
             for profession, state in states.items()
         ],
@@ -248,4 +245,10 @@ def _state(parts: Sequence[Sequence[float]], count: int, precision: float) -> St
         return State(count, None, False, None)
     worst = max(known)
     widest = parts[known.index(worst)]
-    return State(count, worst, worst <= precision, images_for(widest, precision))
+    spread = 0.0 if float(np.ptp(widest)) <= ALIKE else float(np.std(widest, ddof=1))
+    return State(count, worst, worst <= precision, spread)
+
+
+def _fixed(state: State, width: float) -> int | None:
+    """Images of a fixed number for a half-width, where the spread is known."""
+    return None if state.spread is None else images_for(state.spread, width)

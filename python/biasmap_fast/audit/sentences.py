@@ -77,10 +77,15 @@ def precision(found: Mapping[str, Any]) -> str:
         found: ``summary["precision"]``.
     """
     measure = _measure(found["measure"])
-    texts = [
-        f"Seeds were drawn in rounds until the 95 % interval of mean {measure} of a profession, "
-        f"with every word and under every condition, was within ±{found['target']:g}."
-    ]
+    goal = (
+        f"in rounds until the 95 % interval of mean {measure} of a profession, with every word and "
+        f"under every condition, {'was' if found['ended'] else 'is'} within "
+        f"\N{PLUS-MINUS SIGN}{found['target']:g}."
+    )
+    if not found["ended"]:
+        there = sum(row["reached"] for row in found["professions"])
+        return f"Seeds are drawn {goal} So far {_count(there, 'profession')} came to that."
+    texts = [f"Seeds were drawn {goal}"]
     if found["images_fixed"] is not None:
         saved = found["saved"]
         texts.append(

@@ -171,20 +171,19 @@ def half_width(values: Sequence[float] | FloatArray) -> float | None:
     return reach * math.sqrt((float(x.var(ddof=1)) + 0.25 / n) / n)
 
 
-def images_for(values: Sequence[float] | FloatArray, precision: float) -> int:
+def images_for(spread: float, precision: float) -> int:
     """Smallest fixed number of images whose Student's 95 % half-width is within a precision.
 
     Args:
-        values: ``[n]`` in [0, 1], n >= 2; their spread is taken for the true one. If they are
-            alike, ``3 / precision`` images (`half_width`).
+        spread: standard deviation of the values, taken for the true one; 0 for values that are
+            alike, which need ``3 / precision`` images (`half_width`).
         precision: the half-width, above 0.
 
     Example:
-        >>> images_for([0.2, 0.3, 0.4], 0.02), images_for([0.0] * 10, 0.02)
+        >>> images_for(0.1, 0.02), images_for(0.0, 0.02)
         (99, 150)
     """
-    spread = float(np.std(values, ddof=1))
-    if float(np.ptp(values)) <= ALIKE:
+    if spread == 0:
         return math.ceil(3 / precision)
     n = max(2, math.ceil((float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * spread / precision) ** 2))
     while float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * spread / math.sqrt(n) > precision:
