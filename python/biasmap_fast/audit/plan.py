@@ -570,8 +570,11 @@ class AuditPlan(BaseModel):
 
 def _fill_rounds(settings: dict[str, Any]) -> None:
     """Writes out the first round and the most seeds of a plan with a precision, if it is one."""
-    precision = settings.get("precision")
-    if not isinstance(precision, (int, float)) or not 0 < precision < 0.5:
+    try:
+        precision = float(settings.get("precision", math.nan))
+    except (TypeError, ValueError):  # none, or what the field refuses
+        return
+    if not 0 < precision < 0.5:
         return
     # no profession has enough before about 1 / precision images (`statistics.half_width`)
     about = math.ceil(1 / precision - 1e-9)  # 1 / 0.02 may lie above 50

@@ -327,7 +327,7 @@ def _measure(
     left = sum(len(units) for _, units in todo)
     with (
         source,
-        _explained(folder, len(asked.chunks)),
+        _explained(folder, plan),
         tqdm(
             total=asked.pictures,
             initial=asked.pictures - left,
@@ -378,13 +378,14 @@ def _tell_round(plan: AuditPlan, asked: Asked) -> None:
 
 
 @contextmanager
-def _explained(folder: Path, count: int) -> Iterator[None]:
+def _explained(folder: Path, plan: AuditPlan) -> Iterator[None]:
     """Says of a failed disk where the run stood, and what to do."""
     try:
         yield
     except OSError as error:
         done = len(list((folder / "records").glob("part-*.parquet")))
+        of = f" of {len(plan.chunks())}" if plan.precision is None else ""  # who knows how many
         raise AuditError(
-            f"{error} ({done} of {count} chunks are measured and stay in {folder}). Make room or "
+            f"{error} ({done}{of} chunks are measured and stay in {folder}). Make room or "
             "repair access, then start the same audit again"
         ) from error
