@@ -1,6 +1,6 @@
 """Study: what `--precision` saves, and whether its intervals keep their promise.
 
-    python benchmarks/study_precision.py     # half an hour on one idle core; goes on if stopped
+    python benchmarks/study_precision.py    # half an hour on one idle core; goes on if stopped
 
 A pool of pictures of the embedded model (300 seeds of each profession, default settings without
 controls) stands for the truth. Into benchmarks/results/studies/precision.json go
@@ -289,7 +289,7 @@ def over_professions(array: Floats, precision: float, trials: int, seed: int) ->
 
 def real(folder: Path, precision: float, known: Values) -> dict[str, Any]:
     """One audit with a precision, and its values beside the pool's of the same pictures."""
-    plan = AuditPlan.model_validate({"precision": precision, "max_seeds": 1000, **BARE})
+    plan = AuditPlan.model_validate({"precision": precision, **BARE})
     began = time.perf_counter()
     result = run_audit(plan, folder / f"audit-{precision:g}")
     apart = [

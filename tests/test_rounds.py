@@ -94,7 +94,7 @@ def test_plan_says_what_is_wrong(changes, expected):
 
 
 @pytest.mark.parametrize(
-    ("precision", "first", "most"), [(0.02, 50, 500), (0.1, 20, 100), (0.03, 34, 340)]
+    ("precision", "first", "most"), [(0.02, 50, 1000), (0.1, 20, 200), (0.03, 34, 680)]
 )
 def test_the_first_round_follows_from_the_precision(precision, first, most, tmp_path):
     plan = AuditPlan(precision=precision)

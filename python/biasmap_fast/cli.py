@@ -101,7 +101,7 @@ def audit(
         int | None,
         typer.Option(
             help="With --precision H: seeds that a profession may take; one that needs more is "
-            "reported as not reached. [default: 10/H]"
+            "reported as not reached. [default: 20/H]"
         ),
     ] = None,
     steps: Steps = None,

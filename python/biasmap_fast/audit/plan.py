@@ -179,7 +179,7 @@ class AuditPlan(BaseModel):
             come to, with every word and under every condition: drawing goes on in rounds until it
             does (`rounds`). ``None`` to draw ``seeds`` and no more.
         max_seeds: with a precision, how many seeds a profession may take; default
-            ``10 / precision``.
+            ``20 / precision``.
         steps: inference steps.
         guidance_scale: classifier-free guidance; 1 for none. Default 7.5, on the testbed 1.
         height: of the pictures in pixels; ``None`` for the model's default.
@@ -581,7 +581,7 @@ def _fill_rounds(settings: dict[str, Any]) -> None:
     if settings.get("seeds") is None:
         settings["seeds"] = tuple(range(max(20, about)))
     if settings.get("max_seeds") is None and hasattr(settings["seeds"], "__len__"):
-        settings["max_seeds"] = max(10 * about, len(settings["seeds"]))
+        settings["max_seeds"] = max(20 * about, len(settings["seeds"]))
 
 
 def _name_interventions(settings: dict[str, Any]) -> None:
