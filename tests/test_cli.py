@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import biasmap_fast
 from biasmap_fast import pipelines
+from biasmap_fast.allocator import keep_freed_memory
 from biasmap_fast.audit import run, work
 from biasmap_fast.cli import _seeds, app
 
@@ -291,3 +293,29 @@ def test_missing_extra_names_the_extra(tmp_path):
     assert found.returncode == 1
     assert 'pip install "biasmap-fast[audit]"' in found.stderr
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt's numbers are glibc's")
+def test_freed_memory_is_kept(monkeypatch):
+    # in a process of its own: the setting is the whole process's
+    code = """
+import resource, torch
+from biasmap_fast.allocator import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        a = torch.ones(2**21)  # 8 MiB
+        b = torch.ones(2**21)
+        del a, b
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+assert keep_freed_memory()
+faults()
+print(faults())
+"""
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(name)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 100  # 2048 pages an allocation, were it given back
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert not keep_freed_memory()

@@ -18,6 +18,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .allocator import keep_freed_memory
+
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(
@@ -594,6 +596,7 @@ def main() -> None:
     # Read when torch loads. By default libgomp's threads spin while they wait, and so starve those
     # they wait for on a busy machine: 16 pictures took 13 s, and 5 s with this.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_freed_memory()
     app()
 
 

@@ -16,7 +16,7 @@ import torch
 from .. import entanglement, presets
 from .controls import control_prompts, control_rows, mask_rows
 from .draw import Cache, Drawn, draw
-from .masks import contained, containment_maps, hard_iou, map_fault
+from .masks import contained, containment_maps, hard_iou, map_fault, map_of
 from .plan import PLAIN
 from .records import CONTROLS_SCHEMA, LEDGER_SCHEMA, MASKS_SCHEMA, OK, to_table
 
@@ -145,24 +145,14 @@ def measure_chunk(
         ValueError: a concept is not in its attribution prompt, or the prompt is too long.
     """
     cells = _cells(plan, units)
-    prompts = {
-        prompt.name: prompt
-        for cell in cells
-        for prompt in (cell.pair.semantic_prompt, cell.pair.demographic_prompt)
-    }
-    professions = list(dict.fromkeys(unit.profession for unit in units))
+    prompts = [plan.prompts(unit.profession) for unit in units]
     # in the separate form a control shares the profession's prompt
-    controls = {prompt.name: prompt for prompt in control_prompts(plan, professions)}
+    all_prompts = [
+        list(dict.fromkeys([*own, *control_prompts(plan, [unit.profession])]))
+        for unit, own in zip(units, prompts, strict=True)
+    ]
     wanted = [read is not None or kept(plan.save_pictures, plan, unit) for unit in units]
-    drawn = draw(
-        pipe,
-        plan,
-        units,
-        list({**prompts, **controls}.values()),
-        wanted,
-        cache,
-        swept=list(prompts.values()),
-    )
+    drawn = draw(pipe, plan, units, all_prompts, wanted, cache, swept=prompts)
     guided = [_guidance_fields(drawn.ledger, image) for image in range(len(units))]
     faults = [
         fault or _picture_fault(array, blocked) or _guidance_fault(fields)
@@ -441,8 +431,10 @@ def _pair_maps(
     cell: _Cell, maps: dict[str, AttributionMaps]
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [H, W], [H, W]
     pair = cell.pair
-    semantic = maps[pair.semantic_prompt.name][cell.unit.profession][cell.image]
-    return semantic, maps[pair.demographic_prompt.name][pair.demographic][cell.image]
+    return (
+        map_of(maps, pair.semantic_prompt, cell.unit.profession, cell.image),
+        map_of(maps, pair.demographic_prompt, pair.demographic, cell.image),
+    )
 
 
 def _block_pairs(
@@ -458,8 +450,9 @@ def _block_pairs(
                 (sides[0], pair.semantic_prompt, cell.unit.profession),
                 (sides[1], pair.demographic_prompt, pair.demographic),
             ):
-                values = maps[prompt.name].by_block[name]  # [B, K, H, W]
-                side.append(values[cell.image, prompt.concepts.index(concept)])
+                own = maps[prompt.name]
+                values = own.by_block[name]  # [b, K, H, W]
+                side.append(values[own.row(cell.image), own.index(concept)])
         found[name] = (torch.stack(sides[0]).float().cpu(), torch.stack(sides[1]).float().cpu())
     return found
 

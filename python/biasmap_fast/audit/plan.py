@@ -483,6 +483,11 @@ class AuditPlan(BaseModel):
             self.pair(profession, axis, word) for axis, words in self.axes.items() for word in words
         ]
 
+    def prompts(self, profession: str) -> list[AttributionPrompt]:
+        """The attribution prompts of those pairs, each once."""
+        found = [(p.semantic_prompt, p.demographic_prompt) for p in self.pairs(profession)]
+        return list(dict.fromkeys(prompt for pair in found for prompt in pair))
+
     @property
     def sequence(self) -> tuple[int, ...]:
         """The seeds that may be drawn, in order: every profession has a first part of them."""
