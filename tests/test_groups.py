@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast import reference
+from biasmap_fast import groups, reference
 from biasmap_fast.groups import ConceptMaps, GroupKeys, grouped, stacked
 
 DOCTOR = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
@@ -154,3 +154,30 @@ def test_bad_prompts_of_images():
         bm.attribute(pipe, [[DOCTOR], [NURSE]]),
     ):
         pipe("a doctor", num_inference_steps=1)
+
+
+def test_the_kernel_is_given_what_it_reads(monkeypatch):
+    """On a GPU with its kernels: prompt by prompt, maps and keys without gaps."""
+    pipe, seen = bm.testbed.pipeline(), []
+
+    def add(maps, query, keys, weights):
+        assert maps.is_contiguous()
+        assert keys.is_contiguous()
+        assert weights.is_contiguous()
+        seen.append(tuple(maps.shape[:2]))
+        maps += reference.concept_map(query, keys, weights)
+
+    def draw():
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        pipe(["a doctor", "a nurse", "a doctor"], num_inference_steps=1, generator=generators)
+
+    nested = [[DOCTOR, SHORT], [DOCTOR, NURSE], [DOCTOR, NURSE]]
+    with bm.attribute(pipe, nested) as expected:
+        draw()
+    monkeypatch.setattr(groups, "fused_attention", lambda *args: True)
+    monkeypatch.setattr(groups, "add_concept_map", add)
+    with bm.attribute(pipe, nested) as found:
+        draw()
+    assert set(seen) == {(3, 2), (1, 1), (2, 2)}
+    for name, maps in expected.maps().items():
+        torch.testing.assert_close(found.maps()[name].values, maps.values)

@@ -174,7 +174,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             raise AuditError(
                 f"there is no Ray cluster at {self._address!r}: {' '.join(str(error).split())}. "
-                "Start one with `ray start --head`, or give 'local'"
+                "Start one with `ray start --head`, or give 'local'. If it asks for a token, set "
+                "RAY_AUTH_MODE=token here too"
             ) from error
         self._ours = True
 
