@@ -81,6 +81,9 @@ def test_flags_reach_the_plan_and_override_the_file(invoke, tmp_path):
         (["--attribution-template", "x"], "a template needs {profession}"),
         (["--layer", "up_blocks.9"], "up_blocks.9"),
         (["--scheduler", "Fast"], "class name of a scheduler of diffusers"),
+        (["--precision", "0.5"], "precision: Input should be less than 0.5, got 0.5"),
+        (["--precision", "0.1"], "seeds: with a precision they are the first round"),
+        (["--max-seeds", "9"], "`max_seeds` belongs to a precision, got 9 and no precision"),
     ],
 )
 def test_user_errors_are_one_line_without_traceback(invoke, tmp_path, flags, expected):
@@ -96,6 +99,16 @@ def test_user_errors_are_one_line_without_traceback(invoke, tmp_path, flags, exp
     assert lines[0].startswith("biasmap: error: ")
     assert expected in lines[0]
     assert "Traceback" not in result.stderr
+
+
+def test_a_precision_reaches_the_plan_and_the_output(invoke, tmp_path):
+    flags = ["--seeds", "10", "--precision", "0.2", "--max-seeds", "14", "--steps", "1"]
+    result = invoke(*audit(tmp_path / "run", *flags, "--no-controls"))
+    assert result.exit_code == 0, result.output
+    plan = run.load_audit(tmp_path / "run").plan
+    assert (plan.precision, len(plan.seeds), plan.max_seeds) == (0.2, 10, 14)
+    assert "was within ±0.2. That took" in result.stdout
+    assert "Seeds were drawn in rounds" in (tmp_path / "run/model-card.md").read_text("utf-8")
 
 
 def test_refused_folder_names_the_setting(invoke, tmp_path):
