@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from .ops import add_concept_map, fused_attention
+from .reference import concept_map
 
 # Numbers in a tile: 1 MiB of float32 for every thread of a CPU; elsewhere it only bounds memory.
 _CACHED, _HELD = 2**18, 2**26
+_SMALL_TILE = 2**15  # numbers for which memory of one's own is not worth the slicing
 _PIXELS = 128  # of a tile, before it has more prompts
 _SMALL = 2.0**-60  # of a softmax's sum; float32 has 24 digits more above its smallest normal number
 
@@ -160,6 +162,9 @@ class ConceptMaps:
             return
         prompts, heads, tokens, _ = keys.shape
         batch, _, pixels, _ = query.shape
+        if prompts == 1 and batch * heads * tokens * pixels <= _SMALL_TILE:
+            maps[0] += concept_map(query, keys[0], weights[0])
+            return
         columns = query.to(keys.dtype).transpose(-1, -2)  # [B, heads, d, n]
         merged = keys.transpose(0, 1).flatten(1, 2)  # [heads, P * T', d]
         on_cpu = query.device.type == "cpu"
