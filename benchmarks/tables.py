@@ -17,6 +17,7 @@ README = ROOT / "README.md"
 GUIDANCE = ROOT / "docs/guidance.md"
 STATISTICS = ROOT / "docs/statistics.md"
 PRECISION = ROOT / "benchmarks/results/studies/precision.json"
+AUDIT_STUDY = ROOT / "benchmarks/results/studies/audit.json"
 CALIBRATION = ROOT / "benchmarks/results/studies/calibration.json"
 STUDY = ROOT / "benchmarks/results/studies/guidance.json"
 VALIDITY = ROOT / "docs/validity.md"
@@ -212,6 +213,66 @@ def calibration() -> str:
     return "\n".join(lines)
 
 
+def nothing() -> str:
+    """What an audit claims of a model without bias."""
+    found = read(AUDIT_STUDY)["no bias, trained"]
+    shares = found["shares"]
+    leaves, chi_square = (
+        shares["Wilson interval leaves 0.5"],
+        shares["chi-square p of all being 0.5"],
+    )
+    lines = [
+        "| | nominal | found |",
+        "|---|---:|---:|",
+        f"| Wilson interval of a share leaves 0.5, {shares['pictures']} pictures | "
+        f"{shares['nominal']:.2f} | {leaves['value']:.2f} {ends(leaves)} of {leaves['n']} |",
+        f"| chi-square p of all shares being 0.5 | | {chi_square:.2f} |",
+        "",
+        "| | mean over professions | chance | professions above it | after Holm | "
+        "above every control too | below chance |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for measure, name in (("containment", "containment"), ("iou", "IoU")):
+        for row in found[measure]:
+            mean, of = row["mean over professions"], row["professions"]
+            cells = [f"{mean['value']:.3f} {ends(mean, 3)}", f"{row['chance']:.3f}"]
+            kinds = ("above", "above_holm", "above chance and every control", "below")
+            cells += [f"{row[kind]} of {of}" for kind in kinds]
+            lines.append(f"| {name}, “{row['word']}” | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def audit_study() -> str:
+    """What an audit finds of the embedded model, whose bias is planted."""
+    found = read(AUDIT_STUDY)
+    covered, none = found["coverage"]["covered"], found["no effect"]
+    slopes = found["amplification"]["slopes"]
+    move = found["amplification"]["move towards the planted majority"]
+    lines = [
+        "| | nominal | found |",
+        "|---|---:|---:|",
+        f"| Wilson interval holds the planted share, blocks of {found['coverage']['block']} seeds "
+        f"| 0.95 | {covered['value']:.2f} {ends(covered)} of {covered['n']} |",
+    ]
+    for name, slope in slopes.items():
+        value = f"{slope['value']:.2f} {ends(slope)}"
+        lines.append(f"| slope of drawn on planted shares, {name} | | {value} |")
+    lines.append(
+        "| move towards the planted majority from guidance 1 to 3, same seeds | | "
+        f"{move['value']:.2f} {ends(move)} |"
+    )
+    for name, rate in none.items():
+        if isinstance(rate, dict):
+            value = f"{rate['value']:.3f} {ends(rate, 3)} of {rate['n']}"
+            lines.append(f"| no effect (random halves): {name} | {none['nominal']:.2f} | {value} |")
+    return "\n".join(lines)
+
+
+def ends(figures: dict[str, Any], digits: int = 2) -> str:
+    """An interval's ends."""
+    return f"[{figures['low']:.{digits}f}, {figures['high']:.{digits}f}]"
+
+
 def precision() -> str:
     """What a precision saved, and how often its intervals covered."""
     found = read(PRECISION)
@@ -355,7 +416,12 @@ TABLES = {
         "validity levels": validity_levels,
         "validity models": validity_models,
     },
-    STATISTICS: {"calibration": calibration, "precision": precision},
+    STATISTICS: {
+        "calibration": calibration,
+        "precision": precision,
+        "nothing": nothing,
+        "audit": audit_study,
+    },
     GUIDANCE: {"study": study, "study more": study_more, "cost": cost},
     SCALE: {"profile": profile},
 }

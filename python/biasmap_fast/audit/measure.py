@@ -165,11 +165,13 @@ def measure_chunk(
         for array, fault in zip(drawn.arrays, faults, strict=True)
     ]
     readings = _read(read, pictures)
+    scores = _clip_scores(read, plan, units, pictures)
     of_cells = [_fault(cell, drawn.maps, faults) for cell in cells]
     rows: list[dict[str, Any]] = []
     for measured, cell in zip(_measured(plan, cells, drawn.maps, of_cells), cells, strict=True):
         common = _settings(pipe, plan, cell, drawn.size)
         reading = _reading_fields(readings[cell.image], cell.pair, plan)
+        reading["clip_score"] = scores[cell.image]
         rows.extend({**common, **guided[cell.image], **reading, **values} for values in measured)
     return Chunk(
         table=to_table(rows),
@@ -494,6 +496,24 @@ def _read(read: Reader | None, pictures: Sequence[Image | None]) -> list[Reading
     for index, reading in zip(present, found, strict=True):
         readings[index] = reading
     return readings
+
+
+def _clip_scores(
+    read: Reader | None,
+    plan: AuditPlan,
+    units: Sequence[Unit],
+    pictures: Sequence[Image | None],
+) -> list[float | None]:
+    """How well each picture shows what the first condition's prompt asks for, if CLIP is there."""
+    found: list[float | None] = [None] * len(pictures)
+    present = {image: picture for image, picture in enumerate(pictures) if picture is not None}
+    scores = getattr(read, "scores", None)
+    if scores is None or not present:
+        return found
+    texts = [plan.prompt(units[image].profession, plan.conditions[0]) for image in present]
+    for image, score in zip(present, scores(list(present.values()), texts), strict=True):
+        found[image] = score
+    return found
 
 
 def _reading_fields(reading: Reading | None, pair: Pair, plan: AuditPlan) -> dict[str, Any]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .plan import AuditPlan
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _COLUMNS = [
     "condition",
@@ -50,6 +50,7 @@ _COLUMNS = [
     "semantic_label",
     "attribute_label",
     "attribute_score",
+    "clip_score",
     "status",
 ]
 
