@@ -13,7 +13,7 @@ help:
 	@echo "make test     the test suite"
 	@echo "make lint     ruff, mypy --strict, clang-format"
 	@echo "make bench    every benchmark, into benchmarks/results/, tables and figures (under 15 minutes)"
-	@echo "make study    what guidance moves on the embedded model (50 minutes of one core; goes on if stopped)"
+	@echo "make study    what guidance moves, and what an audit finds where the truth is known (two hours; goes on if stopped)"
 	@echo "make scale    audits killed twenty times, profiled, on one and two workers (on an idle machine)"
 	@echo "make validity train ten models and ask which overlap measure recovers their truth (hours)"
 	@echo "make gpu      build, test, check and time the CUDA kernels on this machine's GPU; no network"
@@ -47,6 +47,7 @@ bench: $(VENV)/.installed-onnx
 
 study: $(VENV)/.installed
 	$(BIN)/python benchmarks/study_guidance.py
+	$(BIN)/python benchmarks/study_audit.py
 	$(BIN)/python benchmarks/tables.py
 
 scale: $(VENV)/.installed-dev

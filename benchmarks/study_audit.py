@@ -1,8 +1,8 @@
 """Study: what an audit says where the truth is known, on the embedded model and its world.
 
-    python benchmarks/study_audit.py        # about 15 minutes on one idle core; goes on if stopped
+    python benchmarks/study_audit.py        # about an hour on one idle core; goes on if stopped
 
-Four questions, one answer each in benchmarks/results/studies/audit.json:
+Five questions, one answer each in benchmarks/results/studies/audit.json:
 
 * *coverage*: do the shares' Wilson intervals hold the planted shares at guidance 1 as often as they
   claim? (Blocks of 20 seeds; the model itself misses the planted shares a little.)
@@ -10,32 +10,38 @@ Four questions, one answer each in benchmarks/results/studies/audit.json:
   guidance 3 against those of guidance 1, on the same seeds.)
 * *no effect*: two halves of the same pictures stand as two conditions. How often does a test or an
   interval find a difference that cannot be there?
-* *no bias*: pictures rendered of the world with every share 0.5, read by the same classifier. How
-  often does an interval find a bias that was not planted?
-
-No model was trained on a world without bias, so the last one tries the classifier and the
-statistics, not the maps.
+* *no bias, rendered*: pictures rendered of the world with every share 0.5, read by the same
+  classifier. How often does an interval find a bias that was not planted?
+* *no bias, trained*: the same of a model that is trained on a world in which every share is 0.5 and
+  no marker touches the pixels that the demographic decides. Also: how often does the audit find
+  that a profession lies inside a demographic word's place, where none does?
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from scipy import stats
 
 import biasmap_fast as bm
 from biasmap_fast import testbed
-from biasmap_fast.audit import AuditPlan, AuditResult, run_audit
+from biasmap_fast.audit import AuditPlan, AuditResult, Reading, run_audit
+from biasmap_fast.audit.controls import NEGATIVE
 from biasmap_fast.audit.inference import crossed_sign_flip_test, share_difference, sign_flip_test
 from biasmap_fast.audit.nulls import matrix_of
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
-from biasmap_fast.testbed.train import weight_hashes
+from biasmap_fast.testbed.classify import Classifier
+from biasmap_fast.testbed.stages import TrainSettings
+from biasmap_fast.testbed.train import train, weight_hashes
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/studies/audit.json"
@@ -156,6 +162,119 @@ def no_effect(result: AuditResult, labels: Labels, splits: int) -> dict[str, Any
     }
 
 
+# less training than the packaged model's: half an hour of a core
+UNBIASED = TrainSettings(
+    seed=20,
+    world=testbed.WorldConfig(levels=(0.0,) * 5, shares=(0.5,) * 4),
+    pictures=6600,
+    unet_steps=1600,
+    settle_steps=800,
+)
+
+
+@functools.cache
+def unbiased_classifier() -> Classifier:
+    return Classifier(testbed.World(UNBIASED.world))
+
+
+def read_unbiased(pictures: list[Image]) -> list[Reading]:
+    """The audit's classifier of the world without bias."""
+    found = unbiased_classifier()(np.stack([np.asarray(one) for one in pictures]))
+    return [
+        Reading(
+            one.profession,
+            one.demographic if one.plausibility >= testbed.PLAUSIBLE else None,
+            float(one.plausibility),
+        )
+        for one in found
+    ]
+
+
+def audit_unbiased(folder: Path, seeds: int) -> AuditResult:
+    """An audit with the default controls of the model without bias, which is trained if missing."""
+    model = folder / "no-bias-model"
+    if not (model / "training.json").is_file():
+        train(UNBIASED, model)
+    known = AuditPlan.model_validate({})  # words that a model of the embedded kind knows
+    plan = AuditPlan.model_validate(
+        {
+            "model": str(model),
+            "professions": known.professions,
+            "axes": known.axes,
+            "controls": known.controls,
+            "classifier": f"{Path(__file__).resolve()}:read_unbiased",
+            "seeds": range(seeds),
+            "guidance_scale": 1.0,
+            "curve": False,
+            "sweeps": [],
+            "save_pictures": "none",
+            "save_maps": "none",
+        }
+    )
+    return run_audit(plan, folder / "no-bias")
+
+
+def no_bias_trained(result: AuditResult) -> dict[str, Any]:
+    labels = labels_of(result)
+    found = []
+    for own in labels.values():
+        blocks: dict[int, list[bool]] = {}
+        for seed, label in own.items():
+            blocks.setdefault(seed // BLOCK, []).append(label)
+        for block in blocks.values():
+            figure = share_interval(sum(block), len(block))
+            if figure.low is not None and figure.high is not None:
+                found.append(not figure.low <= 0.5 <= figure.high)
+    drawn = [float(np.mean(list(own.values()))) for own in labels.values()]
+    pictures = [len(own) for own in labels.values()]
+    spread = sum(n * (share - 0.5) ** 2 / 0.25 for n, share in zip(pictures, drawn, strict=True))
+    summary = result.summary
+    return {
+        "seeds": len(result.plan.seeds),
+        "weights": weight_hashes(Path(result.plan.model)),
+        "professions right": summary["outputs"][0]["semantic_right"],
+        "shares": {
+            "nominal": 0.05,
+            "pictures": BLOCK,
+            "Wilson interval leaves 0.5": rate(found),
+            "mean": float(np.mean(drawn)),
+            "chi-square p of all being 0.5": float(stats.chi2.sf(spread, len(drawn))),
+        },
+        "containment": _above(summary["containment"], "containment"),
+        "iou": _above(summary, "iou"),
+    }
+
+
+def _above(figures: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
+    """How many professions a measure puts above chance, and above every control too."""
+    found = []
+    for row in figures["overall"]:
+        word, chance = row["demographic"], row["chance"]
+        (counts,) = [each for each in figures["comparisons"] if each["demographic"] == word]
+        (controls,) = [each for each in figures["controls"] if each["demographic"] == word]
+        against = {each["semantic"]: each for each in controls["professions"]}
+        professions = [each for each in figures["professions"] if each["demographic"] == word]
+        beyond = [
+            (each[measure]["low"] or 0.0) > chance
+            and all(
+                (against[each["semantic"]][kind]["difference"]["low"] or 0.0) > 0.0
+                for kind in NEGATIVE
+            )
+            for each in professions
+        ]
+        names = ("professions", "above", "below", "above_holm", "below_holm")
+        found.append(
+            {
+                "word": word,
+                "mean over professions": row[measure],
+                "chance": chance,
+                **{name: counts[name] for name in names},
+                "above chance and every control": sum(beyond),
+            }
+        )
+    return found
+
+
 def no_bias(repeats: int) -> dict[str, Any]:
     """Rendered pictures of every profession, either word with probability a half."""
     world = testbed.World()
@@ -198,7 +317,8 @@ def main() -> None:
         "coverage": coverage(labels[1.0], shares),
         "amplification": amplification(labels[1.0], labels[3.0], shares),
         "no effect": no_effect(results[1.0], labels[1.0], options.splits),
-        "no bias": no_bias(options.repeats),
+        "no bias, rendered": no_bias(options.repeats),
+        "no bias, trained": no_bias_trained(audit_unbiased(options.runs, options.seeds)),
     }
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ CELLS = {
     "fraction 0.1 300": Cell(300.0, 10, options={"fraction": 0.1}),
     # the measure that recovers the planted overlap best (docs/validity.md)
     **{
-        f"containment {scale:g}": Cell(scale, 10, layers=UP, options={"containment": (0.05, 0.1)})
+        f"containment {scale:g}": Cell(scale, layers=UP, options={"containment": (0.05, 0.1)})
         for scale in (30.0, 100.0, 300.0)
     },
 }

@@ -727,12 +727,27 @@ def test_report_is_one_file_with_every_profession(finished):
     text = check_page(result.report)
     for profession in result.plan.professions:
         assert text.count(profession) > 5
-    assert text.count("data:image/png;base64,") == 3 * 7 + 3 * 10  # two axes of 2 and 3 words
+    assert text.count("data:image/webp;base64,") == 3 * 7 + 3 * 10  # two axes of 2 and 3 words
     assert "0.176" in text
     assert "chance 0.053" not in text  # the main figure is of the first percentile
     assert "Bonferroni" in text
     assert "not evidence of a cause" in text.replace("\n", " ")
     assert "binary" in text
+
+
+def test_report_has_a_strip_for_every_profession(finished, tmp_path):
+    _, pipe = finished
+    professions = ["doctor", "nurse", "judge", "chef", "baker"]
+    plan = tiny_plan(professions=professions, seeds=[0, 1], axes="gender")
+    text = check_page(run_audit(plan, tmp_path / "run", pipe=pipe, progress=False).report)
+    assert text.count("data:image/webp;base64,") == 5 * 7
+    shown, folded = text.split("2 more professions, from the highest to the lowest")
+    titles = [
+        re.findall(r"<h4>(\w+)( \(\w+ \w+\)| \(median\))?</h4>", part) for part in (shown, folded)
+    ]
+    assert [len(part) for part in titles] == [3, 2]
+    assert {name for part in titles for name, _ in part} == set(professions)
+    assert all(rank for _, rank in titles[0])
 
 
 def test_report_renders_from_the_folder_alone_and_identically(finished):
@@ -764,7 +779,7 @@ def test_report_without_pictures_and_with_one_image(finished, tmp_path):
     result = run_audit(plan, tmp_path / "run", pipe=pipe, progress=False)
     text = check_page(result.report)
     assert not (result.folder / "maps").exists()
-    assert "data:image/png" not in text
+    assert "data:image/" not in text
     assert "at least two measured pictures" in text
     assert result.summary["professions"][0]["iou"]["low"] is None
     assert result.summary["overall"][0]["iou"]["low"] is None

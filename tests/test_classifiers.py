@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from biasmap_fast.audit import AuditPlan, Reading
+from biasmap_fast.audit import AuditPlan, Reading, run_audit, validate
 from biasmap_fast.audit.classifiers import reader_for
 from biasmap_fast.audit.conditions import ConditionError
 from biasmap_fast.audit.measure import _reading_fields
@@ -84,6 +84,58 @@ def test_clip_takes_the_nearest_text_of_each_axis(clip):
     fields = _reading_fields(readings[0], pair, plan)
     assert (fields["attribute_label"], fields["attribute_score"]) == readings[0].by_axis["build"]
     assert fields["semantic_label"] == readings[0].profession
+
+
+def test_clip_score_is_the_cosine_of_picture_and_text(clip):
+    folder, model, tokenizer = clip
+    read = reader_for(plan_of(f"clip:{folder}"))
+    texts = ["a photo of a tall doctor", "a judge", "a photo of a tall doctor"]
+    with torch.no_grad():
+        features = [
+            model.text_projection(model.text_model(**tokenizer(text, return_tensors="pt"))[1])
+            for text in texts
+        ]
+        vision = model.vision_model(pixel_values=read._pixels(pictures(3)))
+        images = model.visual_projection(vision[1])
+        cosine = torch.nn.functional.cosine_similarity(images, torch.cat(features), dim=-1)
+    assert read.scores(pictures(3), texts) == pytest.approx((100 * cosine).clamp(min=0), abs=1e-4)
+    assert len(read.scores(pictures(1), ["a tall doctor " * 20])) == 1  # cut, as CLIP's own
+
+
+def test_an_audit_with_clip_has_its_score(clip, make_sd, tmp_path):
+    folder, *_ = clip
+    plan = AuditPlan(
+        model="tiny",
+        professions=["doctor", "judge"],
+        axes=["gender"],
+        prompt_template="a photo of {profession}",
+        attribution_template="a photo of {profession} and {demographic}",
+        conditions=["plain", "short=prompt:{profession}"],
+        classifier=f"clip:{folder}",
+        seeds=[0, 1, 2],
+        steps=2,
+        device="cpu",
+    )
+    result = run_audit(plan, tmp_path / "run", pipe=make_sd(), progress=False)
+    by_picture = {
+        (row["condition"], row["semantic"], row["seed"]): row["clip_score"]
+        for row in result.records.to_pylist()
+    }
+    assert len(by_picture) == 12
+    plain, short = result.summary["outputs"]
+    means = {
+        condition: np.mean([value for key, value in by_picture.items() if key[0] == condition])
+        for condition in plan.conditions
+    }
+    assert plain["clip_score"]["value"] == pytest.approx(means["plain"])
+    assert short["clip_score"]["value"] == pytest.approx(means["short"])
+    assert plain["clip_score_difference"] is None
+    change = short["clip_score_difference"]
+    assert change["value"] == pytest.approx(means["short"] - means["plain"])
+    assert change["low"] < change["value"] < change["high"]
+    text = result.report.read_text(encoding="utf-8")
+    assert ">CLIP score</th>" in text
+    assert validate(result.folder) == []
 
 
 def test_clip_sees_the_centre_of_the_picture(clip):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import biasmap_fast
 from biasmap_fast import pipelines
+from biasmap_fast.allocator import keep_freed_memory
 from biasmap_fast.audit import run, work
 from biasmap_fast.cli import _seeds, app
 
@@ -79,6 +81,9 @@ def test_flags_reach_the_plan_and_override_the_file(invoke, tmp_path):
         (["--attribution-template", "x"], "a template needs {profession}"),
         (["--layer", "up_blocks.9"], "up_blocks.9"),
         (["--scheduler", "Fast"], "class name of a scheduler of diffusers"),
+        (["--precision", "0.5"], "precision: Input should be less than 0.5, got 0.5"),
+        (["--precision", "0.1"], "seeds: with a precision they are the first round"),
+        (["--max-seeds", "9"], "`max_seeds` belongs to a precision, got 9 and no precision"),
     ],
 )
 def test_user_errors_are_one_line_without_traceback(invoke, tmp_path, flags, expected):
@@ -96,6 +101,16 @@ def test_user_errors_are_one_line_without_traceback(invoke, tmp_path, flags, exp
     assert "Traceback" not in result.stderr
 
 
+def test_a_precision_reaches_the_plan_and_the_output(invoke, tmp_path):
+    flags = ["--seeds", "10", "--precision", "0.2", "--max-seeds", "14", "--steps", "1"]
+    result = invoke(*audit(tmp_path / "run", *flags, "--no-controls"))
+    assert result.exit_code == 0, result.output
+    plan = run.load_audit(tmp_path / "run").plan
+    assert (plan.precision, len(plan.seeds), plan.max_seeds) == (0.2, 10, 14)
+    assert "was within ±0.2. That took" in result.stdout
+    assert "Seeds were drawn in rounds" in (tmp_path / "run/model-card.md").read_text("utf-8")
+
+
 def test_refused_folder_names_the_setting(invoke, tmp_path):
     assert invoke(*audit(tmp_path / "run")).exit_code == 0
     result = invoke(*audit(tmp_path / "run", "--steps", "3"))
@@ -109,7 +124,7 @@ def test_report_is_rendered_again(invoke, tmp_path):
     result = invoke("report", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "run" / "report.html").is_file()
-    assert json.loads(invoke("report", tmp_path / "run", "--json").stdout)["schema_version"] == 2
+    assert json.loads(invoke("report", tmp_path / "run", "--json").stdout)["schema_version"] == 3
     failed = invoke("report", tmp_path)
     assert failed.exit_code == 1
     assert "is no run folder: it has no plan.yaml" in failed.stderr
@@ -278,3 +293,29 @@ def test_missing_extra_names_the_extra(tmp_path):
     assert found.returncode == 1
     assert 'pip install "biasmap-fast[audit]"' in found.stderr
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt's numbers are glibc's")
+def test_freed_memory_is_kept(monkeypatch):
+    # in a process of its own: the setting is the whole process's
+    code = """
+import resource, torch
+from biasmap_fast.allocator import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        a = torch.ones(2**21)  # 8 MiB
+        b = torch.ones(2**21)
+        del a, b
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+assert keep_freed_memory()
+faults()
+print(faults())
+"""
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
+        monkeypatch.delenv(name)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 100  # 2048 pages an allocation, were it given back
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert not keep_freed_memory()

@@ -81,6 +81,20 @@ def test_two_workers_of_which_one_is_killed(tmp_path, monkeypatch):
     assert len(seen.lost) == 1, seen.lost
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_two_workers_draw_the_same_rounds(tmp_path):
+    settings = {"precision": 0.1, "seeds": range(10), "max_seeds": 14, "steps": 2, "batch_size": 4}
+    plan = AuditPlan(professions=["doctor", "firefighter"], save_maps="none", **settings)
+    two = run_audit(plan, tmp_path / "two", progress=False, cluster="local", workers=2)
+    assert two.summary["precision"]["rounds"] > 1
+    assert two.summary["precision"]["ended"]
+    here = run_audit(plan, tmp_path / "here", progress=False)
+    assert two.records.equals(here.records)
+    assert two.summary == here.summary
+    assert validate(tmp_path / "two") == []
+
+
 def test_without_ray_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install \"biasmap-fast\[cluster\]\""):

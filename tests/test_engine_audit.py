@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import biasmap_fast as bm
 from biasmap_fast import cli
+from biasmap_fast.audit import run
 from biasmap_fast.audit.run import AuditError
 from biasmap_fast.engines import errors
 
@@ -59,6 +60,17 @@ def test_the_same_table(audited):
         blocks, others = dict(row["block_iou"]), dict(right["block_iou"])
         assert list(blocks) == list(others)
         assert blocks == pytest.approx(others, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Ray's own sockets and log files
+def test_workers_of_a_cluster_load_the_engine(audited, engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "write_report", lambda *args: None)
+    plan = bm.AuditPlan(**PLAN, save_maps="none", engine=str(engine))
+    threads = torch.get_num_threads()
+    found = bm.run_audit(
+        plan, tmp_path / "run", progress=False, cluster="local", workers=1, threads=threads
+    )
+    assert found.records.equals(audited["engine"].records)
 
 
 def test_the_run_says_what_drew(audited, engine):

@@ -42,8 +42,12 @@ def test_a_sampled_p_value_is_never_zero_and_the_same_again():
 
 def test_flips_of_whole_seeds():
     x = np.random.default_rng(1).normal(0.02, 0.1, (4, 9))
-    x[2, 3] = np.nan
-    assert crossed_sign_flip_test(x) == sign_flip_test(np.nanmean(x, axis=0))
+    assert crossed_sign_flip_test(x) == sign_flip_test(x.mean(axis=0))
+    # a profession of few seeds weighs as much as the others: the mean of the means is tested
+    x[2, 5:] = np.nan
+    weighed = np.nan_to_num(x / np.isfinite(x).sum(axis=1, keepdims=True)).sum(axis=0)
+    assert weighed.sum() / 4 == pytest.approx(np.nanmean(x, axis=1).mean())
+    assert crossed_sign_flip_test(x) == sign_flip_test(weighed)
     with pytest.raises(ValueError, match=r"must be \[professions, seeds\], got \[3\]"):
         crossed_sign_flip_test(np.zeros(3))
 

@@ -13,6 +13,7 @@ outputs are the maps, and the recorder only adds them up.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,8 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 
 from .concepts import AttributionPrompt, TokenizedPrompt, encode, tokenize_all
+from .groups import ConceptMaps, Group, GroupKeys, grouped, stacked
 from .maps import AttributionMaps, resize
-from .ops import add_concept_map
 from .reference import concept_map
 from .unet import (
     CrossAttention,
@@ -44,7 +45,9 @@ _T = TypeVar("_T")
 
 def attribute(
     pipe: Any,
-    prompts: AttributionPrompt | Sequence[AttributionPrompt],
+    prompts: AttributionPrompt
+    | Sequence[AttributionPrompt]
+    | Sequence[Sequence[AttributionPrompt]],
     *,
     branch: Branch = "cond",
     layers: Sequence[str] | None = None,
@@ -59,7 +62,9 @@ def attribute(
         pipe: any diffusers pipeline with a UNet and CLIP text encoders (Stable Diffusion 1.x, 2.x,
             SDXL, and their img2img, inpainting and ControlNet forms).
         prompts: one attribution prompt, or several; several share the UNet's queries, so each
-            more costs little. They need not be the prompts that draw the pictures.
+            more costs little. They need not be the prompts that draw the pictures. Or a sequence
+            of prompts for each image of the batch, in batch order, which then are measured on
+            that image alone.
         branch: the part of the classifier-free-guidance batch whose queries count: ``"cond"``, or
             ``"uncond"`` as in the published code.
         layers: names or name prefixes of cross-attention layers (``"up_blocks"``,
@@ -79,7 +84,8 @@ def attribute(
     Raises:
         TypeError: ``pipe`` has no UNet or no CLIP text encoder.
         ValueError: an unknown ``branch``, ``by`` or layer, a layer that cannot be handled, two
-            prompts of one name, a concept that is not in its prompt.
+            prompts of one name, a concept that is not in its prompt; at the first UNet call,
+            prompts for another number of images than are drawn.
 
     Example:
         >>> import torch, biasmap_fast as bm
@@ -102,17 +108,13 @@ def attribute(
     )
 
 
-# Scores [heads, T', n] of the images that one product computes, on a CPU: 1 MiB of float32.
-_CACHED_SCORES = 2**18
-
-
 @dataclass
 class _Run:
     """The sums of one pipeline call."""
 
     images: int  # B
     calls: int = 0
-    # (index of the prompt, part) -> (h, w) -> sum [B, K, h, w], float32
+    # (number of the group, part) -> (h, w) -> sum [P, b, K, h, w], float32
     sums: dict[tuple[int, str], dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
 
 
@@ -121,6 +123,7 @@ class AttributionKeys:
     """One prompt, ready to meet the queries of a UNet."""
 
     weights: torch.Tensor  # [K, T'], on the UNet's device
+    states: torch.Tensor  # [T', D] hidden states
     by_layer: Mapping[str, torch.Tensor]  # [heads, T', d] >= float32, times 1 / sqrt(d)
 
 
@@ -140,7 +143,7 @@ def attribution_keys(
     """
     states, weights = attribution_states(pipe, tokenized)
     by_layer = {layer.name: layer.keys(states[None])[0] for layer in layers}
-    return AttributionKeys(weights, by_layer)
+    return AttributionKeys(weights, states, by_layer)
 
 
 @torch.no_grad()
@@ -243,7 +246,9 @@ class Recorder:
     def __init__(
         self,
         pipe: Any,
-        prompts: AttributionPrompt | Sequence[AttributionPrompt],
+        prompts: AttributionPrompt
+        | Sequence[AttributionPrompt]
+        | Sequence[Sequence[AttributionPrompt]],
         *,
         branch: Branch = "cond",
         layers: Sequence[str] | None = None,
@@ -261,8 +266,7 @@ class Recorder:
         if chunks is not None and chunks < 1:
             raise ValueError(f"`chunks` must be at least 1, got {chunks}")
         self._single = isinstance(prompts, AttributionPrompt)
-        self._prompts = (prompts,) if isinstance(prompts, AttributionPrompt) else tuple(prompts)
-        _check_prompts(self._prompts)
+        self._prompts, images, self._expected = _prompts_and_images(prompts)
         self._pipe = pipe
         self._engine = engine_of(pipe)
         # an engine's parts are named blocks or layers, and need no queries
@@ -277,7 +281,10 @@ class Recorder:
         self._chunks = chunks
         self._cache = cache
         self._tokenized = [tokens_of(cache, prompt, pipe) for prompt in self._prompts]
-        self._attributed: list[AttributionKeys] = []
+        weights = [tokens[0].weights for tokens in self._tokenized]  # [K, T'] each
+        self._groups = grouped([(len(own), own.shape[1]) for own in weights], images)
+        self._keys: list[GroupKeys] = []
+        self._adding = ConceptMaps()
         self._handles: list[Any] = []
         self._runs: list[_Run] = []
         self._interrupted: str | None = None
@@ -298,10 +305,17 @@ class Recorder:
             prompts = [cached_states(self._cache, self._pipe, tokens) for tokens in self._tokenized]
             self._handles.append(self._engine.register_attribution_hook(prompts, self._add_parts))
         else:
-            self._attributed = [
+            attributed = [
                 cached_keys(self._cache, self._pipe, self._layers, tokens)
                 for tokens in self._tokenized
             ]
+            for group in self._groups:
+                own = [attributed[index] for index in group.prompts]
+                self._keys.append(
+                    stacked(
+                        [k.weights for k in own], [k.by_layer for k in own], [k.states for k in own]
+                    )
+                )
             for layer in self._layers:
                 hook = self._query_hook(layer)
                 self._handles.append(layer.module.to_q.register_forward_hook(hook))
@@ -317,7 +331,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._attributed.clear()
+        self._keys.clear()
         self._timesteps = None
         if kind is not None:
             self._interrupted = kind.__name__
@@ -327,6 +341,8 @@ class Recorder:
 
         Returns:
             One `AttributionMaps` where one prompt was given, else a dict keyed by prompt name.
+            Where each image had prompts of its own, `AttributionMaps.images` says which images
+            those of a prompt are.
 
         Raises:
             RuntimeError: nothing was drawn, or an exception ended the block, so that the maps
@@ -355,9 +371,10 @@ class Recorder:
         """Bytes held now: ``"maps"`` (per image, independent of steps unless by step), ``"keys"``.
 
         The keys depend on the prompts and the model alone and are freed at the end of the block.
+        (On a CPU there is a working memory of 1 MiB a thread at most beside them.)
         """
         sums = [t for run in self._runs for part in run.sums.values() for t in part.values()]
-        keys = [key for attributed in self._attributed for key in attributed.by_layer.values()]
+        keys = [key for own in self._keys for key in own.tensors()]
         return {"maps": sum(t.nbytes for t in sums), "keys": sum(t.nbytes for t in keys)}
 
     def _before_call(self, unet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -378,6 +395,11 @@ class Recorder:
             self._rows = branch_rows(sample, chunks, self._branch, separate=guider is not None)
             self._batch = sample.shape[0]
         images = self._rows.stop - self._rows.start
+        if self._expected not in (None, images):
+            raise ValueError(
+                f"attribution prompts are given for {self._expected} images, and the UNet draws "
+                f"{images}"
+            )
         if begins:
             self._timesteps = timesteps
             self._runs.append(_Run(images))
@@ -421,24 +443,26 @@ class Recorder:
         if not fresh:
             return
         rows = layer.split_heads(query)  # [rows, heads, n, d]
-        step = len(fresh) if query.device.type != "cpu" else self._images_at_once(layer, rows)
-        for start in range(0, len(fresh), step):
-            taken, images = (list(part) for part in zip(*fresh[start : start + step], strict=True))
-            query = rows[as_slice(taken)]
-            for index, attributed in enumerate(self._attributed):
-                keys, weights = attributed.by_layer[layer.name], attributed.weights
-                if self._by == "head":
-                    found = concept_map(query, keys, weights, per_head=True)  # [b, heads, K, n]
+        for number, (group, attributed) in enumerate(zip(self._groups, self._keys, strict=True)):
+            mine = group.mine(fresh)
+            if not mine:
+                continue
+            taken, images = (list(part) for part in zip(*mine, strict=True))
+            query, place = rows[as_slice(taken)], as_slice(images)
+            weights = attributed.weights
+            if self._by == "head":
+                keys = attributed.by_layer[layer.name]
+                for index in range(len(group.prompts)):
+                    found = concept_map(query, keys[index], weights[index], per_head=True)
                     for head in range(layer.heads):
-                        target = self._sum(run, (index, f"{layer.name}:{head}"), size, weights)
-                        target[images] += found[:, head].view(len(images), -1, *size)
-                    continue
-                target = self._sum(run, (index, self._part(layer, run)), size, weights)
-                place = as_slice(images)
-                mine = target[place]  # [b, K, h, w], a view of consecutive images
-                add_concept_map(mine.view(*mine.shape[:2], -1), query, keys, weights)
-                if not isinstance(place, slice):
-                    target[place] = mine
+                        target = self._sum(run, (number, f"{layer.name}:{head}"), size, weights)
+                        target[index, place] += found[:, head].view(len(images), -1, *size)
+                continue
+            target = self._sum(run, (number, self._part(layer, run)), size, weights)
+            sums = target[:, place]  # [P, b, K, h, w], a view of consecutive images
+            self._adding.add(sums.flatten(3), query, attributed, layer.name)
+            if not isinstance(place, slice):
+                target[:, place] = sums
 
     @torch.no_grad()
     def _add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
@@ -450,11 +474,16 @@ class Recorder:
             fresh = self._fresh(part.name)
             if not fresh:
                 continue
-            taken, images = (list(each) for each in zip(*fresh, strict=True))
-            for index, maps in enumerate(found[part]):
-                size = (maps.shape[-2], maps.shape[-1])
-                target = self._sum(run, (index, self._part(part, run)), size, maps[0])
-                target[images] += maps[taken]
+            for number, group in enumerate(self._groups):
+                mine = group.mine(fresh)
+                if not mine:
+                    continue
+                taken, images = (list(each) for each in zip(*mine, strict=True))
+                for index, prompt in enumerate(group.prompts):
+                    maps = found[part][prompt]
+                    size = (maps.shape[-2], maps.shape[-1])
+                    target = self._sum(run, (number, self._part(part, run)), size, maps)
+                    target[index, images] += maps[taken]
 
     def _fresh(self, name: str) -> list[tuple[int, int]]:
         """(place in the pass now running, image) of the images not yet counted for a layer."""
@@ -463,15 +492,6 @@ class Recorder:
         fresh = [(place, image) for place, image in found_here if (name, image) not in self._seen]
         self._seen.update((name, image) for _, image in fresh)
         return fresh
-
-    def _images_at_once(self, layer: CrossAttention, rows: torch.Tensor) -> int:
-        """How many images' scores stay in a CPU's cache.
-
-        At the shapes of SD 1.5 that is one: half the time of a batch of 4 at once. Of the embedded
-        model it is dozens, where one by one the calls of torch take longer than what they do.
-        """
-        tokens = max(keys.by_layer[layer.name].shape[-2] for keys in self._attributed)
-        return max(1, _CACHED_SCORES // (rows.shape[1] * rows.shape[2] * tokens))
 
     def _part(self, layer: Any, run: _Run) -> str:
         """Name of the part of the total that one layer's maps belong to."""
@@ -486,10 +506,11 @@ class Recorder:
     def _sum(
         self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], like: torch.Tensor
     ) -> torch.Tensor:
-        """The sum of one part at one resolution; ``like`` has the concepts first, and a device."""
+        """The sum of one group's part at one resolution, ``[P, b, K, h, w]``, where ``like`` is."""
         by_resolution = run.sums.setdefault(part, {})
         if resolution not in by_resolution:
-            shape = (run.images, like.shape[0], *resolution)
+            group = self._groups[part[0]]
+            shape = (len(group.prompts), group.rows(run.images), group.concepts, *resolution)
             by_resolution[resolution] = torch.zeros(shape, device=like.device)
         return by_resolution[resolution]
 
@@ -500,11 +521,15 @@ class Recorder:
                 f"the recorded pipeline calls have maps of different sizes {sorted(sizes)}; "
                 "give attribute(..., size=) one to bring them to"
             )
+        number, group = next(
+            (number, group) for number, group in enumerate(self._groups) if index in group.prompts
+        )
+        place = group.prompts.index(index)
         names: dict[str, None] = {}
         for run in self._runs:
-            names.update({part: None for prompt, part in run.sums if prompt == index})
+            names.update({part: None for own, part in run.sums if own == number})
         parts = {
-            name: torch.cat([self._resized(run, (index, name)) for run in self._runs])
+            name: torch.cat([self._resized(run, (number, name), place) for run in self._runs])
             for name in names
         }
         total = torch.stack(list(parts.values())).sum(0)  # [B, K, H, W]
@@ -517,38 +542,78 @@ class Recorder:
             layers=self.layers,
             by=self._by,
             parts={} if self._by == "total" else parts,
+            images=self._images(group),
         )
+
+    def _images(self, group: Group) -> tuple[int, ...] | None:
+        """The images of a group over all pipeline calls."""
+        if group.images is None:
+            return None
+        ends = list(itertools.accumulate(run.images for run in self._runs))
+        starts = [0, *ends[:-1]]
+        return tuple(start + image for start in starts for image in group.images)
 
     def _map_size(self, run: _Run) -> tuple[int, int]:
         return max(size for part in run.sums.values() for size in part)
 
-    def _resized(self, run: _Run, part: tuple[int, str]) -> torch.Tensor:
-        """Sum over resolutions, each resized to the largest; then to ``size``: [B, K, H, W]."""
+    def _resized(self, run: _Run, part: tuple[int, str], place: int) -> torch.Tensor:
+        """One prompt's sum over resolutions, resized to the largest, then to ``size``."""
         if part not in run.sums:
             raise ValueError(
                 f"pipeline calls with different numbers of steps have no common part {part[1]!r}; "
                 "record them separately to keep steps apart"
             )
         largest = self._map_size(run)
-        total = torch.stack([resize(sums, largest) for sums in run.sums[part].values()]).sum(0)
+        found = [resize(sums[place], largest) for sums in run.sums[part].values()]
+        total = torch.stack(found).sum(0)  # [b, K, H, W]
         return resize(total, self._size or largest)
 
 
-def _check_prompts(prompts: tuple[AttributionPrompt, ...]) -> None:
-    if not prompts:
+def _prompts_and_images(
+    given: AttributionPrompt | Sequence[AttributionPrompt] | Sequence[Sequence[AttributionPrompt]],
+) -> tuple[tuple[AttributionPrompt, ...], list[tuple[int, ...] | None], int | None]:
+    """Each prompt once, the images that it is for, and of how many; ``None`` for any.
+
+    Raises:
+        TypeError: something else than attribution prompts.
+        ValueError: none, or different prompts of one name.
+    """
+    if isinstance(given, AttributionPrompt):
+        return (given,), [None], None
+    if not given:
         raise ValueError("expected at least one attribution prompt, got an empty sequence")
-    for prompt in prompts:
+    each: list[Any] = list(given)
+    nested = [own for own in each if isinstance(own, (list, tuple))]
+    if len(nested) not in (0, len(each)):
+        raise TypeError(
+            "expected attribution prompts, or a sequence of them for each image, got both mixed"
+        )
+    listed = list(itertools.chain.from_iterable(nested)) if nested else each
+    for prompt in listed:
         if not isinstance(prompt, AttributionPrompt):
             raise TypeError(
                 f"expected an AttributionPrompt, got {type(prompt).__name__} {prompt!r}; write "
                 'AttributionPrompt("text", concepts=("word", ...))'
             )
+    images: dict[AttributionPrompt, list[int]] = {}
+    for image, own in enumerate(nested):
+        if not own:
+            raise ValueError(
+                f"expected at least one attribution prompt for image {image}, got none"
+            )
+        for prompt in own:
+            images.setdefault(prompt, []).append(image)
+    prompts = tuple(images) if nested else tuple(listed)
     names = [prompt.name for prompt in prompts]
     repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated += sorted({p.name for p, own in images.items() if len(set(own)) < len(own)})
     if repeated:
         raise ValueError(
             f"two attribution prompts have the same name {repeated}; give each its own `name`"
         )
+    if not nested:
+        return prompts, [None] * len(prompts), None
+    return prompts, [tuple(images[prompt]) for prompt in prompts], len(nested)
 
 
 def _checked_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .allocator import keep_freed_memory
+
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(
@@ -85,7 +87,25 @@ def audit(
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option(help="A count ('20': 0 to 19), a range ('5-24') or a list. [default: 20]"),
+        typer.Option(
+            help="A count ('20': 0 to 19), a range ('5-24') or a list. With --precision H it is "
+            "the first round, by default of 1/H seeds if that is more. [default: 20]"
+        ),
+    ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw as many seeds as needed: in rounds, until the 95 % interval of each "
+            "profession's mean measure is within plus and minus this, with every word and under "
+            "every condition (0.02, say). [default: --seeds and no more]"
+        ),
+    ] = None,
+    max_seeds: Annotated[
+        int | None,
+        typer.Option(
+            help="With --precision H: seeds that a profession may take; one that needs more is "
+            "reported as not reached. [default: 20/H]"
+        ),
     ] = None,
     steps: Steps = None,
     guidance_scale: Scale = None,
@@ -234,6 +254,8 @@ def audit(
         "professions": professions,
         "axes": axis,
         "seeds": None if seeds is None else _seeds(seeds),
+        "precision": precision,
+        "max_seeds": max_seeds,
         "steps": steps,
         "guidance_scale": guidance_scale,
         "batch_size": batch_size,
@@ -602,6 +624,7 @@ def main() -> None:
     # Read when torch loads. By default libgomp's threads spin while they wait, and so starve those
     # they wait for on a busy machine: 16 pictures took 13 s, and 5 s with this.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_freed_memory()
     app()
 
 

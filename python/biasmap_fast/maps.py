@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,8 @@ class AttributionMaps:
         layers: names of the layers summed over.
         by: what ``parts`` keeps apart.
         parts: name -> ``[B, K, H, W]``; the parts sum to ``values``. Empty for ``by="total"``.
+        images: which images of those drawn the B are, where each had prompts of its own; ``None``
+            where they are all.
 
     Example:
         >>> maps = AttributionMaps(torch.rand(3, 2, 8, 8), ("doctor", "gender"))
@@ -47,12 +49,17 @@ class AttributionMaps:
     layers: tuple[str, ...] = ()
     by: str = "total"
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    images: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 4 or self.values.shape[1] != len(self.concepts):
             raise ValueError(
                 f"`values` must be [B, {len(self.concepts)}, H, W] for the concepts "
                 f"{list(self.concepts)}, got {list(self.values.shape)}"
+            )
+        if self.images is not None and len(self.images) != len(self):
+            raise ValueError(
+                f"`images` must name the {len(self)} images of `values`, got {len(self.images)}"
             )
 
     def __len__(self) -> int:
@@ -76,6 +83,18 @@ class AttributionMaps:
         if concept not in self.concepts:
             raise KeyError(f"no concept {concept!r}; there are {list(self.concepts)}")
         return self.concepts.index(concept)
+
+    def row(self, image: int) -> int:
+        """Where an image of those drawn stands in the first dimension.
+
+        Raises:
+            KeyError: the prompt was not measured on it; the message lists the images it was.
+        """
+        if self.images is None:
+            return image
+        if image not in self.images:
+            raise KeyError(f"no maps of image {image}; there are those of {list(self.images)}")
+        return self.images.index(image)
 
     @property
     def by_block(self) -> Mapping[str, torch.Tensor]:
@@ -160,6 +179,7 @@ class AttributionMaps:
             "layers": list(self.layers),
             "by": self.by,
             "parts": list(self.parts),
+            "images": self.images,
         }
         tensors = {f"parts/{i}": part for i, part in enumerate(self.parts.values())}
         tensors["values"] = self.values
@@ -190,7 +210,7 @@ class AttributionMaps:
                         f"{os.fspath(path)} holds no attribution maps: expected the format "
                         f"{_FORMAT!r}, got {described.get('format')!r}"
                     )
-                names = described["parts"]
+                names, images = described["parts"], described.get("images")
                 parts = {name: file.get_tensor(f"parts/{i}") for i, name in enumerate(names)}
                 values = file.get_tensor("values")
         except SafetensorError as error:
@@ -205,6 +225,7 @@ class AttributionMaps:
             layers=tuple(described["layers"]),
             by=described["by"],
             parts=parts,
+            images=None if images is None else tuple(images),
         )
 
     def _by(self, by: str) -> Mapping[str, torch.Tensor]:
@@ -213,9 +234,7 @@ class AttributionMaps:
         return self.parts
 
     def _with(self, values: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> AttributionMaps:
-        return AttributionMaps(
-            values, self.concepts, self.prompt, self.branch, self.layers, self.by, parts
-        )
+        return replace(self, values=values, parts=parts)
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

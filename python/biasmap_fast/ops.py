@@ -110,6 +110,19 @@ def add_concept_map(
         maps += reference.concept_map(query, keys, weights)
 
 
+def fused_attention(query: torch.Tensor, keys: torch.Tensor | None = None) -> bool:
+    """Whether `add_concept_map` of such a tensor is one launch, which stores no attention.
+
+    Args:
+        query: or anything else on the device and of the type in question.
+        keys: ``[..., T', d]``; without, of a number of tokens that the kernel takes.
+    """
+    possible = query.is_cuda and _HAS_CUDA and query.dtype in (torch.float32, *_HALF)
+    if keys is not None:
+        possible &= keys.dtype == torch.float32 and keys.shape[-2] <= _C.most_tokens
+    return possible and _forced() != "reference"
+
+
 def _widen(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in _HALF else x
 
@@ -148,15 +161,11 @@ def _use_native(x: torch.Tensor, concepts: int = 1) -> bool:
 
 
 def _use_native_attention(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> bool:
-    possible = (
-        query.is_cuda
-        and _HAS_CUDA
-        and query.dtype in (torch.float32, *_HALF)
-        and keys.dtype == weights.dtype == torch.float32
-        and keys.shape[1] <= _C.most_tokens
+    return (
+        fused_attention(query, keys)
+        and weights.dtype == torch.float32
         and not (keys.requires_grad or weights.requires_grad)
     )
-    return possible and _forced() != "reference"
 
 
 def _refuse_create_graph() -> None:

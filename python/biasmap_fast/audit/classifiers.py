@@ -71,10 +71,11 @@ class ClipReader:
 
     def __init__(self, plan: AuditPlan, model: Any, tokenizer: Any) -> None:
         self._model = model.eval()
+        self._tokenizer = tokenizer
         self._professions = list(plan.professions)
         self._axes = {axis: list(words) for axis, words in plan.axes.items()}
-        self._nouns = self._texts(tokenizer, self._professions)
-        self._words = {axis: self._texts(tokenizer, words) for axis, words in self._axes.items()}
+        self._nouns = self._texts(self._professions)
+        self._words = {axis: self._texts(words) for axis, words in self._axes.items()}
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image]) -> list[Reading]:
@@ -100,9 +101,32 @@ class ClipReader:
         return readings
 
     @torch.no_grad()
-    def _texts(self, tokenizer: Any, words: Sequence[str]) -> torch.Tensor:
-        texts = [CLIP_TEMPLATE.format(presets.with_article(word)) for word in words]
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    def scores(self, pictures: Sequence[Image], texts: Sequence[str]) -> list[float]:
+        """CLIP score of each picture with its text (Hessel et al., EMNLP 2021).
+
+        ``max(100 cos, 0)``, as in torchmetrics, whose own takes transformers' preprocessing and so
+        torchvision.
+
+        Args:
+            pictures: B pictures.
+            texts: what each should show; cut to what the text encoder takes.
+        """
+        images = self._unit(self._model.get_image_features(pixel_values=self._pixels(pictures)))
+        wanted = {text: self._embedded([text])[0] for text in dict.fromkeys(texts)}
+        cosine = (images * torch.stack([wanted[text] for text in texts])).sum(-1)  # [B]
+        found: list[float] = (100 * cosine.double()).clamp(min=0).tolist()
+        return found
+
+    def _texts(self, words: Sequence[str]) -> torch.Tensor:
+        return self._embedded([CLIP_TEMPLATE.format(presets.with_article(word)) for word in words])
+
+    @torch.no_grad()
+    def _embedded(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit text features ``[T, D]``."""
+        longest = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
         ids, mask = (
             tokens[name].to(self._model.device) for name in ("input_ids", "attention_mask")
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..allocator import keep_freed_memory
 from .folder import AuditError
 from .measure import Chunk, failed_chunk
 from .work import Worker
@@ -38,6 +39,7 @@ class Device(Worker):
 
     def __init__(self, plan: AuditPlan, folder: str, threads: int) -> None:
         torch.set_num_threads(threads)
+        keep_freed_memory()
         if Path(folder).is_dir():  # relative paths of the plan are the user's
             os.chdir(folder)
         super().__init__(plan, folder=folder)
@@ -172,7 +174,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             raise AuditError(
                 f"there is no Ray cluster at {self._address!r}: {' '.join(str(error).split())}. "
-                "Start one with `ray start --head`, or give 'local'"
+                "Start one with `ray start --head`, or give 'local'. If it asks for a token, set "
+                "RAY_AUTH_MODE=token here too"
             ) from error
         self._ours = True
 

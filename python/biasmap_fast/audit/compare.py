@@ -165,14 +165,23 @@ def _share_rows(pairs: Mapping[str, Mapping[int, tuple[bool, bool]]]) -> dict[st
 
 
 def outputs(plan: AuditPlan, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What the classifier reads under each condition: profession right, and plausibility.
+    """What the classifier reads under each condition: profession right, plausibility, CLIP score.
 
     Args:
         plan: the run's plan.
         rows: its records; those of pictures that no classifier read are left out.
+
+    Returns:
+        One dict a condition. ``clip_score`` is ``None`` without CLIP, and
+        ``clip_score_difference`` (on the same seeds, professions and seeds resampled) also for the
+        first condition, from which it is taken.
     """
     pictures: dict[str, dict[tuple[str, int], tuple[bool, float]]] = defaultdict(dict)
+    scores: dict[str, dict[str, dict[int, float]]] = {each: {} for each in plan.conditions}
     for row in rows:
+        if row["clip_score"] is not None:
+            own = scores[row["condition"]].setdefault(row["semantic"], {})
+            own[row["seed"]] = row["clip_score"] / 100  # a share, as intervals are cut to
         if row["attribute_score"] is not None:
             right = row["semantic_label"] == row["semantic"]
             seen = (row["semantic"], row["seed"])
@@ -188,10 +197,29 @@ def outputs(plan: AuditPlan, rows: Iterable[Mapping[str, Any]]) -> list[dict[str
                 [score for _, score in pictures[condition].values()]
             ).to_dict()
             | {"method": "Student t over pictures"},
+            **_clip_figures(plan, condition, scores),
         }
         for condition in plan.conditions
         if pictures[condition]
     ]
+
+
+def _clip_figures(
+    plan: AuditPlan, condition: str, scores: Mapping[str, Mapping[str, Mapping[int, float]]]
+) -> dict[str, Any]:
+    own, before = scores[condition], scores[plan.conditions[0]]
+    if not own:
+        return {"clip_score": None, "clip_score_difference": None}
+    seed = stable_seed("clip score", condition)
+    level = crossed_mean_interval(matrix_of(own), seed=seed).scaled(100, 0).to_dict()
+    if condition == plan.conditions[0]:
+        return {"clip_score": level, "clip_score_difference": None}
+    matrix = matrix_of({p: _paired(before.get(p, {}), after) for p, after in own.items()})
+    change = crossed_mean_interval(matrix, lowest=-1.0, seed=seed).scaled(100, 0).to_dict()
+    return {
+        "clip_score": level,
+        "clip_score_difference": change | {"p": crossed_sign_flip_test(matrix)},
+    }
 
 
 def ledger_curves(ledger: pa.Table) -> list[dict[str, Any]]:

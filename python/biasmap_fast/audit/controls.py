@@ -27,7 +27,7 @@ import torch
 from .. import presets
 from ..attribution import AttributionCache, attribute
 from ..concepts import AttributionPrompt
-from .masks import contained, containment_maps, hard_iou, map_fault, packed
+from .masks import contained, containment_maps, hard_iou, map_fault, map_of, packed
 from .records import OK
 
 if TYPE_CHECKING:
@@ -119,10 +119,10 @@ def control_prompts(plan: AuditPlan, professions: Sequence[str]) -> list[Attribu
 def sweeping(
     pipe: Any,
     plan: AuditPlan,
-    prompts: Sequence[AttributionPrompt],
+    prompts: Sequence[Sequence[AttributionPrompt]],
     cache: AttributionCache | None = None,
 ) -> Iterator[Swept]:
-    """Records what the plan sweeps over, beside the main recorder."""
+    """Records what the plan sweeps over beside the main recorder, of each picture its prompts."""
     swept = Swept()
     with ExitStack() as stack:
         for by in plan.sweeps:
@@ -165,8 +165,8 @@ def control_rows(
             continue
         start = {"condition": unit.condition, "semantic": unit.profession, "seed": unit.seed}
         for control in control_pairs(plan, unit.profession):
-            a = maps[control.semantic.name][unit.profession][image]  # [H, W]
-            b = maps[control.other.name][control.word][image]
+            a = map_of(maps, control.semantic, unit.profession, image)  # [H, W]
+            b = map_of(maps, control.other, control.word, image)
             row = {**start, "kind": control.kind, "axis": control.axis, "word": control.word}
             inside = _containment_parts(plan, maps, control, unit, image)
             batches[plan.percentiles].add(row, a, b, inside)
@@ -294,7 +294,8 @@ def _containment_parts(
     sides = []
     for prompt, word in ((control.semantic, unit.profession), (control.other, control.word)):
         own = maps[prompt.name]
-        blocks = {name: part[image, own.index(word)] for name, part in own.by_block.items()}
+        row, column = own.row(image), own.index(word)
+        blocks = {name: part[row, column] for name, part in own.by_block.items()}
         sides.append(containment_maps(plan, blocks))
     return sides[0], sides[1]
 
@@ -302,8 +303,10 @@ def _containment_parts(
 def _sides(
     maps: Mapping[str, AttributionMaps], pair: Pair, unit: Unit, image: int
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [H, W], [H, W]
-    semantic = maps[pair.semantic_prompt.name][unit.profession][image]
-    return semantic, maps[pair.demographic_prompt.name][pair.demographic][image]
+    return (
+        map_of(maps, pair.semantic_prompt, unit.profession, image),
+        map_of(maps, pair.demographic_prompt, pair.demographic, image),
+    )
 
 
 def _parts(
@@ -311,8 +314,9 @@ def _parts(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Part (UNet call, layer) -> both maps."""
     one, other = maps[pair.semantic_prompt.name], maps[pair.demographic_prompt.name]
-    a, b = one.index(unit.profession), other.index(pair.demographic)
-    return {part: (one.parts[part][image, a], other.parts[part][image, b]) for part in one.parts}
+    a = one.row(image), one.index(unit.profession)
+    b = other.row(image), other.index(pair.demographic)
+    return {part: (one.parts[part][a], other.parts[part][b]) for part in one.parts}
 
 
 def _swapped(template: str, profession: str, demographic: str) -> AttributionPrompt:

@@ -39,7 +39,7 @@ class Drawn:
         size: height and width of the pictures.
         faults: why a picture that was not decoded cannot be one; ``None`` for no fault.
         filtered: whether a safety checker blanked it.
-        maps: attribution maps by the prompt's name.
+        maps: attribution maps by the prompt's name; `AttributionMaps.row` finds a picture's.
         ledger: what guidance did; empty without guidance.
         swept: maps of what the plan sweeps over.
     """
@@ -57,10 +57,10 @@ def draw(
     pipe: Any,
     plan: AuditPlan,
     units: Sequence[Unit],
-    prompts: Sequence[AttributionPrompt],
+    prompts: Sequence[Sequence[AttributionPrompt]],
     wanted: Sequence[bool],
     cache: Cache | None = None,
-    swept: Sequence[AttributionPrompt] = (),
+    swept: Sequence[Sequence[AttributionPrompt]] = (),
 ) -> Drawn:
     """Draws one batch and attributes it.
 
@@ -68,10 +68,10 @@ def draw(
         pipe: the pipeline, with the plan's scheduler, type and device.
         plan: what to draw.
         units: the pictures; all guided, or none.
-        prompts: what is attributed.
+        prompts: what is attributed on each picture.
         wanted: which pictures are looked at, and so decoded.
         cache: of this pipeline; ``None`` for none.
-        swept: what the plan's sweeps attribute.
+        swept: what the plan's sweeps attribute on each.
     """
     cache = cache or Cache()
     (guided,) = {unit.condition == GUIDED for unit in units}
@@ -205,20 +205,12 @@ def _guidance(pipe: Any, plan: AuditPlan, units: Sequence[Unit], cache: Cache) -
     """Guidance of every picture by the pairs that are measured on it."""
     if plan.energy is None:
         raise ValueError("the condition 'guided' needs `energy`")
-    measured = [plan.pairs(unit.profession) for unit in units]
     return guide(
         pipe,
-        [
-            list(
-                dict.fromkeys(
-                    p for pair in pairs for p in (pair.semantic_prompt, pair.demographic_prompt)
-                )
-            )
-            for pairs in measured
-        ],
+        [plan.prompts(unit.profession) for unit in units],
         pairs=[
-            [(unit.profession, pair.demographic) for pair in pairs]
-            for unit, pairs in zip(units, measured, strict=True)
+            [(unit.profession, pair.demographic) for pair in plan.pairs(unit.profession)]
+            for unit in units
         ],
         branch=plan.branch,
         strict=False,  # a picture that was hardly guided becomes a row that says so

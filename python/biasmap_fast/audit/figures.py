@@ -229,14 +229,14 @@ def bands(
 
 
 def picture_panel(picture: Image) -> str:
-    """A picture as PNG data URI, at the size of a panel."""
-    return _png(_sized(picture))
+    """A picture as data URI, at the size of a panel."""
+    return _data_uri(_sized(picture))
 
 
 def heat_panel(
     picture: Image, heat: torch.Tensor, concept: str, value_range: tuple[float, float]
 ) -> str:
-    """A map over its picture as PNG data URI.
+    """A map over its picture as data URI.
 
     Args:
         picture: the picture.
@@ -250,13 +250,13 @@ def heat_panel(
     shown = maps.overlay(_sized(picture), concept, strength=0.85, value_range=value_range)
     if isinstance(shown, list):
         raise TypeError("expected one overlay for one picture, got a list")
-    return _png(shown)
+    return _data_uri(shown)
 
 
 def mask_panel(
     picture: Image, semantic: torch.Tensor, demographic: torch.Tensor, percentile: float
 ) -> str:
-    """Both concepts' masks over the grey picture as PNG data URI.
+    """Both concepts' masks over the grey picture as data URI.
 
     Args:
         picture: the picture.
@@ -278,7 +278,7 @@ def mask_panel(
     a, b = masks
     for part, where in (("semantic", a & ~b), ("demographic", b & ~a), ("both", a & b)):
         base[where] = 0.35 * base[where] + 0.65 * np.array(_MASKS[part])
-    return _png(PILImage.fromarray(base.round().astype(np.uint8)))
+    return _data_uri(PILImage.fromarray(base.round().astype(np.uint8)))
 
 
 def _sized(picture: Image) -> Image:
@@ -290,10 +290,14 @@ def _sized(picture: Image) -> Image:
     return picture.convert("RGB").resize(size, resampling)
 
 
-def _png(picture: Image) -> str:
+def _data_uri(picture: Image) -> str:
+    """The picture as WebP, a quarter of PNG's bytes; as PNG where Pillow was built without it."""
+    from PIL import features
+
+    kind = "webp" if features.check("webp") else "png"
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    picture.save(buffer, format=kind, quality=88)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _style() -> Any:

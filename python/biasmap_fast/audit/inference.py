@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from .statistics import CONFIDENCE, Figure, stable_seed
+from .statistics import CONFIDENCE, Figure, stable_seed, standard_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,8 +86,8 @@ def crossed_sign_flip_test(differences: FloatArray) -> float | None:
     """`sign_flip_test` over seeds of the mean over professions.
 
     Args:
-        differences: ``[professions, seeds]``, NaN where nothing was measured. A seed that not
-            every profession has counts with the professions that have it.
+        differences: ``[professions, seeds]``, NaN where nothing was measured. Every profession has
+            the same weight, however many of the seeds it has.
 
     Returns:
         As `sign_flip_test`.
@@ -100,22 +100,31 @@ def crossed_sign_flip_test(differences: FloatArray) -> float | None:
             f"`differences` must be [professions, seeds], got {list(differences.shape)}"
         )
     present = np.isfinite(differences)
-    counts = present.sum(axis=0)
-    sums = np.where(present, differences, 0.0).sum(axis=0)
-    return sign_flip_test(sums[counts > 0] / counts[counts > 0])
+    counts = present.sum(axis=1, keepdims=True)  # [professions, 1]
+    shares = np.where(present, differences, 0.0) / np.maximum(counts, 1)
+    return sign_flip_test(shares.sum(axis=0)[present.any(axis=0)])
 
 
-def chance_test(values: Sequence[float] | FloatArray, chance: float) -> float | None:
+def chance_test(
+    values: Sequence[float] | FloatArray, chance: float, precision: float | None = None
+) -> float | None:
     """Two-sided p value of Student's t test of ``mean = chance``; ``None`` without a spread.
+
+    Args:
+        values: ``[n]``.
+        chance: the mean under the hypothesis.
+        precision: as in `statistics.mean_interval`: p is below 0.05 where that interval, before it
+            is cut, leaves ``chance``.
 
     Example:
         >>> round(chance_test([0.3, 0.35, 0.28, 0.31], 0.1765), 4)
         0.0028
     """
     x = np.asarray(values, dtype=np.float64)
-    if x.size < 2 or float(x.std(ddof=1)) <= 1e-12:
+    error = standard_error(x, precision)
+    if error is None:
         return None
-    return float(stats.ttest_1samp(x, chance).pvalue)
+    return float(2 * stats.t.sf(abs(float(x.mean()) - chance) / error, x.size - 1))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from ..concepts import AttributionPrompt
+    from ..maps import AttributionMaps
     from .plan import AuditPlan
 
 
@@ -38,6 +40,14 @@ def contained(plan: AuditPlan, a: torch.Tensor, b: torch.Tensor) -> list[float]:
     found = entanglement.soft_containment(a, b, fractions=fractions, temperature=temperature)
     values: list[float] = found.tolist()
     return values
+
+
+def map_of(
+    maps: Mapping[str, AttributionMaps], prompt: AttributionPrompt, concept: str, image: int
+) -> torch.Tensor:
+    """One concept's map ``[H, W]`` on one picture of a batch."""
+    own = maps[prompt.name]
+    return own[concept][own.row(image)]
 
 
 def containment_maps(plan: AuditPlan, blocks: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from .. import entanglement, presets
 from .controls import control_prompts, control_rows, mask_rows
 from .draw import Cache, Drawn, draw
-from .masks import contained, containment_maps, hard_iou, map_fault
+from .masks import contained, containment_maps, hard_iou, map_fault, map_of
 from .plan import PLAIN
 from .records import CONTROLS_SCHEMA, LEDGER_SCHEMA, MASKS_SCHEMA, OK, to_table
 
@@ -145,24 +145,14 @@ def measure_chunk(
         ValueError: a concept is not in its attribution prompt, or the prompt is too long.
     """
     cells = _cells(plan, units)
-    prompts = {
-        prompt.name: prompt
-        for cell in cells
-        for prompt in (cell.pair.semantic_prompt, cell.pair.demographic_prompt)
-    }
-    professions = list(dict.fromkeys(unit.profession for unit in units))
+    prompts = [plan.prompts(unit.profession) for unit in units]
     # in the separate form a control shares the profession's prompt
-    controls = {prompt.name: prompt for prompt in control_prompts(plan, professions)}
+    all_prompts = [
+        list(dict.fromkeys([*own, *control_prompts(plan, [unit.profession])]))
+        for unit, own in zip(units, prompts, strict=True)
+    ]
     wanted = [read is not None or kept(plan.save_pictures, plan, unit) for unit in units]
-    drawn = draw(
-        pipe,
-        plan,
-        units,
-        list({**prompts, **controls}.values()),
-        wanted,
-        cache,
-        swept=list(prompts.values()),
-    )
+    drawn = draw(pipe, plan, units, all_prompts, wanted, cache, swept=prompts)
     guided = [_guidance_fields(drawn.ledger, image) for image in range(len(units))]
     faults = [
         fault or _picture_fault(array, blocked) or _guidance_fault(fields)
@@ -175,11 +165,13 @@ def measure_chunk(
         for array, fault in zip(drawn.arrays, faults, strict=True)
     ]
     readings = _read(read, pictures)
+    scores = _clip_scores(read, plan, units, pictures)
     of_cells = [_fault(cell, drawn.maps, faults) for cell in cells]
     rows: list[dict[str, Any]] = []
     for measured, cell in zip(_measured(plan, cells, drawn.maps, of_cells), cells, strict=True):
         common = _settings(pipe, plan, cell, drawn.size)
         reading = _reading_fields(readings[cell.image], cell.pair, plan)
+        reading["clip_score"] = scores[cell.image]
         rows.extend({**common, **guided[cell.image], **reading, **values} for values in measured)
     return Chunk(
         table=to_table(rows),
@@ -441,8 +433,10 @@ def _pair_maps(
     cell: _Cell, maps: dict[str, AttributionMaps]
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [H, W], [H, W]
     pair = cell.pair
-    semantic = maps[pair.semantic_prompt.name][cell.unit.profession][cell.image]
-    return semantic, maps[pair.demographic_prompt.name][pair.demographic][cell.image]
+    return (
+        map_of(maps, pair.semantic_prompt, cell.unit.profession, cell.image),
+        map_of(maps, pair.demographic_prompt, pair.demographic, cell.image),
+    )
 
 
 def _block_pairs(
@@ -458,8 +452,9 @@ def _block_pairs(
                 (sides[0], pair.semantic_prompt, cell.unit.profession),
                 (sides[1], pair.demographic_prompt, pair.demographic),
             ):
-                values = maps[prompt.name].by_block[name]  # [B, K, H, W]
-                side.append(values[cell.image, prompt.concepts.index(concept)])
+                own = maps[prompt.name]
+                values = own.by_block[name]  # [b, K, H, W]
+                side.append(values[own.row(cell.image), own.index(concept)])
         found[name] = (torch.stack(sides[0]).float().cpu(), torch.stack(sides[1]).float().cpu())
     return found
 
@@ -501,6 +496,24 @@ def _read(read: Reader | None, pictures: Sequence[Image | None]) -> list[Reading
     for index, reading in zip(present, found, strict=True):
         readings[index] = reading
     return readings
+
+
+def _clip_scores(
+    read: Reader | None,
+    plan: AuditPlan,
+    units: Sequence[Unit],
+    pictures: Sequence[Image | None],
+) -> list[float | None]:
+    """How well each picture shows what the first condition's prompt asks for, if CLIP is there."""
+    found: list[float | None] = [None] * len(pictures)
+    present = {image: picture for image, picture in enumerate(pictures) if picture is not None}
+    scores = getattr(read, "scores", None)
+    if scores is None or not present:
+        return found
+    texts = [plan.prompt(units[image].profession, plan.conditions[0]) for image in present]
+    for image, score in zip(present, scores(list(present.values()), texts), strict=True):
+        found[image] = score
+    return found
 
 
 def _reading_fields(reading: Reading | None, pair: Pair, plan: AuditPlan) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ..pipelines import TESTBED
 from .conditions import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from collections.abc import Set as AbstractSet
 
 PLAIN: Literal["plain"] = "plain"
@@ -37,6 +38,8 @@ _PAPER_DEFAULTS: dict[str, Any] = {
     "steps": presets.PAPER.steps,
     "guidance_scale": presets.PAPER.guidance_scale,
 }
+
+_FIRST_ROUND = 10  # fewest seeds of it: of fewer, Student's quantile is far from the normal one
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,14 @@ class AuditPlan(BaseModel):
         interventions: condition -> what it changes: ``"prompt:TEMPLATE"``, ``"lora:PATH"``,
             ``"model:ID"`` or ``"module:function"`` (`conditions.parse`).
         energy: settings of the condition ``"guided"``.
-        seeds: one picture a profession, seed and condition.
+        seeds: one picture a profession, seed and condition. With a precision these are the first
+            round's (ten at least, default 20 or ``1 / precision``), and the numbers after the
+            greatest may be drawn too.
+        precision: half-width that the 95 % interval of each profession's mean of ``measure`` must
+            come to, with every word and under every condition: drawing goes on in rounds until it
+            does (`rounds`). ``None`` to draw ``seeds`` and no more.
+        max_seeds: with a precision, how many seeds a profession may take; default
+            ``20 / precision``.
         steps: inference steps.
         guidance_scale: classifier-free guidance; 1 for none. Default 7.5, on the testbed 1.
         height: of the pictures in pixels; ``None`` for the model's default.
@@ -223,6 +233,8 @@ class AuditPlan(BaseModel):
     interventions: dict[str, str] = Field(default_factory=dict)
     energy: Energy | None = None
     seeds: tuple[int, ...] = tuple(range(20))
+    precision: float | None = Field(None, gt=0, lt=0.5, allow_inf_nan=False)
+    max_seeds: int | None = None
     steps: int = Field(25, ge=1)
     guidance_scale: float = Field(7.5, ge=0, allow_inf_nan=False)
     height: int | None = Field(None, ge=8)
@@ -259,6 +271,7 @@ class AuditPlan(BaseModel):
         if filled.get("preset") == "paper":
             filled = {**_PAPER, **_PAPER_DEFAULTS, **filled}
         filled.setdefault("guidance_scale", 1.0 if testbed else 7.5)
+        _fill_rounds(filled)
         _name_interventions(filled)
         if GUIDED in filled.get("conditions", ()) and filled.get("energy") is None:
             filled["energy"] = {}
@@ -302,6 +315,32 @@ class AuditPlan(BaseModel):
         if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
             raise ValueError(f"seeds must lie between 0 and 2**63 - 1, got {wrong}")
         return seeds
+
+    @model_validator(mode="after")
+    def _check_rounds(self) -> Self:
+        if self.precision is None:
+            if self.max_seeds is not None:
+                raise ValueError(
+                    f"`max_seeds` belongs to a precision, got {self.max_seeds} and no precision: "
+                    "`seeds` alone says how many"
+                )
+            return self
+        if len(self.seeds) < _FIRST_ROUND:
+            raise ValueError(
+                "seeds: with a precision they are the first round, and the spread is judged by "
+                f"them: expected at least {_FIRST_ROUND}, got {len(self.seeds)}"
+            )
+        if self.max_seeds is None or self.max_seeds < len(self.seeds):
+            raise ValueError(
+                f"max_seeds: expected at least the first round's {len(self.seeds)}, got "
+                f"{self.max_seeds}"
+            )
+        if self.sequence[-1] >= 2**63:
+            raise ValueError(
+                "max_seeds: seeds must lie between 0 and 2**63 - 1, the last round would end at "
+                f"{self.sequence[-1]}"
+            )
+        return self
 
     @field_validator("sweeps")
     @classmethod
@@ -444,32 +483,56 @@ class AuditPlan(BaseModel):
             self.pair(profession, axis, word) for axis, words in self.axes.items() for word in words
         ]
 
-    def units(self) -> Iterator[Unit]:
-        """The pictures in the plan's order: by condition, then profession, then seed."""
+    def prompts(self, profession: str) -> list[AttributionPrompt]:
+        """The attribution prompts of those pairs, each once."""
+        found = [(p.semantic_prompt, p.demographic_prompt) for p in self.pairs(profession)]
+        return list(dict.fromkeys(prompt for pair in found for prompt in pair))
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """The seeds that may be drawn, in order: every profession has a first part of them."""
+        further = max(self.seeds) + 1
+        count = (self.max_seeds or len(self.seeds)) - len(self.seeds)
+        return self.seeds + tuple(range(further, further + count))
+
+    def units(
+        self, professions: Iterable[str] | None = None, seeds: Iterable[int] | None = None
+    ) -> Iterator[Unit]:
+        """Pictures in the plan's order: by condition, then profession, then seed.
+
+        Args:
+            professions: whose; default all.
+            seeds: of which seeds; default the plan's, which with a precision are the first round's.
+        """
+        nouns = self.professions if professions is None else tuple(professions)
+        numbers = self.seeds if seeds is None else tuple(seeds)
         for condition in self.conditions:
-            for profession in self.professions:
-                for seed in self.seeds:
+            for profession in nouns:
+                for seed in numbers:
                     yield Unit(profession, seed, condition)
 
-    def chunks(self) -> list[list[Unit]]:
-        """The pictures in the batches they are drawn in; the plan alone decides, not the past.
+    def chunks(self, units: Iterable[Unit] | None = None) -> list[list[Unit]]:
+        """Pictures in the batches they are drawn in.
 
         A batch goes over professions and over conditions that one pipeline draws in one way: those
         that change no more than the prompt.
+
+        Args:
+            units: the pictures; default all of the plan, of the first round with a precision.
         """
         alike: dict[tuple[str | None, bool], list[Unit]] = {}
-        for unit in self.units():
+        for unit in self.units() if units is None else units:
             way = (self.pipeline_of(unit.condition), unit.condition == GUIDED)
             alike.setdefault(way, []).append(unit)
         return [
-            units[i : i + self.batch_size]
-            for units in alike.values()
-            for i in range(0, len(units), self.batch_size)
+            together[i : i + self.batch_size]
+            for together in alike.values()
+            for i in range(0, len(together), self.batch_size)
         ]
 
     @property
     def pictures(self) -> int:
-        """How many pictures the plan asks for."""
+        """How many pictures the plan asks for; of the first round with a precision."""
         return len(self.conditions) * len(self.professions) * len(self.seeds)
 
     def differences(self, other: AuditPlan) -> list[str]:
@@ -508,6 +571,22 @@ class AuditPlan(BaseModel):
             AttributionPrompt(semantic, (profession,), f"{semantic} [{profession}]"),
             AttributionPrompt(demographic, (word,), f"{demographic} [{word}]"),
         )
+
+
+def _fill_rounds(settings: dict[str, Any]) -> None:
+    """Writes out the first round and the most seeds of a plan with a precision, if it is one."""
+    try:
+        precision = float(settings.get("precision", math.nan))
+    except (TypeError, ValueError):  # none, or what the field refuses
+        return
+    if not 0 < precision < 0.5:
+        return
+    # no profession has enough before about 1 / precision images (`statistics.half_width`)
+    about = math.ceil(1 / precision - 1e-9)  # 1 / 0.02 may lie above 50
+    if settings.get("seeds") is None:
+        settings["seeds"] = tuple(range(max(20, about)))
+    if settings.get("max_seeds") is None and hasattr(settings["seeds"], "__len__"):
+        settings["max_seeds"] = max(20 * about, len(settings["seeds"]))
 
 
 def _name_interventions(settings: dict[str, Any]) -> None:

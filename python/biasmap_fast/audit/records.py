@@ -20,7 +20,7 @@ from .files import write_file
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 OK = "ok"
 
 # What makes a row unique, in the order in which records are sorted.
@@ -88,6 +88,12 @@ SCHEMA = pa.schema(
         _field("semantic_label", pa.string(), "profession that the classifier reads"),
         _field("attribute_label", pa.string(), "demographic that the classifier reads"),
         _field("attribute_score", pa.float64(), "the classifier's score of the picture, 0 to 1"),
+        _field(
+            "clip_score",
+            pa.float64(),
+            "CLIP score of the picture with the first condition's prompt, 0 to 100; null without "
+            "CLIP",
+        ),
         _field("status", pa.string(), "'ok', or what went wrong", nullable=False),
         _field("reason", pa.string(), "in words, where status is not 'ok'"),
     ],

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..entanglement import chance_iou
 from ..pipelines import TESTBED
 from . import figures, sentences
@@ -177,7 +179,8 @@ def _condition_axis(
         reference_label="no change",
         rule_above=len(order),
     )
-    strips, scales = _strips(name, words, order, folder, plan, records, condition)
+    ranked = _contained_order(name, words, plan, summary) or order
+    strips, scales = _strips(name, words, ranked, folder, plan, records, condition)
     return {
         "name": name,
         "sentences": [sentences.difference(row) for row in main],
@@ -245,14 +248,16 @@ def _axis(
         (row["semantic"], row["demographic"]): row for row in rows if row["percentile"] == first
     }
     order = _order(plan.professions, words, by_cell)
-    strips, scales = _strips(name, words, order, folder, plan, records, plan.conditions[0])
+    inside = _contained(name, words, plan, summary, planted)
+    shown = [row["profession"] for row in inside["contained_rows"]] or order
+    strips, scales = _strips(name, words, shown, folder, plan, records, plan.conditions[0])
     ranks = [row for row in (summary["testbed"] or {}).get("rank", []) if row["axis"] == name]
     main = [row for row in ranks if row["percentile"] == first and row["against"] == "overlap"]
     return _Axis(
         name=name,
         words=words,
         contained=sentences.contained(name, plan, summary),
-        **_contained(name, words, plan, summary, planted),
+        **inside,
         chart=_chart(name, words, order, by_cell, overall, first),
         tables=[
             {
@@ -296,14 +301,11 @@ def _contained(
     if found is None:
         return {"contained_chart": "", "contained_rows": [], "contained_scatter": ""}
     part = (name, plan.conditions[0])
-    rows, overall, ranks = (
+    overall, ranks = (
         [row for row in found[which] if (row["axis"], row["condition"]) == part]
-        for which in ("professions", "overall", "rank")
+        for which in ("overall", "rank")
     )
-    # the drawing functions were made for IoU, and look for the figure under that name
-    cells = {
-        (row["semantic"], row["demographic"]): {**row, "iou": row["containment"]} for row in rows
-    }
+    cells = _contained_cells(name, plan, summary)
     means = {row["demographic"]: row["containment"] for row in overall}
     order = _order(plan.professions, words, cells)
     chance = found["fractions"][1]
@@ -323,7 +325,7 @@ def _contained(
     )
     against = [row for row in ranks if row["against"] == "overlap"]
     return {
-        "contained_chart": chart if rows else "",
+        "contained_chart": chart if cells else "",
         "contained_rows": [
             {
                 "profession": profession,
@@ -334,6 +336,28 @@ def _contained(
         ],
         "contained_scatter": _scatter(name, words, cells, planted, against, label="containment"),
     }
+
+
+def _contained_cells(
+    name: str, plan: AuditPlan, summary: Mapping[str, Any]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """(profession, word) -> containment under the first condition; empty where not measured.
+
+    The drawing functions were made for IoU, and look for the figure under that name.
+    """
+    return {
+        (row["semantic"], row["demographic"]): {**row, "iou": row["containment"]}
+        for row in (summary["containment"] or {}).get("professions", [])
+        if (row["axis"], row["condition"]) == (name, plan.conditions[0])
+    }
+
+
+def _contained_order(
+    name: str, words: Sequence[str], plan: AuditPlan, summary: Mapping[str, Any]
+) -> list[str]:
+    """Professions by containment, as `_order`; none where it was not measured."""
+    cells = _contained_cells(name, plan, summary)
+    return _order(plan.professions, words, cells) if cells else []
 
 
 def _order(
@@ -423,11 +447,11 @@ def _strips(
     records: pa.Table,
     condition: str,
 ) -> tuple[list[dict[str, Any]], dict[str, tuple[float, float]]]:
-    """Pictures with maps for the highest, median and lowest profession that has both kept."""
+    """Pictures with maps of every profession that has both kept; three of them have a rank."""
     from PIL import Image
     from safetensors.torch import load_file
 
-    seed = plan.seeds[0]
+    seed, measure = plan.seeds[0], "containment" if plan.measure == "containment" else "IoU"
     kept = []
     for profession in order:
         name = stem(plan, Unit(profession, seed, condition))
@@ -436,19 +460,18 @@ def _strips(
             kept.append((profession, picture, maps))
     if not kept:
         return [], {}
-    chosen = {0: "highest IoU", len(kept) // 2: "median", len(kept) - 1: "lowest IoU"}
+    ranks = {0: f"highest {measure}", len(kept) // 2: "median", len(kept) - 1: f"lowest {measure}"}
     loaded = []
-    for index in sorted(chosen):
-        profession, picture, maps = kept[index]
+    for index, (profession, picture, maps) in enumerate(kept):
         tensors = load_file(maps)
         with Image.open(picture) as opened:
-            loaded.append((profession, chosen[index], opened.convert("RGB"), tensors))
+            loaded.append((profession, ranks.get(index), opened.convert("RGB"), tensors))
     scales = {
         side: _range([t[f"{axis}/{word}/{side}"] for *_, t in loaded for word in words])
         for side in ("semantic", "demographic")
     }
     joint = isinstance(plan.attribution_template, str)
-    ious = _ious(records, condition, axis, seed, plan.percentiles[0])
+    measured = _measured(records, condition, axis, seed, plan.percentiles[0])
     strips = []
     for profession, rank, image, tensors in loaded:
         panels = [
@@ -461,8 +484,7 @@ def _strips(
         for word in words:
             a = tensors[f"{axis}/{word}/semantic"]
             b = tensors[f"{axis}/{word}/demographic"]
-            value = ious.get((profession, word))
-            shown = "not measured" if value is None else f"IoU {value:.3f}"
+            shown = measured.get((profession, word), "not measured")
             panels += [
                 {
                     "src": figures.heat_panel(image, a, profession, scales["semantic"]),
@@ -485,19 +507,28 @@ def _strips(
 
 
 def _range(maps: Sequence[Any]) -> tuple[float, float]:
-    return min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)
+    """The coldest and hottest colour's value of maps of one size: one pixel in 200 is hotter.
+
+    The hottest pixel of twenty professions would leave the others' maps dark.
+    """
+    values = np.stack([m.numpy() for m in maps])
+    return float(values.min()), float(np.quantile(values, 0.995))
 
 
-def _ious(
+def _measured(
     records: pa.Table, condition: str, axis: str, seed: int, percentile: float
-) -> dict[tuple[str, str], float]:
+) -> dict[tuple[str, str], str]:
+    """(profession, word) -> what was measured on one seed's picture, in words."""
     key = ["condition", "axis", "seed", "percentile", "status"]
-    columns = [*key, "semantic", "demographic", "iou"]
-    return {
-        (row["semantic"], row["demographic"]): row["iou"]
-        for row in records.select(columns).to_pylist()
-        if [row[name] for name in key] == [condition, axis, seed, percentile, OK]
-    }
+    columns = [*key, "semantic", "demographic", "iou", "containment"]
+    found = {}
+    for row in records.select(columns).to_pylist():
+        if [row[name] for name in key] == [condition, axis, seed, percentile, OK]:
+            text = f"IoU {row['iou']:.2f}"
+            if row["containment"] is not None:
+                text += f", containment {row['containment']:.2f}"
+            found[row["semantic"], row["demographic"]] = text
+    return found
 
 
 def _blocks(

@@ -1,8 +1,9 @@
 """Running an audit: draw, attribute, measure, write; stop and continue at any time.
 
-The pictures are drawn in chunks that the plan alone decides. A chunk's records appear under their
-final name when all else of it is on the disk, so continuing a run means measuring the chunks whose
-record file is missing, and ends with the records of an undisturbed run.
+The pictures are drawn in chunks that the plan alone decides; with a precision, the plan and the
+records of earlier rounds (`rounds`). A chunk's records appear under their final name when all else
+of it is on the disk, so continuing a run means measuring the chunks whose record file is missing,
+and ends with the records of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ..pipelines import TESTBED
+from . import rounds
 from .files import write_text
 from .folder import AuditError, check_environment, finished, open_folder, read_plan
 from .measure import RAISED
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from .cluster import Cluster
     from .measure import Chunk
     from .plan import Unit
+    from .rounds import Asked
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +98,8 @@ def run_audit(
         out: the run folder; made if it does not exist, continued if it holds the same plan.
         pipe: the pipeline to audit, already loaded; default loads ``plan.model``.
         progress: show a progress bar with rate and time left on stderr.
-        retry_failed: measure those chunks again that have pictures whose drawing raised.
+        retry_failed: measure those chunks again that have pictures whose drawing raised; with a
+            precision those of the last round, for earlier ones have decided what was drawn since.
         cluster: ``"local"``, or the address of a Ray cluster: one worker a device. Default this
             process alone.
         workers: of the cluster; default as many as it has room for.
@@ -121,16 +125,15 @@ def run_audit(
     """
     folder = Path(out)
     with open_folder(plan, folder):
-        chunks = list(enumerate(plan.chunks()))
-        done = {index for index, _ in chunks if finished(folder, index)}
+        asked = _asked(plan, folder)
+        todo = _unfinished(plan, folder, asked)
         if retry_failed:
-            done = {index for index in done if not _has_failed(folder, index)}
-        todo = [(index, units) for index, units in chunks if index not in done]
+            todo = sorted([*todo, *_failed(folder, asked)])
         if todo:
             source = _source(plan, pipe, cluster, workers, threads)
-            _measure(source, plan, folder, todo, progress=progress)
+            _measure(source, plan, folder, asked, todo, progress=progress)
         else:
-            logger.info("all %d chunks of %s are measured", len(chunks), folder)
+            logger.info("all %d chunks of %s are measured", len(asked.chunks), folder)
         return render(folder)
 
 
@@ -210,6 +213,59 @@ def planted(plan: AuditPlan) -> list[dict[str, Any]] | None:
     ]
 
 
+def _asked(plan: AuditPlan, folder: Path) -> Asked:
+    """The pictures that are asked for so far."""
+    if plan.precision is None:
+        return rounds.asked(plan)
+    return rounds.asked(plan, read_records(folder).select(rounds.COLUMNS).to_pylist())
+
+
+def _unfinished(plan: AuditPlan, folder: Path, asked: Asked) -> list[_Work]:
+    """Chunks without records.
+
+    Raises:
+        AuditError: a chunk has the records of other pictures.
+        RecordError: a record file is damaged.
+    """
+    todo = []
+    for index, units in enumerate(asked.chunks):
+        if not finished(folder, index):
+            todo.append((index, units))
+        elif plan.precision is not None:
+            _check_pictures(folder, index, units)
+    return todo
+
+
+def _check_pictures(folder: Path, chunk: int, units: Sequence[Unit]) -> None:
+    path = part_path(folder, chunk)
+    columns = read_part(path).select(["condition", "semantic", "seed"]).to_pydict()
+    found = set(zip(*columns.values(), strict=True))
+    expected = {(unit.condition, unit.profession, unit.seed) for unit in units}
+    if found != expected:
+        example = min(found ^ expected)
+        raise AuditError(
+            f"{path} holds other pictures than the earlier rounds ask for ({len(found)} instead of "
+            f"{len(expected)}, {example} in one of them only): a record file before it was changed "
+            "after it had decided what to draw. Restore that file, or use another folder"
+        )
+
+
+def _failed(folder: Path, asked: Asked) -> list[_Work]:
+    """Measured chunks of the last round with pictures whose drawing raised."""
+    failed = [
+        (index, units)
+        for index, units in enumerate(asked.chunks)
+        if part_path(folder, index).exists() and _has_failed(folder, index)
+    ]
+    if earlier := [index for index, _ in failed if index < asked.last]:
+        logger.warning(
+            "chunks %s have pictures that failed, and are not measured again: they are of earlier "
+            "rounds, which have decided what was drawn since",
+            earlier,
+        )
+    return [(index, units) for index, units in failed if index >= asked.last]
+
+
 def _has_failed(folder: Path, chunk: int) -> bool:
     return not set(RAISED).isdisjoint(read_part(part_path(folder, chunk))["status"].to_pylist())
 
@@ -262,45 +318,74 @@ def _measure(
     source: _Here | Cluster,
     plan: AuditPlan,
     folder: Path,
+    asked: Asked,
     todo: Sequence[_Work],
     *,
     progress: bool,
 ) -> None:
-    """Measures chunks and stores them, whatever order they come in."""
-    sizes = {index: len(units) for index, units in todo}
-    left = sum(sizes.values())
-    measured = len(plan.chunks()) > len(todo)
+    """Measures chunks and stores them, whatever order they come in, until no more are asked for."""
+    left = sum(len(units) for _, units in todo)
     with (
         source,
-        _explained(folder, len(plan.chunks())),
+        _explained(folder, plan),
         tqdm(
-            total=plan.pictures,
-            initial=plan.pictures - left,
+            total=asked.pictures,
+            initial=asked.pictures - left,
             unit="image",
             desc="audit",
             disable=not progress,
             file=sys.stderr,
             dynamic_ncols=True,
         ) as bar,
-        Writer(folder, measured=measured) as writer,
+        Writer(folder, measured=len(asked.chunks) > len(todo)) as writer,
     ):
         check_environment(folder, source.describe())
-        for entered, index, chunk in source.results(todo):
-            for condition, found in entered.items():
-                check_environment(folder, found, condition)
-            if chunk is not None:
-                writer.add(index, chunk)
-                bar.update(sizes[index])
+        while todo:
+            _measure_chunks(source, folder, todo, writer, bar)
+            if plan.precision is None:
+                return
+            writer.flush()
+            asked = _asked(plan, folder)
+            todo = _unfinished(plan, folder, asked)
+            if todo:
+                _tell_round(plan, asked)
+                bar.total = asked.pictures  # known one round at a time
+                bar.set_description(f"audit, round {asked.rounds}")
+
+
+def _measure_chunks(
+    source: _Here | Cluster, folder: Path, todo: Sequence[_Work], writer: Writer, bar: Any
+) -> None:
+    sizes = {index: len(units) for index, units in todo}
+    for entered, index, chunk in source.results(todo):
+        for condition, found in entered.items():
+            check_environment(folder, found, condition)
+        if chunk is not None:
+            writer.add(index, chunk)
+            bar.update(sizes[index])
+
+
+def _tell_round(plan: AuditPlan, asked: Asked) -> None:
+    narrow = sum(state.narrow for state in asked.professions.values())
+    logger.info(
+        "round %d: %d of %d professions are within %g, %d pictures for the others",
+        asked.rounds,
+        narrow,
+        len(plan.professions),
+        plan.precision,
+        sum(len(units) for units in asked.chunks[asked.last :]),
+    )
 
 
 @contextmanager
-def _explained(folder: Path, count: int) -> Iterator[None]:
+def _explained(folder: Path, plan: AuditPlan) -> Iterator[None]:
     """Says of a failed disk where the run stood, and what to do."""
     try:
         yield
     except OSError as error:
         done = len(list((folder / "records").glob("part-*.parquet")))
+        of = f" of {len(plan.chunks())}" if plan.precision is None else ""  # who knows how many
         raise AuditError(
-            f"{error} ({done} of {count} chunks are measured and stay in {folder}). Make room or "
+            f"{error} ({done}{of} chunks are measured and stay in {folder}). Make room or "
             "repair access, then start the same audit again"
         ) from error

@@ -47,11 +47,19 @@ def headline(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
         if plan.guidance_scale <= 1
         else f"guidance scale {plan.guidance_scale:g}"
     )
+    drawn = [row["seeds"] for row in (summary["precision"] or {}).get("professions", [])]
+    seeds = _count(len(plan.seeds), "seed")
+    if drawn:
+        seeds = (f"{min(drawn)} to " if min(drawn) < max(drawn) else "") + _count(
+            max(drawn), "seed"
+        )
     text = (
         f"{run['images_measured']} of {run['images_planned']} pictures measured: "
-        f"{_count(len(plan.professions), 'profession')}, {_count(len(plan.seeds), 'seed')} each, "
+        f"{_count(len(plan.professions), 'profession')}, {seeds} each, "
         f"{plan.steps} steps, {guidance}."
     )
+    if summary["precision"] is not None:
+        text += f" {precision(summary['precision'])}"
     if len(plan.conditions) > 1:
         text += f" Conditions, on the same seeds: {_listed(list(plan.conditions))}."
     if not run["complete"]:
@@ -60,6 +68,40 @@ def headline(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
             "Start the same audit again to complete it."
         )
     return text
+
+
+def precision(found: Mapping[str, Any]) -> str:
+    """What a precision came to: pictures drawn, those a fixed number would have taken, the rest.
+
+    Args:
+        found: ``summary["precision"]``.
+    """
+    measure = _measure(found["measure"])
+    goal = (
+        f"in rounds until the 95 % interval of mean {measure} of a profession, with every word and "
+        f"under every condition, {'was' if found['ended'] else 'is'} within "
+        f"\N{PLUS-MINUS SIGN}{found['target']:g}."
+    )
+    if not found["ended"]:
+        there = sum(row["reached"] for row in found["professions"])
+        return f"Seeds are drawn {goal} So far {_count(there, 'profession')} came to that."
+    texts = [f"Seeds were drawn {goal}"]
+    if found["images_fixed"] is not None:
+        saved = found["saved"]
+        texts.append(
+            f"That took {_count(found['images'], 'picture')}; with one number of seeds for every "
+            f"profession the widest interval would have taken {found['images_fixed']} to be as "
+            f"narrow ({abs(100 * saved):.0f} % {'fewer' if saved >= 0 else 'more'} were drawn)."
+        )
+    if found["not_reached"]:
+        widths = {row["semantic"]: row["half_width"] for row in found["professions"]}
+        told = [
+            f"{p} (" + ("nothing measured" if w is None else f"±{w:.3f}") + ")"
+            for p in found["not_reached"]
+            for w in [widths[p]]
+        ]
+        texts.append(f"Not reached by {_listed(told)}.")
+    return " ".join(texts)
 
 
 def finding(axis: str, summary: Mapping[str, Any]) -> str:
@@ -320,6 +362,13 @@ def limits(plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
         "depicted, not persons.",
         "This is not a fairness metric in any legal sense, and passing it certifies nothing.",
     ]
+    if plan.precision is not None:
+        texts.append(
+            f"Seeds were drawn until the intervals of mean {_measure(plan.measure)} were narrow. "
+            "Those intervals allow for it; every other interval and test takes the number of seeds "
+            "as given, which holds as far as the spread of one figure says nothing of the mean of "
+            "another (docs/statistics.md)."
+        )
     if isinstance(plan.attribution_template, str):
         texts.insert(
             2,
@@ -349,6 +398,10 @@ def _first_percentile(axis: str, summary: Mapping[str, Any]) -> list[Mapping[str
         for row in summary["comparisons"]
         if (row["axis"], row["condition"], row["percentile"]) == wanted
     ]
+
+
+def _measure(name: str) -> str:
+    return "IoU" if name == "iou" else name
 
 
 def _listed(parts: list[str]) -> str:

@@ -14,6 +14,8 @@ repeats the important rows):
   20 professions, 8 seeds and seed effects as large as profession effects this covers 0.96;
   resampling professions and then the images within them covers 0.73. Where professions do not
   differ it is too wide, never too narrow.
+* *As many images as needed* (``--precision``): mean +- the precision, the fixed-width interval of
+  Chow and Robbins (1965); see `rounds`.
 * *Shares*: Wilson's score interval.
 * *Rank correlation over professions*: Fisher's z with Bonett and Wright's standard error for
   Spearman's coefficient (Psychometrika 2000). At 20 professions it covers 0.953 to 0.961 and the
@@ -39,6 +41,15 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+
+FIXED_WIDTH = "fixed width after sequential sampling (Chow and Robbins 1965)"
+"""Method of an interval whose number of images its own width decided."""
+
+NOT_REACHED = "sequential sampling (Chow and Robbins 1965), the precision was not reached"
+"""Method of one for which drawing ended before."""
+
+ALIKE = 1e-3  # values within so much of each other are one value, as reports show it
+_NO_SPREAD = 1e-12  # standard errors below it are those of values that do not vary
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,11 @@ class Figure:
 
 
 def mean_interval(
-    values: Sequence[float] | FloatArray, confidence: float = CONFIDENCE, *, lowest: float = 0.0
+    values: Sequence[float] | FloatArray,
+    confidence: float = CONFIDENCE,
+    *,
+    lowest: float = 0.0,
+    precision: float | None = None,
 ) -> Figure:
     """Mean of independent measurements with Student's t interval, cut to the possible values.
 
@@ -91,10 +106,14 @@ def mean_interval(
             profession, or, with ``lowest=-1``, the differences between two conditions.
         confidence: nominal coverage, between 0 and 1.
         lowest: the smallest possible value.
+        precision: half-width at which drawing stopped (`rounds`), or would have. The 95 % interval
+            is then mean +- that, or +- `half_width` where it is more: what holds where the number
+            of images was not fixed. One of another confidence is wider or narrower in the ratio of
+            Student's quantiles.
 
     Returns:
         A figure without interval for n < 2 and for values that do not vary: neither says anything
-        about the spread.
+        about the spread. (With a precision, values that do not vary have an interval.)
 
     Raises:
         ValueError: a value is not finite, or outside [lowest, 1].
@@ -111,12 +130,88 @@ def mean_interval(
     mean = float(x.mean())
     if n == 1:
         return Figure(mean, None, None, 1, confidence, "no interval from one image")
-    error = float(x.std(ddof=1)) / math.sqrt(n)
-    if error <= 1e-12:
+    error = standard_error(x, precision)
+    if error is None:
         return Figure(mean, None, None, n, confidence, "no interval: the values do not vary")
     reach = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
     low, high = max(lowest, mean - reach), min(1.0, mean + reach)
-    return Figure(mean, low, high, n, confidence, "Student t over images")
+    method = "Student t over images"
+    if precision is not None:
+        narrow = (half_width(x) or math.inf) <= precision
+        method = FIXED_WIDTH if narrow else NOT_REACHED
+    return Figure(mean, low, high, n, confidence, method)
+
+
+def half_width(values: Sequence[float] | FloatArray) -> float | None:
+    """Half-width of the 95 % interval of a mean whose number of values its own width decides.
+
+    ``t * sqrt((s ** 2 + 1 / (4 n)) / n)``, t of n - 1 degrees of freedom. Chow and Robbins (1965)
+    add ``1 / n`` to the variance, so that drawing does not stop on a spread that is small by
+    accident; here it is the largest variance that values in [0, 1] can have, 1 / 4, over n.
+
+    Args:
+        values: ``[n]`` in [0, 1].
+
+    Returns:
+        ``None`` for n < 2. ``3 / n`` for values that are alike, to 0.001: the rule of three (Hanley
+        and Lippman-Hand, JAMA 1983). Where none of n values is another one, the share of such is
+        below ``3 / n`` with confidence 0.95, and they move the mean by no more than that.
+
+    Example:
+        >>> round(half_width([0.2, 0.4] * 20), 3), half_width([0.0] * 100)
+        (0.041, 0.03)
+    """
+    x = np.asarray(values, dtype=np.float64)
+    n = int(x.size)
+    if n < 2:
+        return None
+    if float(np.ptp(x)) <= ALIKE:
+        return 3 / n
+    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
+    return reach * math.sqrt((float(x.var(ddof=1)) + 0.25 / n) / n)
+
+
+def images_for(spread: float, precision: float) -> int:
+    """Smallest fixed number of images whose Student's 95 % half-width is within a precision.
+
+    Args:
+        spread: standard deviation of the values, taken for the true one; 0 for values that are
+            alike, which need ``3 / precision`` images (`half_width`).
+        precision: the half-width, above 0.
+
+    Example:
+        >>> images_for(0.1, 0.02), images_for(0.0, 0.02)
+        (99, 150)
+    """
+    if spread == 0:
+        return math.ceil(3 / precision)
+    n = max(2, math.ceil((float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * spread / precision) ** 2))
+    while float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * spread / math.sqrt(n) > precision:
+        n += 1
+    return n
+
+
+def standard_error(
+    values: Sequence[float] | FloatArray, precision: float | None = None
+) -> float | None:
+    """Standard error of a mean; with a precision, that whose 95 % interval `mean_interval` shows.
+
+    Args:
+        values: ``[n]``.
+        precision: half-width at which drawing stopped; ``None`` where the number was fixed.
+
+    Returns:
+        ``None`` below two values and, without a precision, for values that do not vary.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    n = int(x.size)
+    if n < 2:
+        return None
+    if precision is None:
+        error = float(x.std(ddof=1)) / math.sqrt(n)
+        return error if error > _NO_SPREAD else None
+    shown = max(half_width(x) or 0.0, precision)
+    return shown / float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1))
 
 
 def crossed_mean_interval(
@@ -160,7 +255,7 @@ def crossed_mean_interval(
     total = drawn.sum(axis=1)
     boot = (drawn * np.nan_to_num(means)).sum(axis=1)[total > 0] / total[total > 0]
     error = float(boot.std(ddof=1))
-    if error <= 1e-12:
+    if error <= _NO_SPREAD:
         return Figure(mean, None, None, count, confidence, "no interval: the values do not vary")
     reach = float(stats.t.ppf(0.5 + confidence / 2, min(count, seeds) - 1)) * error
     low, high = max(lowest, mean - reach), min(1.0, mean + reach)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import compare, nulls
+from . import compare, nulls, rounds
 from .inference import benjamini_hochberg, chance_test, holm, risk_difference
 from .records import CONTROLS_SCHEMA, MASKS_SCHEMA, OK
 from .statistics import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .plan import AuditPlan
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _COLUMNS = [
     "condition",
@@ -50,6 +50,7 @@ _COLUMNS = [
     "semantic_label",
     "attribute_label",
     "attribute_score",
+    "clip_score",
     "status",
 ]
 
@@ -88,7 +89,8 @@ def summarise(
         masks: the masks' bits, where they were kept.
 
     Returns:
-        A dict with ``schema_version``, ``run`` (what was planned and measured), ``professions``
+        A dict with ``schema_version``, ``run`` (what was planned and measured), ``precision``
+        (what it came to, `rounds.figures`; ``None`` for fixed seeds), ``professions``
         (a figure set a group), ``overall`` (over professions), ``comparisons`` (how many intervals
         leave chance, and how many do so with the level shared out over all of them), ``shares``
         (demographics read in the pictures), ``testbed`` (``None`` for other models),
@@ -107,15 +109,20 @@ def summarise(
     groups = _in_plan_order(_grouped(rows), plan)
     words = sum(len(listed) for listed in plan.axes.values())
     sides = words * len(plan.professions) * len(plan.conditions)
-    professions = [_profession(key, group, sides) for key, group in groups.items()]
+    asked = rounds.asked(plan, rows)
+    professions = [
+        _profession(key, group, sides, _precision(plan, "iou", key[-1]))
+        for key, group in groups.items()
+    ]
     _adjust(professions)
     shares = _shares(rows, plan)
     iou = _values(groups, "iou")
     beside = CONTROLS_SCHEMA.empty_table() if controls is None else controls
     kept = MASKS_SCHEMA.empty_table() if masks is None else masks
-    return {
+    summary = {
         "schema_version": SCHEMA_VERSION,
-        "run": _run(plan, rows),
+        "run": _run(plan, asked, rows),
+        "precision": rounds.figures(plan, asked),
         "overall": _overall(groups),
         "comparisons": _comparisons(professions, sides),
         "professions": professions,
@@ -130,6 +137,15 @@ def summarise(
         "outputs": compare.outputs(plan, rows),
         "guidance": [] if ledger is None else compare.ledger_curves(ledger),
     }
+    if plan.precision is not None:
+        rounds.tell(summary, plan.precision)
+    return summary
+
+
+def _precision(plan: AuditPlan, measure: str, percentile: float) -> float | None:
+    """The plan's precision for the figures that it is about, None for others."""
+    about = measure == plan.measure and percentile == plan.percentiles[0]
+    return plan.precision if about else None
 
 
 def _containment(
@@ -150,7 +166,7 @@ def _containment(
     groups = _in_plan_order(_grouped(as_iou), plan)
     sides = sum(len(words) for words in plan.axes.values()) * len(plan.professions)
     sides *= len(plan.conditions)
-    professions = [_profession(key, group, sides) for key, group in groups.items()]
+    professions = [_profession(key, group, sides, plan.precision) for key, group in groups.items()]
     _adjust(professions)
     values = _values(groups, "iou")
     differences = compare.differences(plan, values, values)
@@ -226,26 +242,27 @@ def _in_plan_order(groups: Mapping[_Key, _Group], plan: AuditPlan) -> dict[_Key,
     return {key: groups[key] for key in sorted(groups, key=place)}
 
 
-def _run(plan: AuditPlan, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _run(plan: AuditPlan, asked: rounds.Asked, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     images = {(row["condition"], row["semantic"], row["seed"]) for row in rows}
     good = {(row["condition"], row["semantic"], row["seed"]) for row in rows if row["status"] == OK}
-    asked = plan.pictures
     return {
         "conditions": list(plan.conditions),
         "percentiles": list(plan.percentiles),
-        "images_planned": asked,
+        "images_planned": asked.pictures,
         "images_drawn": len(images),
         "images_measured": len(good),
-        "complete": len(images) == asked,
+        "complete": asked.ended and len(images) == asked.pictures,
         "records": len(rows),
         "status": dict(sorted(Counter(row["status"] for row in rows).items())),
     }
 
 
-def _profession(key: _Key, group: _Group, comparisons: int) -> dict[str, Any]:
+def _profession(
+    key: _Key, group: _Group, comparisons: int, precision: float | None
+) -> dict[str, Any]:
     values = list(group.iou.values())
-    figure = mean_interval(values)
-    shared = mean_interval(values, 1 - (1 - CONFIDENCE) / comparisons)
+    figure = mean_interval(values, precision=precision)
+    shared = mean_interval(values, 1 - (1 - CONFIDENCE) / comparisons, precision=precision)
     span = 1 - group.chance
     return {
         **_named(key),
@@ -258,7 +275,7 @@ def _profession(key: _Key, group: _Group, comparisons: int) -> dict[str, Any]:
         "soft_iou": mean_interval(list(group.soft.values())).to_dict(),
         "side": _side(figure.low, figure.high, group.chance),
         "side_bonferroni": _side(shared.low, shared.high, group.chance),
-        "p": chance_test(values, group.chance),
+        "p": chance_test(values, group.chance, precision),
         "block_iou": {
             block: mean_interval(found).to_dict() for block, found in group.blocks.items()
         },

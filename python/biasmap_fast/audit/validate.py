@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..entanglement import chance_iou, corrected_iou
 from .files import sha256
-from .folder import hashes_path, plan_hash, read_plan
+from .folder import plan_hash, read_plan
 from .records import OK, SIDES, RecordError, part_path, read_records, read_side
+from .rounds import COLUMNS, asked
 from .summary import summarise
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import pyarrow as pa
 
-    from .plan import AuditPlan
+    from .plan import AuditPlan, Unit
 
 # Sums in another order, by another version of numpy, differ in their last digits.
 _TOLERANCE = 1e-9
@@ -45,13 +46,15 @@ def validate(folder: Path, planted: Any = None) -> list[str]:
         AuditError: ``folder`` is no run folder.
     """
     plan = read_plan(folder)
-    found = list(_files(folder, plan))
     try:
         records = read_records(folder)
         sides = {side: read_side(folder, side) for side in SIDES}
     except RecordError as error:
-        return [*found, str(error)]
-    found += _records(plan, records)
+        # what a plan with a precision asks for, damaged records do not say
+        known = asked(plan).chunks if plan.precision is None else None
+        return [*_files(folder, known), str(error)]
+    chunks = asked(plan, records.select(COLUMNS).to_pylist()).chunks
+    found = [*_files(folder, chunks), *_records(plan, chunks, records)]
     path = folder / "summary.json"
     if not path.is_file():
         return [*found, "summary.json is missing: `biasmap report` writes it"]
@@ -65,18 +68,20 @@ def validate(folder: Path, planted: Any = None) -> list[str]:
     return found
 
 
-def _files(folder: Path, plan: AuditPlan) -> Iterator[str]:
+def _files(folder: Path, chunks: Sequence[Sequence[Unit]] | None) -> Iterator[str]:
     """Every measured chunk's files against the hashes that were written with them."""
     plan_now = plan_hash(folder)
-    count = len(plan.chunks())
-    known = {part_path(folder, index): index for index in range(count)}
-    for path in sorted((folder / "records").glob("part-*.parquet")):
+    parts = sorted((folder / "records").glob("part-*.parquet"))
+    count = len(parts) if chunks is None else len(chunks)
+    known = set(parts) if chunks is None else {part_path(folder, i) for i in range(count)}
+    for path in parts:
         name = path.relative_to(folder).as_posix()
         if path not in known:
             yield f"{name}: the plan has {count} chunks, none of this number"
             continue
         try:
-            stated = json.loads(hashes_path(folder, known[path]).read_text(encoding="utf-8"))
+            hashes = (folder / "hashes" / path.name).with_suffix(".json")
+            stated = json.loads(hashes.read_text(encoding="utf-8"))
             files, plan_then = dict(stated["files"]), stated["plan_sha256"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             yield f"{name}: its hashes cannot be read ({error})"
@@ -95,9 +100,9 @@ def _files(folder: Path, plan: AuditPlan) -> Iterator[str]:
                 yield f"{file}: SHA-256 is {sha256(data)}, was {expected} when it was measured"
 
 
-def _records(plan: AuditPlan, records: pa.Table) -> Iterator[str]:
-    """Records against the plan, and against themselves."""
-    asked = {(unit.condition, unit.profession, unit.seed) for unit in plan.units()}
+def _records(plan: AuditPlan, chunks: Sequence[Sequence[Unit]], records: pa.Table) -> Iterator[str]:
+    """Records against the pictures that are asked for, and against themselves."""
+    pictures = {(unit.condition, unit.profession, unit.seed) for part in chunks for unit in part}
     cells: Counter[tuple[Any, ...]] = Counter()
     for row in records.to_pylist():
         picture = (row["condition"], row["semantic"], row["seed"])
@@ -105,7 +110,7 @@ def _records(plan: AuditPlan, records: pa.Table) -> Iterator[str]:
             f"record of {picture}, {row['axis']}/{row['demographic']}, "
             f"percentile {row['percentile']:g}"
         )
-        if picture not in asked:
+        if picture not in pictures:
             yield f"{where}: the plan does not ask for this picture"
             continue
         cells[picture] += 1

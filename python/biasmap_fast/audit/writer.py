@@ -50,10 +50,7 @@ class Writer:
     ) -> None:
         try:
             if kind is None:
-                if self._failed and not self._measured:
-                    raise self._hopeless()
-                self._write_failed()
-                self._wait(0)
+                self.flush()
         finally:
             self._pool.shutdown(wait=True)  # what was handed over is whole and worth keeping
 
@@ -72,6 +69,18 @@ class Writer:
         self._measured = True
         self._write_failed()
         self._write(index, chunk)
+
+    def flush(self) -> None:
+        """Writes everything that was handed over, and waits until it is on the disk.
+
+        Raises:
+            AuditError: nothing could be drawn so far.
+            OSError: a chunk could not be written.
+        """
+        if self._failed and not self._measured:
+            raise self._hopeless()
+        self._write_failed()
+        self._wait(0)
 
     def _write_failed(self) -> None:
         for index, chunk in self._failed:

@@ -144,15 +144,19 @@ class Classifier:
     def _read(self, labels: torch.Tensor) -> Reading:
         # agreement with (place, demographic, profession) = with the person without a marker,
         # less what the marker hides of it, plus what has the marker's colour
-        equal = (self._templates == labels).float()  # [P, 2, 4096]
-        hidden = equal @ self._markers.transpose(1, 2)  # [P, 2, K]
+        equal = (self._templates == labels.to(torch.uint8)).float()  # [P, 2, 4096]
         drawn = labels == torch.arange(len(self.nouns))[:, None] + _UNKNOWN + 1  # [K, 4096]
-        shown = torch.einsum("pkn,kn->pk", self._markers, drawn.float())  # [P, K]
+        least = _MARKER_SEEN * self._markers[0].sum(-1)  # [K]
+        # a marker cannot show where there is too little of its colour: two or three may
+        seen = (drawn.sum(-1) >= least).nonzero()[:, 0]  # [k]
+        markers = self._markers[:, seen]  # [P, k, 4096]
+        hidden = equal @ markers.transpose(1, 2)  # [P, 2, k]
+        shown = markers.mul(drawn[seen]).sum(-1)  # [P, k]
         plain = equal.sum(-1)  # [P, 2]
-        score = plain[..., None] - hidden + shown[:, None]  # [P, 2, K]
-        areas = self._markers[0].sum(-1)  # [K]
-        score[(shown < _MARKER_SEEN * areas)[:, None].expand_as(score)] = -1.0
-        score = torch.cat([plain[..., None], score], -1)  # [P, 2, 1 + K]
+        fits = plain[..., None] - hidden + shown[:, None]  # [P, 2, k]
+        fits[(shown < least[seen])[:, None].expand_as(fits)] = -1.0
+        score = torch.full((*plain.shape, 1 + len(self.nouns)), -1.0)  # [P, 2, 1 + K]
+        score[..., 0], score[..., 1 + seen] = plain, fits
         place, rest = divmod(int(score.argmax()), score.shape[1] * score.shape[2])
         word, choice = divmod(rest, score.shape[2])
         return self._report(labels, place, word, choice - 1, drawn)

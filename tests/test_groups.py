@@ -1,0 +1,183 @@
+"""Many attribution prompts at once: groups, tiles, and prompts of single images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import biasmap_fast as bm
+from biasmap_fast import groups, reference
+from biasmap_fast.groups import ConceptMaps, GroupKeys, grouped, stacked
+
+DOCTOR = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
+NURSE = bm.AttributionPrompt("a photo of a nurse and woman", ("nurse", "woman"))
+SHORT = bm.AttributionPrompt("a doctor", ("doctor",))
+
+
+def test_groups_have_one_shape_and_one_set_of_images():
+    shapes = [(2, 9), (2, 8), (2, 9), (1, 9), (2, 9)]
+    images = [None, None, None, None, (1,)]
+    found = grouped(shapes, images)
+    assert [group.prompts for group in found] == [(0, 2), (1,), (3,), (4,)]
+    assert [group.concepts for group in found] == [2, 2, 1, 2]
+    assert found[3].mine([(0, 0), (1, 1), (2, 2)]) == [(1, 0)]
+    assert found[0].mine([(1, 0), (2, 1)]) == [(1, 0), (2, 1)]
+
+
+# one tile; tiles of pixels; of prompts; of images
+@pytest.mark.parametrize(
+    ("prompts", "images", "heads", "pixels", "depth", "tokens"),
+    [(1, 1, 2, 9, 4, 3), (3, 1, 8, 4096, 40, 12), (40, 1, 8, 100, 8, 77), (2, 50, 8, 64, 16, 20)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_tiles_equal_prompt_by_prompt(prompts, images, heads, pixels, depth, tokens, dtype):
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = torch.randn(images, pixels, heads * depth).to(dtype)
+    query = rows.view(images, pixels, heads, depth).transpose(1, 2)
+    keys = torch.randn(prompts, heads, tokens, depth, dtype=wide)
+    weights = torch.rand(prompts, 2, tokens, dtype=wide)
+    start = torch.rand(prompts, images, 2, pixels, dtype=wide)
+    found, adding = start.clone(), ConceptMaps()
+    group = GroupKeys(weights, {"layer": keys}, None)
+    for _ in range(2):  # the memory of the tiles is used again
+        adding.add(found, query, group, "layer")
+    for index in range(prompts):
+        exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
+        torch.testing.assert_close(
+            found[index].double(), start[index].double() + 2 * exact, rtol=1e-5, atol=1e-5
+        )
+
+
+def shared_case(images, heads, pixels, depth, scale):
+    """Six prompts of nine tokens, of which the last two are their own."""
+    torch.manual_seed(1)
+    query = torch.randn(images, heads, pixels, depth)
+    common, own = torch.randn(7, 32), torch.randn(6, 2, 32)
+    states = [torch.cat([common, end]) for end in own]
+    project = scale * torch.randn(heads, 32, depth) / 32**0.5
+    keys = [(each @ project).contiguous() for each in states]  # [heads, T', d]
+    weights = [torch.rand(2, 9) for _ in states]
+    return query, stacked(weights, [{"layer": each} for each in keys], states), keys, weights
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 9, 4), (2, 8, 4096, 40), (30, 4, 64, 16)])
+def test_shared_tokens_equal_prompt_by_prompt(shape):
+    query, group, keys, weights = shared_case(*shape, scale=1.0)
+    assert group.shared.by_layer["layer"].shape[1] == 7 + 6 * 2
+    found = torch.zeros(6, shape[0], 2, shape[2])
+    ConceptMaps().add(found, query, group, "layer")
+    for index in range(6):
+        exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
+        torch.testing.assert_close(found[index].double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_far_apart_do_not_share():
+    # one prompt's own tokens outshine all others by more than float32's exponents can tell
+    query, group, keys, weights = shared_case(2, 4, 64, 16, scale=200.0)
+    assert group.shared is not None
+    adding, found = ConceptMaps(), torch.zeros(6, 2, 2, 64)
+    assert not adding._add_shared(found, query, group.shared, "layer")
+    assert not found.any()
+    adding.add(found, query, group, "layer")
+    for index in range(6):
+        exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
+        torch.testing.assert_close(found[index].double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_a_repeated_token_counts_twice():
+    states = torch.randn(12, 16)
+    which = torch.tensor(
+        [[0, 1, 1, 2, 3, 4, 5, 6], [0, 1, 1, 2, 3, 4, 5, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
+    )
+    prompts = [states[own] for own in which.repeat(3, 1)]
+    keys = [each.view(8, 2, 8).transpose(0, 1).contiguous() for each in prompts]  # [heads, T', d]
+    weights = [torch.rand(1, 8) for _ in prompts]
+    group = stacked(weights, [{"layer": each} for each in keys], prompts)
+    assert group.shared.by_layer["layer"].shape == (2, 8, 8)
+    query, found = torch.randn(1, 2, 5, 8), torch.zeros(9, 1, 1, 5)
+    ConceptMaps().add(found, query, group, "layer")
+    for index, own in enumerate(keys):
+        exact = reference.concept_map(query, own, weights[index])
+        torch.testing.assert_close(found[index], exact)
+
+
+def test_prompts_of_single_images_are_those_of_the_batch():
+    pipe = bm.testbed.pipeline()
+    seeds, texts = (1, 2, 3), ["a photo of a doctor", "a photo of a nurse", "a doctor"]
+
+    def draw() -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        pipe(texts, num_inference_steps=2, generator=generators)
+
+    with bm.attribute(pipe, [DOCTOR, NURSE, SHORT], by="block") as everything:
+        draw()
+    nested = [[DOCTOR, SHORT], [NURSE], [SHORT, DOCTOR]]
+    with bm.attribute(pipe, nested, by="block") as own:
+        draw()
+        draw()
+    all_maps, maps = everything.maps(), own.maps()
+    assert {name: found.images for name, found in maps.items()} == {
+        DOCTOR.name: (0, 2, 3, 5),
+        SHORT.name: (0, 2, 3, 5),
+        NURSE.name: (1, 4),
+    }
+    for name, found in maps.items():
+        for row, image in enumerate(found.images):
+            assert found.row(image) == row
+            expected = all_maps[name]
+            torch.testing.assert_close(found.values[row], expected.values[image % 3])
+            for block, part in found.by_block.items():
+                torch.testing.assert_close(part[row], expected.by_block[block][image % 3])
+    with pytest.raises(KeyError, match=r"no maps of image 0; there are those of \[1, 4\]"):
+        maps[NURSE.name].row(0)
+
+
+def test_images_are_saved(tmp_path):
+    maps = bm.AttributionMaps(torch.rand(2, 1, 4, 4), ("doctor",), images=(0, 3))
+    maps.resize(8).save(tmp_path / "maps.safetensors")
+    assert bm.AttributionMaps.load(tmp_path / "maps.safetensors").images == (0, 3)
+    with pytest.raises(ValueError, match="`images` must name the 2 images of `values`, got 1"):
+        bm.AttributionMaps(torch.rand(2, 1, 4, 4), ("doctor",), images=(0,))
+
+
+def test_bad_prompts_of_images():
+    pipe = bm.testbed.pipeline()
+    with pytest.raises(TypeError, match="or a sequence of them for each image, got both mixed"):
+        bm.attribute(pipe, [DOCTOR, [NURSE]])
+    with pytest.raises(ValueError, match="for image 1, got none"):
+        bm.attribute(pipe, [[DOCTOR], []])
+    with pytest.raises(ValueError, match="two attribution prompts have the same name"):
+        bm.attribute(pipe, [[DOCTOR, DOCTOR]])
+    with (
+        pytest.raises(ValueError, match="given for 2 images, and the UNet draws 1"),
+        bm.attribute(pipe, [[DOCTOR], [NURSE]]),
+    ):
+        pipe("a doctor", num_inference_steps=1)
+
+
+def test_the_kernel_is_given_what_it_reads(monkeypatch):
+    """On a GPU with its kernels: prompt by prompt, maps and keys without gaps."""
+    pipe, seen = bm.testbed.pipeline(), []
+
+    def add(maps, query, keys, weights):
+        assert maps.is_contiguous()
+        assert keys.is_contiguous()
+        assert weights.is_contiguous()
+        seen.append(tuple(maps.shape[:2]))
+        maps += reference.concept_map(query, keys, weights)
+
+    def draw():
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        pipe(["a doctor", "a nurse", "a doctor"], num_inference_steps=1, generator=generators)
+
+    nested = [[DOCTOR, SHORT], [DOCTOR, NURSE], [DOCTOR, NURSE]]
+    with bm.attribute(pipe, nested) as expected:
+        draw()
+    monkeypatch.setattr(groups, "fused_attention", lambda *args: True)
+    monkeypatch.setattr(groups, "add_concept_map", add)
+    with bm.attribute(pipe, nested) as found:
+        draw()
+    assert set(seen) == {(3, 2), (1, 1), (2, 2)}
+    for name, maps in expected.maps().items():
+        torch.testing.assert_close(found.maps()[name].values, maps.values)
