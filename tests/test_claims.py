@@ -42,7 +42,6 @@ NOT_OURS = {
     "The aim was 1.4 times the speed": "an aim",
     "1.55 times as wide": "of an interval, not of speed",
     "trained five times as long": "of a training, not of its speed",
-    "curve over UNet calls added 20 %": "older than the row: `<!-- = controls -->` has it now",
     "more than 5 %": "the rule of a regression",
     "up by more than 5 %": "the rule of a regression",
 }
