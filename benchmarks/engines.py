@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast.attribution import attribution_states
+from biasmap_fast.attribution import AttributionCache, attribution_states
 from biasmap_fast.concepts import tokenize_all
 from biasmap_fast.engines.onnx import relative
 from guidance import build
@@ -55,6 +55,7 @@ class Calls:
         self.pipe = pipe
         self.given = given
         self.unet = pipe.unet
+        self.cache = AttributionCache()  # keys are made once a run, as an engine's states are given
         self.states = attribution_states(pipe, tokenize_all(PROMPT, pipe))
         self.expected = self.plain(pipe.unet)()
 
@@ -67,7 +68,7 @@ class Calls:
         return run
 
     def recorded(self) -> torch.Tensor:
-        with bm.attribute(self.pipe, PROMPT, chunks=1):
+        with bm.attribute(self.pipe, PROMPT, chunks=1, cache=self.cache):
             return self.plain(self.pipe.unet)()
 
     def error(self, sample: torch.Tensor) -> float:
