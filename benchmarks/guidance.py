@@ -192,7 +192,7 @@ def groups(settings: Settings) -> list[Group]:
             seconds=60.0 if settings.gpu else seconds[chunks],
             threads=2,
             warm_up="" if settings.gpu else "plain",
-            peaks=True,
+            peaks=settings.gpu or chunks == 2,
         )
         for chunks, width in widths.items()
     ]
