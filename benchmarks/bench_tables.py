@@ -301,7 +301,6 @@ INLINE: dict[str, Callable[[], str]] = {
         stored("engines-sd15.json", "torch") / stored("engines-sd15.json", "onnx 23, reduced maps")
     ),
     "testbed torch": lambda: measured(*BATCH_8, "torch"),
-    "testbed compiled": lambda: measured("engines", "testbed, batch 8, compiled", "torch.compile"),
     "testbed onnx": lambda: measured(*BATCH_8, "onnx, no maps"),
     "testbed maps": lambda: measured(*BATCH_8, "onnx, reduced maps"),
     "testbed maps 23": lambda: measured(*BATCH_8, "onnx 23, reduced maps"),
