@@ -180,7 +180,7 @@ def entries(width: int, chunks: int, settings: Settings) -> list[Entry]:
 def groups(settings: Settings) -> list[Group]:
     """Two chunks at full width, then four (on a CPU, at less of it)."""
     widths = {2: 32, 4: 32} if settings.quick else {2: 320, 4: 320 if settings.gpu else 64}
-    seconds = {2: 200.0, 4: 55.0}
+    seconds = {2: 205.0, 4: 95.0}
     dtype = str(settings.dtype).removeprefix("torch.")
     return [
         Group(
@@ -192,7 +192,7 @@ def groups(settings: Settings) -> list[Group]:
             seconds=60.0 if settings.gpu else seconds[chunks],
             threads=2,
             warm_up="" if settings.gpu else "plain",
-            peaks=settings.gpu or chunks == 2,
+            peaks=True,
         )
         for chunks, width in widths.items()
     ]

@@ -92,11 +92,12 @@ def soft(sets: int, compiled: bool, every: bool) -> list[Entry]:
     """Of the native function alone, or beside ``every`` other."""
     maps = attribution_like(sets)
     flat = maps.flatten(2)
-    exact = reference.soft_iou(flat.double(), PAIRS, 0.3, 0.01)
+    checked = slice(16)  # sets; in float64 the rest would take longer than all the rounds
+    exact = reference.soft_iou(flat[checked].double(), PAIRS, 0.3, 0.01)
     i, j = PAIRS.unbind(1)
 
     def error(values: torch.Tensor) -> float:
-        return float((values - exact).abs().max())
+        return float((values[checked] - exact).abs().max())
 
     def pair_by_pair(x: torch.Tensor) -> torch.Tensor:
         values = [presets.paper_soft_iou(s[a], s[b]) for s in x for a, b in PAIRS.tolist()]
@@ -138,7 +139,7 @@ def soft(sets: int, compiled: bool, every: bool) -> list[Entry]:
 
 def groups(settings: Settings) -> list[Group]:
     sets, few = (16, 1) if settings.quick else (256, 2)
-    name, rounds = "SoftIoU with gradient", settings.rounds(7)
+    name, rounds = "SoftIoU with gradient", settings.rounds(5)
 
     def group(name: str, sets: int, setup: Callable[[], list[Entry]], seconds: float) -> Group:
         workload = f"{sets} sets of {CONCEPTS} concepts at {SIDE} x {SIDE}"

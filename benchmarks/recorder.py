@@ -218,7 +218,7 @@ def groups(settings: Settings) -> list[Group]:
             f"testbed, {images} image(s), {steps} steps",
             workload.format(images, steps),
             lambda images=images, steps=steps: testbed(images, steps),  # type: ignore[misc]
-            rounds=settings.rounds(4),
+            rounds=settings.rounds(3),
             seconds=15.0 if settings.gpu else 5.0 + images * steps * 0.12 + 30 * (steps == 50),
             peaks=steps == 50,
         )
