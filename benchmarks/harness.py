@@ -27,6 +27,9 @@ import biasmap_fast as bm
 from biasmap_fast import _C
 
 TOLERANCE = 0.05  # worse by more than this, beyond both spreads, is a regression
+FEW = (
+    5  # rounds; of fewer the quartiles say too little, and worse is what is so by three times that
+)
 Clock = Callable[[Callable[[], Any]], float]
 
 
@@ -295,9 +298,10 @@ def regressions(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) ->
     """Rows of ours that got worse than stored ones, in words.
 
     Times are compared as ratios to the group's first row, as those on a shared machine mean nothing
-    by themselves. A ratio is worse if it rose by more than 5 % and each run's median lies outside
-    the other's quartiles; memory, if it rose by more than 5 % and 8 MiB (held: 1 MiB). A row that
-    was measured before and now failed is worse; one that was skipped says nothing.
+    by themselves. A ratio is worse if it rose by more than 5 % (15 % where either run had fewer
+    than five rounds) and each run's median lies outside the other's quartiles; memory, if it rose
+    by more than 5 % and 8 MiB (held: 1 MiB). A row that was measured before and now failed is
+    worse; one that was skipped says nothing.
     """
     names = ("part", "group", "name", "workload")
     stored = {tuple(row[n] for n in names): row for row in old if row["status"] == "ok"}
@@ -313,7 +317,8 @@ def regressions(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) ->
         if row["status"] != "ok":
             continue
         a, b = before["ratio"], row["ratio"]
-        slower = a is not None and b is not None and b > a * (1 + TOLERANCE)
+        rise = TOLERANCE if min(before["rounds"], row["rounds"]) >= FEW else 3 * TOLERANCE
+        slower = a is not None and b is not None and b > a * (1 + rise)
         if slower and b > before["ratio_quartiles"][1] and a < row["ratio_quartiles"][0]:
             found.append(f"{where}: {b:.3g} of the first row's time, was {a:.3g}")
         for name, more in (("peak_mib", 8.0), ("held_kib", 1024.0)):

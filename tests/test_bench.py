@@ -132,7 +132,7 @@ def test_the_bound_is_the_slowest_limit():
 def stored_row(**changes):
     row = Row("part", "group", "ours", "workload", "ok", 1, ours=True)
     row.ratio, row.ratio_quartiles = 0.5, (0.49, 0.51)
-    row.peak_mib, row.held_kib = 100.0, 43.0
+    row.peak_mib, row.held_kib, row.rounds = 100.0, 43.0, 5
     return {**asdict(row), **changes}
 
 
@@ -142,6 +142,8 @@ def stored_row(**changes):
         ({}, False),
         ({"ratio": 0.56, "ratio_quartiles": (0.55, 0.57)}, True),
         ({"ratio": 0.524, "ratio_quartiles": (0.52, 0.53)}, False),  # less than 5 %
+        ({"ratio": 0.56, "ratio_quartiles": (0.55, 0.57), "rounds": 2}, False),  # less than 15 %
+        ({"ratio": 0.58, "ratio_quartiles": (0.57, 0.59), "rounds": 2}, True),
         ({"ratio": 0.56, "ratio_quartiles": (0.45, 0.57)}, False),  # its own quartiles reach it
         ({"ratio": 0.40, "ratio_quartiles": (0.39, 0.41)}, False),  # better
         ({"ratio": 0.56, "ratio_quartiles": (0.55, 0.57), "ours": False}, False),  # a peer's
