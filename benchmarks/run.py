@@ -10,8 +10,8 @@ runs by name, to results/<device>/<part>.json.
 Exit status 1 if a row of this package failed, or got worse than in the newest stored run of the
 same device: if its time over that of its group's first row rose by more than 5 % (15 % of fewer
 than five rounds, whose quartiles say too little) and each of the two medians lies outside the other
-run's quartiles, or its memory rose by more than 5 % (and 8 MiB; what is held, 1 MiB). Absolute times
-are not compared: on a shared machine they mean nothing.
+run's quartiles, or its memory rose by more than 5 % (and 8 MiB; what is held, 1 MiB). Absolute
+times are not compared: on a shared machine they mean nothing.
 
 What there was no time for is recorded as skipped. OVAM: a checkout of github.com/vpulab/ovam.
 DAAM: `pip install --no-deps --target DIR daam; pip install --target DIR spacy`.
