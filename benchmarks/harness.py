@@ -363,11 +363,11 @@ def environment(threads: int, gpu: str | None = None) -> dict[str, Any]:
     }
 
 
-def write(record: dict[str, Any], target: Path) -> Path:
-    """Writes JSON, whole or not at all."""
+def write(record: dict[str, Any], target: Path, *, nan: bool = True) -> Path:
+    """Writes JSON, whole or not at all; without ``nan`` one in it is an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.write_text(json.dumps(record, indent=1, allow_nan=nan) + "\n")
     temporary.replace(target)
     return target
 

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,13 @@ from biasmap_fast import testbed
 from biasmap_fast.audit import AuditPlan, AuditResult, Reading, run_audit
 from biasmap_fast.audit.controls import NEGATIVE
 from biasmap_fast.audit.inference import crossed_sign_flip_test, share_difference, sign_flip_test
+from biasmap_fast.audit.measure import reader_for_testbed
 from biasmap_fast.audit.nulls import matrix_of
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
 from biasmap_fast.testbed.classify import Classifier
 from biasmap_fast.testbed.stages import TrainSettings
 from biasmap_fast.testbed.train import train, weight_hashes
+from harness import write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/studies/audit.json"
@@ -80,8 +81,9 @@ def rate(hits: list[bool]) -> dict[str, Any]:
     return share_interval(sum(hits), len(hits)).to_dict()
 
 
-def coverage(labels: Labels, shares: dict[str, float]) -> dict[str, Any]:
-    hits = []
+def held(labels: Labels, shares: dict[str, float]) -> list[bool]:
+    """Whether the interval of every block of seeds holds its profession's share."""
+    found = []
     for profession, own in labels.items():
         blocks: dict[int, list[bool]] = {}
         for seed, label in own.items():
@@ -89,8 +91,12 @@ def coverage(labels: Labels, shares: dict[str, float]) -> dict[str, Any]:
         for block in blocks.values():
             figure = share_interval(sum(block), len(block))
             if figure.low is not None and figure.high is not None:
-                hits.append(figure.low <= shares[profession] <= figure.high)
-    return {"nominal": 0.95, "block": BLOCK, "covered": rate(hits)}
+                found.append(figure.low <= shares[profession] <= figure.high)
+    return found
+
+
+def coverage(labels: Labels, shares: dict[str, float]) -> dict[str, Any]:
+    return {"nominal": 0.95, "block": BLOCK, "covered": rate(held(labels, shares))}
 
 
 def amplification(plain: Labels, guided: Labels, shares: dict[str, float]) -> dict[str, Any]:
@@ -173,21 +179,13 @@ UNBIASED = TrainSettings(
 
 
 @functools.cache
-def unbiased_classifier() -> Classifier:
-    return Classifier(testbed.World(UNBIASED.world))
+def unbiased_reader() -> Callable[[Sequence[Image]], Sequence[Reading]]:
+    return reader_for_testbed(Classifier(testbed.World(UNBIASED.world)))
 
 
-def read_unbiased(pictures: list[Image]) -> list[Reading]:
+def read_unbiased(pictures: list[Image]) -> Sequence[Reading]:
     """The audit's classifier of the world without bias."""
-    found = unbiased_classifier()(np.stack([np.asarray(one) for one in pictures]))
-    return [
-        Reading(
-            one.profession,
-            one.demographic if one.plausibility >= testbed.PLAUSIBLE else None,
-            float(one.plausibility),
-        )
-        for one in found
-    ]
+    return unbiased_reader()(pictures)
 
 
 def audit_unbiased(folder: Path, seeds: int) -> AuditResult:
@@ -215,33 +213,29 @@ def audit_unbiased(folder: Path, seeds: int) -> AuditResult:
 
 
 def no_bias_trained(result: AuditResult) -> dict[str, Any]:
-    labels = labels_of(result)
-    found = []
-    for own in labels.values():
-        blocks: dict[int, list[bool]] = {}
-        for seed, label in own.items():
-            blocks.setdefault(seed // BLOCK, []).append(label)
-        for block in blocks.values():
-            figure = share_interval(sum(block), len(block))
-            if figure.low is not None and figure.high is not None:
-                found.append(not figure.low <= 0.5 <= figure.high)
-    drawn = [float(np.mean(list(own.values()))) for own in labels.values()]
-    pictures = [len(own) for own in labels.values()]
-    spread = sum(n * (share - 0.5) ** 2 / 0.25 for n, share in zip(pictures, drawn, strict=True))
     summary = result.summary
     return {
         "seeds": len(result.plan.seeds),
         "weights": weight_hashes(Path(result.plan.model)),
         "professions right": summary["outputs"][0]["semantic_right"],
-        "shares": {
-            "nominal": 0.05,
-            "pictures": BLOCK,
-            "Wilson interval leaves 0.5": rate(found),
-            "mean": float(np.mean(drawn)),
-            "chi-square p of all being 0.5": float(stats.chi2.sf(spread, len(drawn))),
-        },
+        "shares": unbiased_shares(labels_of(result)),
         "containment": _above(summary["containment"], "containment"),
         "iou": _above(summary, "iou"),
+    }
+
+
+def unbiased_shares(labels: Labels) -> dict[str, Any]:
+    """Shares of a model without bias. Professions share their seeds, and so their noise: pictures
+    of one seed mostly show the same word, and the blocks are not independent trials."""
+    matrix = matrix_of({p: {s: float(x) for s, x in own.items()} for p, own in labels.items()})
+    found = [not holds for holds in held(labels, dict.fromkeys(labels, 0.5))]
+    return {
+        "nominal": 0.05,
+        "pictures": BLOCK,
+        "Wilson interval leaves 0.5": sum(found),
+        "blocks": len(found),
+        "mean": crossed_mean_interval(matrix).to_dict(),
+        "seeds on which all professions agree": int((np.ptp(matrix, axis=0) == 0).sum()),
     }
 
 
@@ -320,12 +314,7 @@ def main() -> None:
         "no bias, rendered": no_bias(options.repeats),
         "no bias, trained": no_bias_trained(audit_unbiased(options.runs, options.seeds)),
     }
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(options.out)
-    print(text)
+    print(write(record, options.out, nan=False).read_text())
 
 
 if __name__ == "__main__":

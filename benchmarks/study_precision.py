@@ -21,7 +21,6 @@ Standard errors are the simulation's; a trial with all its words and professions
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from biasmap_fast.audit import AuditPlan, AuditResult, run_audit
 from biasmap_fast.audit.rounds import GROWTH, boundaries
 from biasmap_fast.audit.statistics import ALIKE, crossed_mean_interval
 from biasmap_fast.testbed.train import weight_hashes
+from harness import write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/studies/precision.json"
@@ -338,12 +338,7 @@ def main() -> None:
         "mean over professions": over_professions(array, 0.03, options.trials // 4, 3),
         "audit": real(options.runs, options.precision, known),
     }
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(options.out)
-    print(text)
+    print(write(record, options.out, nan=False).read_text())
 
 
 if __name__ == "__main__":

@@ -173,16 +173,12 @@ def nothing() -> str:
     """What an audit claims of a model without bias."""
     found = read(AUDIT_STUDY)["no bias, trained"]
     shares = found["shares"]
-    leaves, chi_square = (
-        shares["Wilson interval leaves 0.5"],
-        shares["chi-square p of all being 0.5"],
-    )
+    mean, agree = shares["mean"], shares["seeds on which all professions agree"]
     lines = [
-        "| | nominal | found |",
-        "|---|---:|---:|",
-        f"| Wilson interval of a share leaves 0.5, {shares['pictures']} pictures | "
-        f"{shares['nominal']:.2f} | {leaves['value']:.2f} {ends(leaves)} of {leaves['n']} |",
-        f"| chi-square p of all shares being 0.5 | | {chi_square:.2f} |",
+        f"Shares: Wilson's interval leaves 0.5 for {shares['Wilson interval leaves 0.5']} of "
+        f"{shares['blocks']} blocks of {shares['pictures']} pictures. They are no independent "
+        f"trials, as professions share their seeds: on {agree} of {found['seeds']} seeds all of "
+        f"them show the same word. Mean over professions {mean['value']:.2f} {ends(mean)}.",
         "",
         "| | mean over professions | chance | professions above it | after Holm | "
         "above every control too | below chance |",
@@ -208,7 +204,7 @@ def audit_study() -> str:
         "| | nominal | found |",
         "|---|---:|---:|",
         f"| Wilson interval holds the planted share, blocks of {found['coverage']['block']} seeds "
-        f"| 0.95 | {covered['value']:.2f} {ends(covered)} of {covered['n']} |",
+        f"that professions share | 0.95 | {covered['value']:.2f} of {covered['n']} |",
     ]
     for name, slope in slopes.items():
         value = f"{slope['value']:.2f} {ends(slope)}"

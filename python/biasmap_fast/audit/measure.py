@@ -222,9 +222,11 @@ def _cells(plan: AuditPlan, units: Sequence[Unit]) -> list[_Cell]:
     ]
 
 
-def reader_for_testbed() -> Reader:
-    """The testbed's own classifier."""
+def reader_for_testbed(classifier: Callable[[Any], list[Any]] | None = None) -> Reader:
+    """The testbed's own classifier, or that of another of its worlds (`testbed.classify`)."""
     from .. import testbed
+
+    classify = classifier or testbed.classify
 
     def read(pictures: Sequence[Image]) -> list[Reading]:
         return [
@@ -234,7 +236,7 @@ def reader_for_testbed() -> Reader:
                 found.demographic if found.plausibility >= testbed.PLAUSIBLE else None,
                 float(found.plausibility),
             )
-            for found in testbed.classify(list(pictures))
+            for found in classify(list(pictures))
         ]
 
     return read
