@@ -21,7 +21,9 @@ from .reference import concept_map
 _CACHED, _HELD = 2**18, 2**26
 _SMALL_TILE = 2**15  # numbers for which memory of one's own is not worth the slicing
 _PIXELS = 128  # of a tile, before it has more prompts
-_SMALL = 2.0**-60  # of a softmax's sum; float32 has 24 digits more above its smallest normal number
+# Smallest sum of exponentials that is divided by: its largest terms are then far above float32's
+# smallest normal number, 2 ** -126, and those that are not do not count beside them.
+_SMALL = 2.0**-60
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Shared:
-    """The U different tokens of a group's prompts."""
+    """The U different tokens of a group's prompts.
 
-    rows: (
-        torch.Tensor
-    )  # [P * (1 + K), U]: how often each prompt has them, and its concepts' weights
-    by_layer: Mapping[str, torch.Tensor]  # [heads, U, d]
+    Attributes:
+        rows: ``[P * (1 + K), U]``, first how often each prompt has a token, then the weights of
+            each prompt's concepts.
+        by_layer: layer -> keys ``[heads, U, d]``.
+    """
+
+    rows: torch.Tensor
+    by_layer: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -176,10 +182,8 @@ class ConceptMaps:
         space = self._memory(b_step * column * p_step * n_step, merged)
         for b in range(0, batch, b_step):
             for p in range(0, prompts, p_step):
-                rows, pieces = (
-                    merged[:, p * tokens : (p + p_step) * tokens],
-                    weights[p : p + p_step],
-                )
+                rows = merged[:, p * tokens : (p + p_step) * tokens]
+                pieces = weights[p : p + p_step]
                 for n in range(0, pixels, n_step):
                     own = columns[b : b + b_step, :, :, n : n + n_step]
                     shape = (own.shape[0], heads, len(pieces), tokens, own.shape[-1])
@@ -218,7 +222,7 @@ class ConceptMaps:
                 sums = space[shape.numel() :][: out.numel()].view(out)
                 torch.matmul(rows, scores, out=sums)
                 over = sums[:, :, :prompts]  # [b, heads, P, n]
-                if float(over.min()) < _SMALL:
+                if not float(over.min()) >= _SMALL:  # not of a NaN either, which hides others
                     return False
                 parts = sums[:, :, prompts:].view(*shape[:2], prompts, concepts, shape[3])
                 parts /= over.unsqueeze(3)  # [b, heads, P, K, n]
