@@ -13,8 +13,7 @@ def keep_freed_memory() -> bool:
     """Lets this process keep up to 1 GiB that it has freed, instead of asking for it again.
 
     glibc gives freed memory back at once, and a network's forward pass on a CPU then waits for the
-    kernel to clear the same pages in every layer: 6159 page faults a UNet call of the embedded
-    model with 16 images, 296 with this, and 81 ms of processor time instead of 95. Allocations
+    kernel to clear the same pages in every layer. Allocations
     above 32 MiB are not kept. Variables of the user's (``MALLOC_TRIM_THRESHOLD_`` and the like,
     ``GLIBC_TUNABLES``) have their way.
 

@@ -214,7 +214,7 @@ def audit(
         bool | None,
         typer.Option(
             "--compile",
-            help="Compile the UNet with torch.compile: minutes at the start, faster calls.",
+            help="Compile the UNet with torch.compile, which takes minutes at the start.",
         ),
     ] = None,
     cluster: Annotated[
@@ -592,7 +592,8 @@ def bench(
     --json. `biasmap bench -- --help` explains them.
 
     Exit status 1 if a row failed or is worse than in the device's newest stored run: its time over
-    that of its group's first row by more than 5 % and beyond the quartiles of both, or its memory.
+    that of its group's first row by more than 5 % (15 % of fewer than five rounds) and beyond the
+    quartiles of both, or its memory.
 
     Example: biasmap bench --quick --part overlap
     """
