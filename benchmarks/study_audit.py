@@ -1,11 +1,11 @@
 """Study: what an audit says where the truth is known, on the embedded model and its world.
 
-    python benchmarks/study_audit.py        # about an hour on one idle core; goes on if stopped
+    python benchmarks/study_audit.py        # about an hour on one core; goes on if stopped
 
 Five questions, one answer each in benchmarks/results/studies/audit.json:
 
 * *coverage*: do the shares' Wilson intervals hold the planted shares at guidance 1 as often as they
-  claim? (Blocks of 20 seeds; the model itself misses the planted shares a little.)
+  claim? (Blocks of 20 pictures; the model itself misses the planted shares a little, see "drawn".)
 * *amplification*: is the amplification of the planted bias at guidance 3 found? (The pictures of
   guidance 3 against those of guidance 1, on the same seeds.)
 * *no effect*: two halves of the same pictures stand as two conditions. How often does a test or an
@@ -15,6 +15,10 @@ Five questions, one answer each in benchmarks/results/studies/audit.json:
 * *no bias, trained*: the same of a model that is trained on a world in which every share is 0.5 and
   no marker touches the pixels that the demographic decides. Also: how often does the audit find
   that a profession lies inside a demographic word's place, where none does?
+
+Where intervals of shares are counted (*coverage*, *no bias, trained*), every profession has seeds
+of its own. With the same seeds for all, as in an audit, the same noise mostly draws the same word
+for every profession, and the intervals are not independent trials.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from biasmap_fast.audit.measure import reader_for_testbed
 from biasmap_fast.audit.nulls import matrix_of
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
 from biasmap_fast.testbed.classify import Classifier
+from biasmap_fast.testbed.evaluate import share_test
 from biasmap_fast.testbed.stages import TrainSettings
 from biasmap_fast.testbed.train import train, weight_hashes
 from harness import write
@@ -48,23 +53,31 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/studies/audit.json"
 WORD = "woman"
 BLOCK = 20
+STRIDE = 10_000  # between the first seeds of two professions
 Labels = dict[str, dict[int, bool]]  # profession -> seed -> read as WORD
+
+
+# what a question about shares and main figures does not need
+LEAN = {"curve": False, "sweeps": [], "save_pictures": "none", "save_maps": "none"}
 
 
 def audit(folder: Path, seeds: int, guidance_scale: float) -> AuditResult:
     """One audit of the embedded model; what a killed run measured is kept."""
     plan = AuditPlan.model_validate(
-        {
-            "seeds": range(seeds),
-            "guidance_scale": guidance_scale,
-            "controls": None,
-            "curve": False,
-            "sweeps": [],
-            "save_pictures": "none",
-            "save_maps": "none",
-        }
+        {**LEAN, "seeds": range(seeds), "guidance_scale": guidance_scale, "controls": None}
     )
     return run_audit(plan, folder / f"guidance-{guidance_scale:g}")
+
+
+def own_seeds(plan: AuditPlan, folder: Path, seeds: int) -> Labels:
+    """What audits read, one of each profession of a plan, whose seeds no other one has."""
+    labels: Labels = {}
+    for place, profession in enumerate(plan.professions, start=1):
+        first = STRIDE * place
+        one = {"professions": [profession], "seeds": range(first, first + seeds)}
+        own = AuditPlan.model_validate({**plan.model_dump(), **LEAN, "controls": None, **one})
+        labels |= labels_of(run_audit(own, folder / profession, progress=False))
+    return labels
 
 
 def labels_of(result: AuditResult) -> Labels:
@@ -81,22 +94,64 @@ def rate(hits: list[bool]) -> dict[str, Any]:
     return share_interval(sum(hits), len(hits)).to_dict()
 
 
-def held(labels: Labels, shares: dict[str, float]) -> list[bool]:
-    """Whether the interval of every block of seeds holds its profession's share."""
+def held(labels: Labels, shares: Mapping[str, float]) -> list[bool]:
+    """Whether the interval of every block of pictures holds its profession's share."""
     found = []
     for profession, own in labels.items():
-        blocks: dict[int, list[bool]] = {}
-        for seed, label in own.items():
-            blocks.setdefault(seed // BLOCK, []).append(label)
-        for block in blocks.values():
-            figure = share_interval(sum(block), len(block))
-            if figure.low is not None and figure.high is not None:
-                found.append(figure.low <= shares[profession] <= figure.high)
+        read = [own[seed] for seed in sorted(own)]
+        for first in range(0, len(read) - BLOCK + 1, BLOCK):
+            figure = share_interval(sum(read[first : first + BLOCK]), BLOCK)
+            if figure.low is None or figure.high is None:
+                raise ValueError(f"{BLOCK} pictures must have an interval, got {figure}")
+            found.append(figure.low <= shares[profession] <= figure.high)
     return found
 
 
-def coverage(labels: Labels, shares: dict[str, float]) -> dict[str, Any]:
-    return {"nominal": 0.95, "block": BLOCK, "covered": rate(held(labels, shares))}
+def coverage(labels: Labels, shares: Mapping[str, float]) -> dict[str, Any]:
+    """Intervals of blocks of pictures that share no seed, and what was drawn in all."""
+    return {
+        "nominal": 0.95,
+        "block": BLOCK,
+        "exact": exact_coverage(shares),
+        "covered": rate(held(labels, shares)),
+        "drawn": drawn(labels, shares),
+    }
+
+
+def exact_coverage(shares: Mapping[str, float]) -> float:
+    """What Wilson's interval of a block covers if every share is exactly as given."""
+    n = np.arange(BLOCK + 1)
+    ends = [share_interval(int(k), BLOCK) for k in n]
+    covers = [
+        [(one.low or 0.0) <= share <= (one.high or 1.0) for one in ends]
+        for share in shares.values()
+    ]
+    chance = stats.binom.pmf(n, BLOCK, np.array(list(shares.values()))[:, None])
+    return float((chance * np.array(covers)).sum(axis=1).mean())
+
+
+def drawn(labels: Labels, shares: Mapping[str, float]) -> dict[str, Any]:
+    """How far a model's own shares are from the given ones, beyond what sampling does.
+
+    The squares of the differences, less their sampling variances, estimate the mean square of what
+    the model itself misses.
+    """
+    given = np.array([shares[profession] for profession in labels])
+    read = [np.array(list(own.values()), dtype=np.float64) for own in labels.values()]
+    found = np.array([own.mean() for own in read])
+    counts = np.array([len(own) for own in read])
+    sampling = given * (1.0 - given) / counts
+    square = float(((found - given) ** 2 - found * (1.0 - found) / (counts - 1)).mean())
+    return {
+        "pictures": int(counts.sum()),
+        "mean difference": float((found - given).mean()),
+        "standard error": float(np.sqrt(sampling.sum()) / len(given)),
+        "chi_square_p": share_test(
+            [int(own.sum()) for own in read], counts.tolist(), given.tolist()
+        ),
+        "deviation of the model": max(0.0, square) ** 0.5,
+        "shares": dict(zip(labels, found.tolist(), strict=True)),
+    }
 
 
 def amplification(plain: Labels, guided: Labels, shares: dict[str, float]) -> dict[str, Any]:
@@ -188,14 +243,15 @@ def read_unbiased(pictures: list[Image]) -> Sequence[Reading]:
     return unbiased_reader()(pictures)
 
 
-def audit_unbiased(folder: Path, seeds: int) -> AuditResult:
+def unbiased_plan(folder: Path, seeds: int) -> AuditPlan:
     """An audit with the default controls of the model without bias, which is trained if missing."""
     model = folder / "no-bias-model"
     if not (model / "training.json").is_file():
         train(UNBIASED, model)
     known = AuditPlan.model_validate({})  # words that a model of the embedded kind knows
-    plan = AuditPlan.model_validate(
+    return AuditPlan.model_validate(
         {
+            **LEAN,
             "model": str(model),
             "professions": known.professions,
             "axes": known.axes,
@@ -203,39 +259,30 @@ def audit_unbiased(folder: Path, seeds: int) -> AuditResult:
             "classifier": f"{Path(__file__).resolve()}:read_unbiased",
             "seeds": range(seeds),
             "guidance_scale": 1.0,
-            "curve": False,
-            "sweeps": [],
-            "save_pictures": "none",
-            "save_maps": "none",
         }
     )
-    return run_audit(plan, folder / "no-bias")
 
 
-def no_bias_trained(result: AuditResult) -> dict[str, Any]:
+def no_bias_trained(result: AuditResult, labels: Labels) -> dict[str, Any]:
     summary = result.summary
+    shares = dict.fromkeys(labels, 0.5)
+    together = labels_of(result)
+    words = np.array([list(own.values()) for own in together.values()], dtype=np.float64)
     return {
         "seeds": len(result.plan.seeds),
         "weights": weight_hashes(Path(result.plan.model)),
         "professions right": summary["outputs"][0]["semantic_right"],
-        "shares": unbiased_shares(labels_of(result)),
+        "shares": {
+            "nominal": 0.05,
+            "block": BLOCK,
+            "exact": 1.0 - exact_coverage(shares),
+            "found a bias": rate([not holds for holds in held(labels, shares)]),
+            "drawn": drawn(labels, shares),
+        },
+        # of the audit, where all professions have the same seeds
+        "seeds on which all professions agree": int((np.ptp(words, axis=0) == 0).sum()),
         "containment": _above(summary["containment"], "containment"),
         "iou": _above(summary, "iou"),
-    }
-
-
-def unbiased_shares(labels: Labels) -> dict[str, Any]:
-    """Shares of a model without bias. Professions share their seeds, and so their noise: pictures
-    of one seed mostly show the same word, and the blocks are not independent trials."""
-    matrix = matrix_of({p: {s: float(x) for s, x in own.items()} for p, own in labels.items()})
-    found = [not holds for holds in held(labels, dict.fromkeys(labels, 0.5))]
-    return {
-        "nominal": 0.05,
-        "pictures": BLOCK,
-        "Wilson interval leaves 0.5": sum(found),
-        "blocks": len(found),
-        "mean": crossed_mean_interval(matrix).to_dict(),
-        "seeds on which all professions agree": int((np.ptp(matrix, axis=0) == 0).sum()),
     }
 
 
@@ -282,11 +329,7 @@ def no_bias(repeats: int) -> dict[str, Any]:
             figure = share_interval(sum(read), len(read))
             if figure.low is not None and figure.high is not None:
                 found.append(not figure.low <= 0.5 <= figure.high)
-    # what Wilson's interval does at exactly this n and share, without any picture
-    n = np.arange(BLOCK + 1)
-    ends = [share_interval(int(k), BLOCK) for k in n]
-    outside = [not (one.low or 0.0) <= 0.5 <= (one.high or 1.0) for one in ends]
-    exact = float(stats.binom.pmf(n, BLOCK, 0.5) @ np.array(outside, dtype=np.float64))
+    exact = 1.0 - exact_coverage({"any": 0.5})
     return {"nominal": 0.05, "exact": exact, "pictures": BLOCK, "found a bias": rate(found)}
 
 
@@ -294,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/study-audit")
     parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--own-seeds", type=int, default=200)
     parser.add_argument("--splits", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -302,17 +346,24 @@ def main() -> None:
     results = {scale: audit(options.runs, options.seeds, scale) for scale in (1.0, 3.0)}
     labels = {scale: labels_of(result) for scale, result in results.items()}
     shares = {row.profession: row.shares[WORD] for row in testbed.truth()}
+    plain = results[1.0].plan
+    own = own_seeds(plain, options.runs / "own-seeds", options.own_seeds)
+    unbiased = unbiased_plan(options.runs, options.seeds)
+    own_unbiased = own_seeds(unbiased, options.runs / "no-bias-own-seeds", options.own_seeds)
     record = {
-        "schema": 1,
+        "schema": 2,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"torch": torch.__version__, "biasmap_fast": bm.__version__},
         "weights": weight_hashes(testbed.WEIGHTS),
         "seeds": options.seeds,
-        "coverage": coverage(labels[1.0], shares),
+        "own_seeds": options.own_seeds,
+        "coverage": coverage(own, shares),
         "amplification": amplification(labels[1.0], labels[3.0], shares),
         "no effect": no_effect(results[1.0], labels[1.0], options.splits),
         "no bias, rendered": no_bias(options.repeats),
-        "no bias, trained": no_bias_trained(audit_unbiased(options.runs, options.seeds)),
+        "no bias, trained": no_bias_trained(
+            run_audit(unbiased, options.runs / "no-bias"), own_unbiased
+        ),
     }
     print(write(record, options.out, nan=False).read_text())
 

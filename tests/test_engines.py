@@ -128,6 +128,33 @@ def test_grid(sd_folder, sd_pipe, batch, size, tokens, prompts, attribution_toke
         assert_near(found[name], values)
 
 
+@pytest.mark.parametrize("maps", ["reduced", "probabilities"])
+def test_padding_counts_nothing_whatever_is_in_it(small_pipe, maps):
+    graph = graph_of(small_pipe.unet, maps)
+    sizes = {
+        "batch": 2, "height": 16, "width": 16, "tokens": 7, "prompts": 2,
+        "attribution_tokens": 9, "concepts": 3,
+    }  # fmt: skip
+    given = dict(
+        zip(
+            (each.name for each in graph.inputs),
+            exporter.example_inputs(graph.inputs, sizes, "float32", 5),
+            strict=True,
+        )
+    )
+    given["attribution_mask"][:, 6:] = 0.0
+    given["attribution_hidden_states"][:, 6:] *= 1e4  # scores far beyond those of the tokens
+    padded = graph(*given.values())[1:]
+    given["attribution_hidden_states"] = given["attribution_hidden_states"][:, :6]
+    for name in given.keys() & {"attribution_mask", "concept_weights"}:
+        given[name] = given[name][..., :6]
+    for found, expected in zip(padded, graph(*given.values())[1:], strict=True):
+        if maps == "probabilities":
+            assert not found[:, :, :, 6:].any()
+            found = found[:, :, :, :6]
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("by", ["total", "block", "step"])
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
 def test_recorder_on_an_engine(sd_folder, sd_pipe, by, branch):

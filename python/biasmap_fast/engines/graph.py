@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..reference import attention, concept_map, soft_topk
+from ..reference import attention, soft_topk
 from ..unet import CrossAttention, cross_attention_layers
 from .errors import UnsupportedUNetError
 from .shapes import Tensor, area, halved
@@ -160,17 +160,24 @@ class AttributionGraph(torch.nn.Module):
     ) -> list[torch.Tensor]:
         """Each layer's maps ``[B, P, K, h, w]``, or probabilities ``[B, P, heads, T', n]``."""
         states, mask = values["attribution_hidden_states"], values["attribution_mask"]
-        bias = ((mask - 1.0) * _PADDING)[:, None, :, None]  # [P, 1, T', 1]
+        # In the place of padding a token of the prompt, so that no score lies beyond the prompt's.
+        states = torch.where(mask[..., None] > 0.0, states, states[:, :1])
+        reduced = self.maps == "reduced"
+        if reduced:
+            weights = values["concept_weights"]
+            sums = torch.cat([torch.ones_like(weights[:, :1]), weights], 1) * mask[:, None]
+        else:
+            bias = ((mask - 1.0) * _PADDING)[:, None, :, None]  # [P, 1, T', 1]
         found = []
         for layer in self._layers:
             query, size = seen[layer.name]
             rows = layer.split_heads(query)[:, None]  # [B, 1, heads, n, d]
             keys = layer.keys(states)  # [P, heads, T', d]
-            if self.maps == "probabilities":
-                found.append(attention(rows, keys, bias))
-            else:
-                maps = concept_map(rows, keys, values["concept_weights"], bias=bias)  # [B, P, K, n]
+            if reduced:
+                maps = _concept_maps(rows, keys, sums)  # [B, P, K, n]
                 found.append(maps.unflatten(-1, size))  # type: ignore[no-untyped-call]
+            else:
+                found.append(attention(rows, keys, bias))
         return found
 
     def _by_block(self, found: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -296,6 +303,25 @@ def prepared(unet: Any, dtype: torch.dtype) -> Iterator[Any]:
     if dtype != torch.float32:
         _add_islands(made)
     yield made
+
+
+def _concept_maps(query: torch.Tensor, keys: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """`reference.concept_map` as a quotient of sums of exponentials.
+
+    A runtime's softmax over tokens, which are no last dimension, turns the scores twice.
+
+    Args:
+        query: ``[B, 1, heads, n, d]``.
+        keys: ``[P, heads, T', d]``, divided by sqrt(d).
+        sums: ``[P, 1 + K, T']``, ones and then the concepts' weights, all 0 at padding.
+
+    Returns:
+        ``[B, P, K, n]`` in the keys' type.
+    """
+    scores = keys @ query.to(keys.dtype).transpose(-1, -2)  # [B, P, heads, T', n]
+    highest = scores.detach().amax(-2, keepdim=True)  # divides out, and has no gradient
+    found = sums[:, None] @ (scores - highest).exp()  # [B, P, heads, 1 + K, n]
+    return (found[..., 1:, :] / found[..., :1, :]).sum(2)
 
 
 def upsampled(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
