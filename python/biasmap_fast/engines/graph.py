@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import interpolate
 
 from ..reference import attention, soft_topk
 from ..unet import CrossAttention, cross_attention_layers
@@ -325,10 +326,14 @@ def _concept_maps(query: torch.Tensor, keys: torch.Tensor, sums: torch.Tensor) -
 
 
 def upsampled(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`maps.resize` as two matrix products: ``[..., h, w]`` to ``[..., height, width]``.
+    """`maps.resize` of a graph: ``[..., h, w]`` to ``[..., height, width]``.
 
-    Its gradient is a product too, and no runtime has a Resize of its own opinion.
+    Where a gradient is wanted, as two matrix products: ONNX has no operator for the other's.
     """
+    if not maps.requires_grad:
+        flat = maps.flatten(0, -4)  # [B, K, h, w]
+        resized = interpolate(flat, size=(height, width), mode="bilinear", align_corners=False)
+        return resized.view(*maps.shape[:-2], height, width)
     rows = _interpolation(height, maps.shape[-2], maps.device)  # [height, h]
     columns = _interpolation(width, maps.shape[-1], maps.device)  # [width, w]
     return rows @ maps @ columns.transpose(0, 1)

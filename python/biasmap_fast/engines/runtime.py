@@ -137,6 +137,7 @@ class EngineUNet(torch.nn.Module):
         self._session = self._open(manifest.graph)
         self._gradients: dict[str, Any] = {}
         self._listeners: list[_Listener] = []
+        self._prompts: tuple[list[_Listener], dict[str, torch.Tensor]] = ([], {})
         if manifest.config.get("addition_embed_type") == "text_time":
             # SDXL's pipelines ask the first layer how long the added embedding is.
             width = manifest.config["projection_class_embeddings_input_dim"]
@@ -388,18 +389,8 @@ class EngineUNet(torch.nn.Module):
     def _run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One run of the forward graph; listeners get their maps."""
         listeners = list(self._listeners)
-        prompts = [
-            pair
-            for listener in listeners
-            for pair in zip(listener.states, listener.weights, strict=True)
-        ]
         if self.manifest.maps != "none":
-            if not prompts:  # nobody listens: the smallest prompt there is
-                low = self.manifest.shapes
-                tokens, concepts = low.attribution_tokens.low, low.concepts.low
-                states = torch.zeros(tokens, self.config["cross_attention_dim"])
-                prompts = [(states, torch.zeros(concepts, tokens))] * low.prompts.low
-            inputs = {**inputs, **self._padded(prompts, {})}
+            inputs = {**inputs, **self._listened(listeners)}
         graph = self.manifest.graph
         if self.manifest.maps == "probabilities":
             weights = inputs.pop("concept_weights")
@@ -423,6 +414,25 @@ class EngineUNet(torch.nn.Module):
                 )
                 first += len(counts)
         return found
+
+    def _listened(self, listeners: list[_Listener]) -> dict[str, torch.Tensor]:
+        """The prompts of all listeners as inputs, made when somebody comes or goes."""
+        known, inputs = self._prompts
+        if inputs and known == listeners:
+            return inputs
+        prompts = [
+            pair
+            for listener in listeners
+            for pair in zip(listener.states, listener.weights, strict=True)
+        ]
+        if not prompts:  # nobody listens: the smallest prompt there is
+            low = self.manifest.shapes
+            tokens, concepts = low.attribution_tokens.low, low.concepts.low
+            states = torch.zeros(tokens, self.config["cross_attention_dim"])
+            prompts = [(states, torch.zeros(concepts, tokens))] * low.prompts.low
+        inputs = self._padded(prompts, {})
+        self._prompts = (listeners, inputs)
+        return inputs
 
     def _reduced(
         self,
