@@ -1,10 +1,10 @@
 """One UNet call: torch, torch.compile and ONNX Runtime, without and with attribution maps.
 
-The embedded model, and an audit of it through torch and through an engine. The part
-``engines-sd15``, asked for by name, has the UNet of Stable Diffusion 1.5 in its real size with
-random weights (12 GiB of memory; the exports take many minutes). Errors are the noise prediction's
-greatest difference from plain torch over its greatest value, and the audit's greatest difference of
-a record's IoU.
+The embedded model. Two parts are asked for by name: ``engines-testbed`` has everything that can
+run its UNet side by side, torch.compile too, and an audit through torch and through an engine;
+``engines-sd15`` has the UNet of Stable Diffusion 1.5 in its real size with random weights (12 GiB
+of memory; the exports take many minutes). Errors are the noise prediction's greatest difference
+from plain torch over its greatest value, and the audit's greatest difference of a record's IoU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import biasmap_fast as bm
 from biasmap_fast.attribution import AttributionCache, attribution_states
 from biasmap_fast.concepts import tokenize_all
 from biasmap_fast.engines.onnx import relative
-from guidance import build
+from guidance import build, flops
 from harness import Entry, Group
 from settings import Settings
 
@@ -34,7 +35,9 @@ ENGINES = {
     "onnx, no maps": ("none", 20),
     "onnx, reduced maps": ("reduced", 20),
     "onnx 23, reduced maps": ("reduced", 23),
+    "onnx, probabilities": ("probabilities", 20),
 }
+SHORT = tuple(ENGINES)[:3]
 LARGE = {"onnx 23, no maps": ("none", 23), "onnx 23, reduced maps": ("reduced", 23)}
 
 
@@ -94,18 +97,16 @@ class Calls:
         return Entry(name, self.plain(engine), self.error, f"opset {opset}", ours=maps != "none")
 
 
-def testbed(settings: Settings, batch: int, compiled: bool) -> list[Entry]:
-    """Beside engines, or beside torch.compile alone."""
+def testbed(settings: Settings, batch: int, names: Sequence[str], compiled: bool) -> list[Entry]:
+    """torch, engines, and torch.compile if asked for."""
     pipe = bm.testbed.pipeline()
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, 4, 16, 16, generator=generator)
     text = torch.randn(batch, 20, 64, generator=generator)
     calls = Calls(pipe, (latents, torch.tensor(500), text))
-    if compiled:
-        return [calls.torch()[0], calls.compiled()]
-    names = list(ENGINES)[:2] if settings.quick else ENGINES
     folders = {name: exported(pipe, settings.scratch, name, "testbed") for name in names}
-    return calls.torch() + [calls.engine(name, folder) for name, folder in folders.items()]
+    found = calls.torch() + [calls.engine(name, folder) for name, folder in folders.items()]
+    return [*found, calls.compiled()] if compiled else found
 
 
 def audits(settings: Settings, seeds: int) -> list[Entry]:
@@ -145,31 +146,47 @@ def sd15(settings: Settings) -> list[Entry]:
     folders = {name: exported(pipe, settings.scratch, name, "sd15") for name in LARGE}
     calls = Calls(pipe, (latents, torch.tensor(500), text))
     gc.collect()
-    return [*calls.torch(), *(calls.engine(name, folder) for name, folder in folders.items())]
+    found = [*calls.torch(), *(calls.engine(name, folder) for name, folder in folders.items())]
+    work = float(flops(320, 1))
+    return [replace(entry, flops=work) for entry in found]
+
+
+WORKLOAD = "batch {}, latents of 16 x 16, float32"
 
 
 def groups(settings: Settings) -> list[Group]:
-    rounds = settings.rounds(15)
-    workload = "batch {}, latents of 16 x 16, float32"
+    names = SHORT[:2] if settings.quick else SHORT
+    return [
+        Group(
+            "engines", f"testbed, batch {batch}", WORKLOAD.format(batch),
+            lambda batch=batch: testbed(settings, batch, names, False),  # type: ignore[misc]
+            settings.rounds(15), seconds,
+        )
+        for batch, seconds in ((1, 40.0), (8, 10.0))  # the first exports
+    ]  # fmt: skip
+
+
+def testbed_groups(settings: Settings) -> list[Group]:
     seeds = 1 if settings.quick else 2
+    names = SHORT[:2] if settings.quick else tuple(ENGINES)
+    return [
+        *(
+            Group(
+                "engines-testbed", f"one call, batch {batch}", WORKLOAD.format(batch),
+                lambda batch=batch: testbed(settings, batch, names, not settings.quick),  # type: ignore[misc]
+                settings.rounds(31), 200.0,
+            )
+            for batch in (1, 8)
+        ),
+        Group(
+            "engines-testbed", "an audit",
+            f"{20 * seeds} pictures of the embedded model, 25 steps, batch 8; time of a picture",
+            lambda: audits(settings, seeds), settings.rounds(5), 100.0, warm_up="torch",
+        ),
+    ]  # fmt: skip
 
-    def calls(batch: int, compiled: bool, seconds: float) -> Group:
-        return Group(
-            "engines", f"testbed, batch {batch}{', compiled' * compiled}", workload.format(batch),
-            lambda: testbed(settings, batch, compiled), rounds, seconds,
-        )  # fmt: skip
 
-    audited = Group(
-        "engines", "an audit through an engine",
-        f"{20 * seeds} pictures of the embedded model, 25 steps, batch 8; time of a picture",
-        lambda: audits(settings, seeds), settings.rounds(2), 30.0, warm_up="torch",
-    )  # fmt: skip
-    # the first exports; compiling takes long and comes last
-    found = [calls(1, False, 40.0), calls(8, False, 10.0), audited]
-    return found if settings.quick else [*found, calls(8, True, 50.0)]
-
-
-def long_groups(settings: Settings) -> list[Group]:
+def sd15_groups(settings: Settings) -> list[Group]:
     return [
         Group(
             "engines-sd15", "SD 1.5", "random weights, batch 1, latents of 64 x 64, float32",

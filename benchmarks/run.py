@@ -72,13 +72,14 @@ PARTS = {
     "engines": ("engines", "groups"),
     "kernels": ("kernels", "groups"),
     "kernels-compiled": ("kernels", "compiled_groups"),
-    "engines-sd15": ("engines", "long_groups"),
+    "engines-testbed": ("engines", "testbed_groups"),
+    "engines-sd15": ("engines", "sd15_groups"),
 }
 SETS = {
     "cpu": ("overlap", "peers", "recorder", "audits", "guidance", "engines"),
     "gpu": ("kernels", "recorder", "guidance", "audits", "kernels-compiled"),
 }
-LONG = ("engines-sd15",)
+LONG = ("engines-testbed", "engines-sd15")
 BUDGET = {"cpu": 880.0, "gpu": 450.0}
 
 

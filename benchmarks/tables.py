@@ -173,12 +173,13 @@ def nothing() -> str:
     """What an audit claims of a model without bias."""
     found = read(AUDIT_STUDY)["no bias, trained"]
     shares = found["shares"]
-    mean, agree = shares["mean"], shares["seeds on which all professions agree"]
+    wrong, drawn = shares["found a bias"], shares["drawn"]
     lines = [
-        f"Shares: Wilson's interval leaves 0.5 for {shares['Wilson interval leaves 0.5']} of "
-        f"{shares['blocks']} blocks of {shares['pictures']} pictures. They are no independent "
-        f"trials, as professions share their seeds: on {agree} of {found['seeds']} seeds all of "
-        f"them show the same word. Mean over professions {mean['value']:.2f} {ends(mean)}.",
+        f"Shares: Wilson's interval leaves 0.5 for {wrong['value']:.3f} {ends(wrong, 3)} of "
+        f"{wrong['n']} blocks of {shares['block']} pictures, where it would for "
+        f"{shares['exact']:.3f} if every share were exactly 0.5. {deviation(drawn)} In an audit, "
+        "where all professions have the same seeds, they all show the same word on "
+        f"{found['seeds on which all professions agree']} of {found['seeds']}.",
         "",
         "| | mean over professions | chance | professions above it | after Holm | "
         "above every control too | below chance |",
@@ -194,6 +195,17 @@ def nothing() -> str:
     return "\n".join(lines)
 
 
+def deviation(drawn: dict[str, Any]) -> str:
+    """How far a model's shares are from what was planted."""
+    return (
+        f"Of {drawn['pictures']} pictures the shares differ from the planted ones by "
+        f"{drawn['mean difference']:+.3f} on average (standard error "
+        f"{drawn['standard error']:.3f}), and by "
+        f"{drawn['deviation of the model']:.3f} beyond sampling (root mean square; "
+        f"chi-square p = {drawn['chi_square_p']:.2g})."
+    )
+
+
 def audit_study() -> str:
     """What an audit finds of the embedded model, whose bias is planted."""
     found = read(AUDIT_STUDY)
@@ -203,8 +215,9 @@ def audit_study() -> str:
     lines = [
         "| | nominal | found |",
         "|---|---:|---:|",
-        f"| Wilson interval holds the planted share, blocks of {found['coverage']['block']} seeds "
-        f"that professions share | 0.95 | {covered['value']:.2f} of {covered['n']} |",
+        f"| Wilson interval holds the planted share, blocks of {found['coverage']['block']} "
+        f"pictures | {found['coverage']['exact']:.3f} | {covered['value']:.3f} {ends(covered, 3)} "
+        f"of {covered['n']} |",
     ]
     for name, slope in slopes.items():
         value = f"{slope['value']:.2f} {ends(slope)}"
@@ -217,7 +230,7 @@ def audit_study() -> str:
         if isinstance(rate, dict):
             value = f"{rate['value']:.3f} {ends(rate, 3)} of {rate['n']}"
             lines.append(f"| no effect (random halves): {name} | {none['nominal']:.2f} | {value} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", deviation(found["coverage"]["drawn"])])
 
 
 def ends(figures: dict[str, Any], digits: int = 2) -> str:
