@@ -93,6 +93,12 @@ def part_tables(record: dict[str, Any], part: str) -> str:
     return "\n".join(lines).strip()
 
 
+def alone(part: str) -> str:
+    """The groups of a part that has a results file of its own."""
+    record = read(DEVICE / f"{part}.json")
+    return f"{record['date'][:10]}.\n\n{part_tables(record, part)}"
+
+
 def machine(record: dict[str, Any] | None = None) -> str:
     """Where and when the run was, and what the machine can do."""
     record = record or run()

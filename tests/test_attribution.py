@@ -123,6 +123,36 @@ def test_parts_equal_the_reference_and_sum_to_the_total(sd_pipe, by, reference_o
         assert_maps(values, reference.maps(DOCTOR, (16, 16), COND, keep=keep(part)))
 
 
+@pytest.mark.parametrize("own_prompts", [False, True])
+def test_several_things_are_kept_apart_in_one_pass(sd_pipe, own_prompts):
+    prompts = [[DOCTOR, WOMAN], [WOMAN]] if own_prompts else [DOCTOR, WOMAN]
+    choices = ("block", "step", "layer", "total")
+
+    def record(by):
+        with bm.attribute(sd_pipe, prompts, by=by) as recorder:
+            draw(sd_pipe)
+        return recorder
+
+    recorder = record(choices)
+    for by in choices:
+        for name, expected in record(by).maps().items():
+            found = recorder.maps(by)[name]
+            assert found.by == by
+            assert found.images == expected.images
+            assert list(found.parts) == list(expected.parts)
+            for part in expected.parts:
+                assert torch.equal(found.parts[part], expected.parts[part])
+            assert torch.equal(found.values, expected.values)
+    assert recorder.maps()[DOCTOR.name].by == "block"
+    assert list(recorder.maps("step", [WOMAN.name])) == [WOMAN.name]
+    with pytest.raises(ValueError, match="recorded by block and step.*not by 'head'"):
+        recorder.maps("head")
+    with pytest.raises(
+        ValueError, match=r"no attribution prompt is called \['nobody'\]; there are"
+    ):
+        recorder.maps("step", ["nobody"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_weights_are_summed_in_float32(sd_pipe, dtype, reference_of):
     sd_pipe.unet.to(dtype)
@@ -389,6 +419,8 @@ class Flux:
     [
         ({"branch": "both"}, ValueError, "`branch` must be 'cond' or 'uncond', got 'both'"),
         ({"by": "pixel"}, ValueError, "`by` must be 'total', 'block'.*got 'pixel'"),
+        ({"by": ("step", "head")}, ValueError, "several of them but 'head', got .*'step', 'head'"),
+        ({"by": ()}, ValueError, "`by` must be 'total', 'block'.*got \\(\\)"),
         (
             {"layers": ("up_blocks.7",)},
             ValueError,

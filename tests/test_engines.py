@@ -155,7 +155,7 @@ def test_padding_counts_nothing_whatever_is_in_it(small_pipe, maps):
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("by", ["total", "block", "step"])
+@pytest.mark.parametrize("by", ["total", "block", "step", ("step", "block")])
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
 def test_recorder_on_an_engine(sd_folder, sd_pipe, by, branch):
     def record():
@@ -202,8 +202,8 @@ def test_layers_must_be_whole_blocks(sd_folder, sd_pipe):
     for layers, by, message in (
         (("up_blocks.1.attentions.0",), "total", "must name all or none of them"),
         (("mid_block",), "total", "no layer that matches.*mid_block"),
-        (None, "head", "`by` must be one of"),
-        (None, "layer", "`by` must be one of"),
+        (None, "head", "`by` must be of"),
+        (None, ("block", "layer"), "`by` must be of"),
     ):
         with pytest.raises(ValueError, match=message):
             bm.attribute(sd_pipe, DOCTOR, layers=layers, by=by)

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 
@@ -40,6 +41,8 @@ from .unet import (
 
 Branch = Literal["cond", "uncond"]
 By = Literal["total", "block", "layer", "step", "head"]
+_BY = get_args(By)
+_Place = tuple[int, By, str]
 _T = TypeVar("_T")
 
 
@@ -51,7 +54,7 @@ def attribute(
     *,
     branch: Branch = "cond",
     layers: Sequence[str] | None = None,
-    by: By = "total",
+    by: By | Sequence[By] = "total",
     size: int | tuple[int, int] | None = None,
     chunks: int | None = None,
     cache: AttributionCache | None = None,
@@ -72,6 +75,8 @@ def attribute(
             the mid block.
         by: what to keep apart beside the total: nothing (``"total"``), UNet blocks, layers, heads
             of each layer, or UNet calls (``"step"``: the one choice whose memory grows with steps).
+            Several of them but ``"head"`` cost little more than one; `Recorder.maps` then takes
+            which.
         size: height and width of the maps (an int for a square); default the largest layer's.
         chunks: how many guidance chunks the UNet's batch has; default asks the pipeline. Needed
             where the pipeline does not say (semantic guidance), or where the UNet is called by
@@ -114,8 +119,8 @@ class _Run:
 
     images: int  # B
     calls: int = 0
-    # (number of the group, part) -> (h, w) -> sum [P, b, K, h, w], float32
-    sums: dict[tuple[int, str], dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
+    # (number of the group, by, part) -> (h, w) -> sum [P, b, K, h, w], float32
+    sums: dict[_Place, dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,10 @@ class AttributionKeys:
 
 @torch.no_grad()
 def attribution_keys(
-    pipe: Any, layers: Sequence[CrossAttention], tokenized: Sequence[TokenizedPrompt]
+    pipe: Any,
+    layers: Sequence[CrossAttention],
+    tokenized: Sequence[TokenizedPrompt],
+    device: torch.device | None = None,
 ) -> AttributionKeys:
     """Attribution keys of every layer, k' = to_k(X') / sqrt(d): needed once, whatever the steps.
 
@@ -137,18 +145,19 @@ def attribution_keys(
         pipe: the pipeline whose text encoders and UNet are used.
         layers: the layers wanted.
         tokenized: the prompt as each of the pipeline's tokenizers sees it.
+        device: where the pipeline's modules run; default asks the pipeline.
 
     Raises:
         ValueError: the tokenizers split the prompt differently.
     """
-    states, weights = attribution_states(pipe, tokenized)
+    states, weights = attribution_states(pipe, tokenized, device)
     by_layer = {layer.name: layer.keys(states[None])[0] for layer in layers}
     return AttributionKeys(weights, states, by_layer)
 
 
 @torch.no_grad()
 def attribution_states(
-    pipe: Any, tokenized: Sequence[TokenizedPrompt]
+    pipe: Any, tokenized: Sequence[TokenizedPrompt], device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states ``[T', D]`` of one prompt and its concept weights ``[K, T']``.
 
@@ -159,7 +168,7 @@ def attribution_states(
     if any(not torch.equal(weights, other.weights) for other in tokenized[1:]):
         pieces = [list(tokens.pieces) for tokens in tokenized]
         raise ValueError(f"the pipeline's tokenizers split the prompt differently: {pieces}")
-    device = getattr(pipe, "_execution_device", None) or pipe.unet.device
+    device = device or execution_device(pipe)
     states = encode(tokenized, pipe, device).to(pipe.unet.dtype)[0]
     precision = torch.promote_types(states.dtype, torch.float32)
     return states, weights.to(device, precision)
@@ -219,21 +228,30 @@ def cached_keys(
     pipe: Any,
     layers: Sequence[CrossAttention],
     tokenized: Sequence[TokenizedPrompt],
+    device: torch.device,
 ) -> AttributionKeys:
     """`attribution_keys`, from the cache where there is one."""
+    make = partial(attribution_keys, pipe, layers, tokenized, device)
     if cache is None:
-        return attribution_keys(pipe, layers, tokenized)
-    names = tuple(layer.name for layer in layers)
-    return cache.get(tokenized[0].prompt, names, lambda: attribution_keys(pipe, layers, tokenized))
+        return make()
+    return cache.get(tokenized[0].prompt, tuple(layer.name for layer in layers), make)
 
 
 def cached_states(
-    cache: AttributionCache | None, pipe: Any, tokenized: Sequence[TokenizedPrompt]
+    cache: AttributionCache | None,
+    pipe: Any,
+    tokenized: Sequence[TokenizedPrompt],
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attribution_states`, from the cache where there is one."""
-    if cache is None:
-        return attribution_states(pipe, tokenized)
-    return cache.get(tokenized[0].prompt, "states", lambda: attribution_states(pipe, tokenized))
+    make = partial(attribution_states, pipe, tokenized, device)
+    return make() if cache is None else cache.get(tokenized[0].prompt, "states", make)
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Where the pipeline's modules run: diffusers looks at all of them, so ask once for many."""
+    found: torch.device = getattr(pipe, "_execution_device", None) or pipe.unet.device
+    return found
 
 
 class Recorder:
@@ -252,17 +270,14 @@ class Recorder:
         *,
         branch: Branch = "cond",
         layers: Sequence[str] | None = None,
-        by: By = "total",
+        by: By | Sequence[By] = "total",
         size: int | tuple[int, int] | None = None,
         chunks: int | None = None,
         cache: AttributionCache | None = None,
     ) -> None:
         if branch not in ("cond", "uncond"):
             raise ValueError(f"`branch` must be 'cond' or 'uncond', got {branch!r}")
-        if by not in ("total", "block", "layer", "step", "head"):
-            raise ValueError(
-                f"`by` must be 'total', 'block', 'layer', 'step' or 'head', got {by!r}"
-            )
+        self._by = _checked_by(by)
         if chunks is not None and chunks < 1:
             raise ValueError(f"`chunks` must be at least 1, got {chunks}")
         self._single = isinstance(prompts, AttributionPrompt)
@@ -273,10 +288,9 @@ class Recorder:
         self._layers: list[Any] = (
             cross_attention_layers(pipe, layers)
             if self._engine is None
-            else self._engine.attribution_parts(layers, by)
+            else self._engine.attribution_parts(layers, self._by)
         )
         self._branch = branch
-        self._by = by
         self._size = _checked_size(size)
         self._chunks = chunks
         self._cache = cache
@@ -300,13 +314,15 @@ class Recorder:
         if self._handles:
             raise RuntimeError("this recorder is already recording; make another to nest them")
         self._runs, self._interrupted, self._timesteps = [], None, None
-        unet = self._pipe.unet
+        unet, device = self._pipe.unet, execution_device(self._pipe)
         if self._engine is not None:
-            prompts = [cached_states(self._cache, self._pipe, tokens) for tokens in self._tokenized]
+            prompts = [
+                cached_states(self._cache, self._pipe, tokens, device) for tokens in self._tokenized
+            ]
             self._handles.append(self._engine.register_attribution_hook(prompts, self._add_parts))
         else:
             attributed = [
-                cached_keys(self._cache, self._pipe, self._layers, tokens)
+                cached_keys(self._cache, self._pipe, self._layers, tokens, device)
                 for tokens in self._tokenized
             ]
             for group in self._groups:
@@ -336,8 +352,14 @@ class Recorder:
         if kind is not None:
             self._interrupted = kind.__name__
 
-    def maps(self) -> AttributionMaps | dict[str, AttributionMaps]:
+    def maps(
+        self, by: By | None = None, names: Collection[str] | None = None
+    ) -> AttributionMaps | dict[str, AttributionMaps]:
         """The maps of every picture drawn so far.
+
+        Args:
+            by: what to keep apart, of what was recorded; default the first of it.
+            names: the prompts whose maps are wanted; default all.
 
         Returns:
             One `AttributionMaps` where one prompt was given, else a dict keyed by prompt name.
@@ -347,8 +369,15 @@ class Recorder:
         Raises:
             RuntimeError: nothing was drawn, or an exception ended the block, so that the maps
                 would be those of unfinished pictures.
-            ValueError: calls of different map sizes, and no ``size`` to bring them to.
+            ValueError: calls of different map sizes, and no ``size`` to bring them to; or what was
+                not recorded is asked for.
         """
+        wanted = self._by[0] if by is None else by
+        if wanted not in self._by:
+            raise ValueError(f"maps were recorded by {' and '.join(self._by)}, not by {by!r}")
+        known = [prompt.name for prompt in self._prompts]
+        if unknown := sorted(set(names or ()).difference(known)):
+            raise ValueError(f"no attribution prompt is called {unknown}; there are: {known}")
         if self._interrupted is not None:
             raise RuntimeError(
                 f"the block ended with {self._interrupted}: its maps are incomplete and not given"
@@ -356,10 +385,12 @@ class Recorder:
         if not self._runs:
             raise RuntimeError("no UNet call was recorded: draw inside the `with` block first")
         self._check_complete()
-        results = [self._result(index) for index in range(len(self._prompts))]
-        if self._single:
-            return results[0]
-        return {prompt.name: maps for prompt, maps in zip(self._prompts, results, strict=True)}
+        results = {
+            name: self._result(index, wanted)
+            for index, name in enumerate(known)
+            if self._single or names is None or name in names
+        }
+        return results[known[0]] if self._single else results
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -450,19 +481,28 @@ class Recorder:
             taken, images = (list(part) for part in zip(*mine, strict=True))
             query, place = rows[as_slice(taken)], as_slice(images)
             weights = attributed.weights
-            if self._by == "head":
+            if self._by == ("head",):
                 keys = attributed.by_layer[layer.name]
                 for index in range(len(group.prompts)):
                     found = concept_map(query, keys[index], weights[index], per_head=True)
                     for head in range(layer.heads):
-                        target = self._sum(run, (number, f"{layer.name}:{head}"), size, weights)
+                        part: _Place = (number, "head", f"{layer.name}:{head}")
+                        target = self._sum(run, part, size, weights)
                         target[index, place] += found[:, head].view(len(images), -1, *size)
                 continue
-            target = self._sum(run, (number, self._part(layer, run)), size, weights)
-            sums = target[:, place]  # [P, b, K, h, w], a view of consecutive images
+            targets = [self._sum(run, part, size, weights) for part in self._parts(number, layer)]
+            # [P, b, K, h, w]; of one target and consecutive images a view of it
+            sums = (
+                targets[0][:, place]
+                if len(targets) == 1
+                else torch.zeros_like(targets[0][:, place])
+            )
             self._adding.add(sums.flatten(3), query, attributed, layer.name)
-            if not isinstance(place, slice):
-                target[:, place] = sums
+            if len(targets) > 1:
+                for target in targets:
+                    target[:, place] += sums
+            elif not isinstance(place, slice):
+                targets[0][:, place] = sums
 
     @torch.no_grad()
     def _add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
@@ -482,8 +522,8 @@ class Recorder:
                 for index, prompt in enumerate(group.prompts):
                     maps = found[part][prompt]
                     size = (maps.shape[-2], maps.shape[-1])
-                    target = self._sum(run, (number, self._part(part, run)), size, maps)
-                    target[index, images] += maps[taken]
+                    for key in self._parts(number, part):
+                        self._sum(run, key, size, maps)[index, images] += maps[taken]
 
     def _fresh(self, name: str) -> list[tuple[int, int]]:
         """(place in the pass now running, image) of the images not yet counted for a layer."""
@@ -493,18 +533,18 @@ class Recorder:
         self._seen.update((name, image) for _, image in fresh)
         return fresh
 
-    def _part(self, layer: Any, run: _Run) -> str:
-        """Name of the part of the total that one layer's maps belong to."""
+    def _parts(self, group: int, layer: Any) -> list[_Place]:
+        """The sums that one layer's maps of a group belong to, of everything kept apart."""
         names: dict[str, str] = {
             "total": "",
             "block": layer.block,
             "layer": layer.name,
-            "step": str(run.calls - 1),
+            "step": str(self._runs[-1].calls - 1),
         }
-        return names[self._by]
+        return [(group, by, names[by]) for by in self._by]
 
     def _sum(
-        self, run: _Run, part: tuple[int, str], resolution: tuple[int, int], like: torch.Tensor
+        self, run: _Run, part: _Place, resolution: tuple[int, int], like: torch.Tensor
     ) -> torch.Tensor:
         """The sum of one group's part at one resolution, ``[P, b, K, h, w]``, where ``like`` is."""
         by_resolution = run.sums.setdefault(part, {})
@@ -514,7 +554,7 @@ class Recorder:
             by_resolution[resolution] = torch.zeros(shape, device=like.device)
         return by_resolution[resolution]
 
-    def _result(self, index: int) -> AttributionMaps:
+    def _result(self, index: int, by: By) -> AttributionMaps:
         sizes = {self._map_size(run) for run in self._runs}
         if len(sizes) > 1 and self._size is None:
             raise ValueError(
@@ -527,9 +567,9 @@ class Recorder:
         place = group.prompts.index(index)
         names: dict[str, None] = {}
         for run in self._runs:
-            names.update({part: None for own, part in run.sums if own == number})
+            names.update({part: None for *own, part in run.sums if own == [number, by]})
         parts = {
-            name: torch.cat([self._resized(run, (number, name), place) for run in self._runs])
+            name: torch.cat([self._resized(run, (number, by, name), place) for run in self._runs])
             for name in names
         }
         total = torch.stack(list(parts.values())).sum(0)  # [B, K, H, W]
@@ -540,8 +580,8 @@ class Recorder:
             prompt=prompt.text,
             branch=self._branch,
             layers=self.layers,
-            by=self._by,
-            parts={} if self._by == "total" else parts,
+            by=by,
+            parts={} if by == "total" else parts,
             images=self._images(group),
         )
 
@@ -556,11 +596,11 @@ class Recorder:
     def _map_size(self, run: _Run) -> tuple[int, int]:
         return max(size for part in run.sums.values() for size in part)
 
-    def _resized(self, run: _Run, part: tuple[int, str], place: int) -> torch.Tensor:
+    def _resized(self, run: _Run, part: _Place, place: int) -> torch.Tensor:
         """One prompt's sum over resolutions, resized to the largest, then to ``size``."""
         if part not in run.sums:
             raise ValueError(
-                f"pipeline calls with different numbers of steps have no common part {part[1]!r}; "
+                f"pipeline calls with different numbers of steps have no common part {part[2]!r}; "
                 "record them separately to keep steps apart"
             )
         largest = self._map_size(run)
@@ -614,6 +654,17 @@ def _prompts_and_images(
     if not nested:
         return prompts, [None] * len(prompts), None
     return prompts, [tuple(images[prompt]) for prompt in prompts], len(nested)
+
+
+def _checked_by(by: By | Sequence[By]) -> tuple[By, ...]:
+    """What is kept apart, each once."""
+    found: tuple[Any, ...] = (by,) if isinstance(by, str) else tuple(dict.fromkeys(by))
+    if not found or not set(found) <= set(_BY) or ("head" in found and len(found) > 1):
+        raise ValueError(
+            "`by` must be 'total', 'block', 'layer', 'step' or 'head', or several of them but "
+            f"'head', got {by!r}"
+        )
+    return found
 
 
 def _checked_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -25,6 +25,7 @@ from .attribution import (
     Branch,
     cached_keys,
     cached_states,
+    execution_device,
     tokens_of,
 )
 from .concepts import AttributionPrompt
@@ -259,13 +260,15 @@ class Guidance:
                 "prediction before the unconditional branch is run"
             )
         self._entries, self._timesteps = [], None
-        concept_weights = {}
+        concept_weights, device = {}, execution_device(self._pipe)
         for prompt, tokens in self._tokenized.items():
             if self._engine is None:
-                self._keys[prompt] = cached_keys(self._cache, self._pipe, self._layers, tokens)
+                self._keys[prompt] = cached_keys(
+                    self._cache, self._pipe, self._layers, tokens, device
+                )
                 concept_weights[prompt] = self._keys[prompt].weights
             else:
-                self._states[prompt] = cached_states(self._cache, self._pipe, tokens)
+                self._states[prompt] = cached_states(self._cache, self._pipe, tokens, device)
                 concept_weights[prompt] = self._states[prompt][1]
         # Moved once: a list that goes to the GPU in every call waits for it.
         self._weights = {
@@ -633,7 +636,7 @@ def _energy_hook(guidance: Guidance) -> Any:
 
 
 def _check_engine(engine: Any, layers: Sequence[str] | None, settings: Settings) -> None:
-    if engine.attribution_parts(layers, "total") != engine.attribution_parts(None, "total"):
+    if engine.attribution_parts(layers, ("total",)) != engine.attribution_parts(None, ("total",)):
         raise ValueError(
             "the layers of an engine's energy are fixed; leave `layers` out, or export with it"
         )

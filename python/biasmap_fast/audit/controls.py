@@ -18,9 +18,9 @@ seed-shuffled null needs no maps of its own: see `nulls`.
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,7 +33,7 @@ from .records import OK
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from ..attribution import Branch
+    from ..attribution import By, Recorder
     from ..maps import AttributionMaps
     from .plan import AuditPlan, Pair, Unit
 
@@ -63,15 +63,22 @@ class Control:
     other: AttributionPrompt
 
 
-@dataclass
+@dataclass(frozen=True)
 class Swept:
-    """Maps recorded beside the main ones: by what -> part -> prompt name -> maps."""
+    """What the plan sweeps over: its steps and layers in the main recorder, the other branch."""
 
-    recorders: dict[str, Any] = field(default_factory=dict)
+    main: Recorder
+    branch: Recorder | None
+    names: frozenset[str]
 
-    def maps(self, by: str) -> dict[str, AttributionMaps]:
-        """What one recorder saw, by prompt name."""
-        found = self.recorders[by].maps()
+    def maps(self, by: By | Literal["branch"]) -> dict[str, AttributionMaps]:
+        """The maps of one sweep, by prompt name."""
+        if by == "branch":
+            if self.branch is None:
+                raise ValueError("the other branch was not recorded")
+            found = self.branch.maps()
+        else:
+            found = self.main.maps(by, self.names)
         if not isinstance(found, dict):
             raise TypeError(f"expected maps by prompt name, got {type(found).__name__}")
         return found
@@ -120,24 +127,23 @@ def sweeping(
     pipe: Any,
     plan: AuditPlan,
     prompts: Sequence[Sequence[AttributionPrompt]],
+    main: Recorder,
     cache: AttributionCache | None = None,
 ) -> Iterator[Swept]:
-    """Records what the plan sweeps over beside the main recorder, of each picture its prompts."""
-    swept = Swept()
-    with ExitStack() as stack:
-        for by in plan.sweeps:
-            other: Branch = "uncond" if plan.branch == "cond" else "cond"
-            recorder = attribute(
-                pipe,
-                prompts,
-                branch=other if by == "branch" else plan.branch,
-                layers=plan.layers,
-                by="total" if by == "branch" else by,
-                chunks=getattr(pipe, "attribution_chunks", None),
-                cache=cache,
-            )
-            swept.recorders[by] = stack.enter_context(recorder)
-        yield swept
+    """Records the other branch where the plan sweeps over it, of each picture its prompts."""
+    names = frozenset(prompt.name for own in prompts for prompt in own)
+    if "branch" not in plan.sweeps:
+        yield Swept(main, None, names)
+        return
+    with attribute(
+        pipe,
+        prompts,
+        branch="uncond" if plan.branch == "cond" else "cond",
+        layers=plan.layers,
+        chunks=getattr(pipe, "attribution_chunks", None),
+        cache=cache,
+    ) as other:
+        yield Swept(main, other, names)
 
 
 def control_rows(

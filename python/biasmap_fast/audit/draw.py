@@ -80,14 +80,14 @@ def draw(
         list(prompts),
         branch=plan.branch,
         layers=plan.layers,
-        by="block",
+        by=("block", *(by for by in plan.sweeps if by != "branch")),
         # a pipeline that does not say how many copies of the latents it guides may be told
         chunks=getattr(pipe, "attribution_chunks", None),
         cache=cache.attribution,
     )
     guidance = _guidance(pipe, plan, units, cache) if guided else nullcontext()
     everyone = all(wanted) or not _leaves_latents(pipe, any(wanted))
-    with recorder, sweeping(pipe, plan, swept, cache.attribution) as beside, guidance:
+    with recorder, sweeping(pipe, plan, swept, recorder, cache.attribution) as beside, guidance:
         output = pipe(
             **_words(pipe, plan, units, cache),
             # One CPU generator an image: the picture depends on its seed, not on its batch.

@@ -148,7 +148,9 @@ class EngineUNet(torch.nn.Module):
         """Identifies the weights that the engine was exported from."""
         return self.manifest.weights_sha256
 
-    def attribution_parts(self, selection: Sequence[str] | None, by: str) -> list[EnginePart]:
+    def attribution_parts(
+        self, selection: Sequence[str] | None, by: Sequence[str]
+    ) -> list[EnginePart]:
         """The parts whose maps a recorder wants, in the UNet's order.
 
         Args:
@@ -166,10 +168,10 @@ class EngineUNet(torch.nn.Module):
             )
         finest = "block" if manifest.maps == "reduced" else "layer"
         allowed = ("total", "block", "step") + (("layer",) if finest == "layer" else ())
-        if by not in allowed:
+        if not set(by) <= set(allowed):
             raise ValueError(
-                f"`by` must be one of {list(allowed)} for an engine with maps="
-                f"{manifest.maps!r}, got {by!r}"
+                f"`by` must be of {list(allowed)} for an engine with maps={manifest.maps!r}, got "
+                f"{list(by)}"
             )
         parts = self._parts()
         if selection is None:
