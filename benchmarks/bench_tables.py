@@ -232,6 +232,11 @@ HEADLINE = [
         "OVAM",
     ),
     (
+        "that call's concept maps alone, against keeping its probabilities",
+        ("recorder", "the recorder's share of a UNet call", "concept maps"),
+        "probabilities kept",
+    ),
+    (
         "one guided UNet call of SD 1.5's shapes, against the published way",
         ("guidance", "guided UNet call, 2 chunks", "guide"),
         "published",

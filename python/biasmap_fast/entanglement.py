@@ -290,7 +290,7 @@ def containment_with_flags(
     """
     maps = _stack(a, b).detach()
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))  # [B, 2, N]
-    for percentile in two("percentiles", percentiles):
+    for percentile in two_values("percentiles", percentiles):
         _check_percentile(percentile)
     _check_finite(~maps.isfinite().all(), maps, ("a", "b"))
     first, second = (
@@ -333,7 +333,7 @@ def soft_containment(
         True
     """
     maps = _stack(a, b)  # [B, 2, N]
-    for fraction in two("fractions", fractions):
+    for fraction in two_values("fractions", fractions):
         check_soft(fraction, temperature)
     found = pairs_soft_containment(maps, torch.tensor([[0, 1]]), fractions, temperature)
     _check_finite(found.isnan(), maps, ("a", "b"))
@@ -419,7 +419,7 @@ def chance_containment(percentiles: tuple[float, float] = _PERCENTILES) -> float
         >>> round(chance_containment(), 3)
         0.1
     """
-    for percentile in two("percentiles", percentiles):
+    for percentile in two_values("percentiles", percentiles):
         _check_percentile(percentile)
     return 1.0 - percentiles[1] / 100.0
 
@@ -485,7 +485,7 @@ def _check_percentile(percentile: float) -> None:
         raise ValueError(f"`percentile` must be in [0, 100), got {percentile}")
 
 
-def two(name: str, values: tuple[float, float]) -> tuple[float, float]:
+def two_values(name: str, values: tuple[float, float]) -> tuple[float, float]:
     """Refuses anything but two numbers, by a ValueError."""
     if isinstance(values, (int, float)) or len(values) != 2:
         raise ValueError(

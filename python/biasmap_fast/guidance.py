@@ -40,7 +40,7 @@ from .energy import (
     make_targets,
     total_maps,
 )
-from .entanglement import check_soft, pairs_soft_containment, two
+from .entanglement import check_soft, pairs_soft_containment, two_values
 from .ledger import Entry, LedgerRow, check_skipped, write_csv
 from .ops import pairs_iou, soft_iou
 from .unet import (
@@ -184,7 +184,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_soft(self.fraction, self.temperature)
-        for fraction in two("containment", self.containment) if self.containment else ():
+        for fraction in two_values("containment", self.containment) if self.containment else ():
             check_soft(fraction, self.temperature)
         if not math.isfinite(self.scale):
             raise ValueError(f"`scale` must be finite, got {self.scale}")
