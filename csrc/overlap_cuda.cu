@@ -17,6 +17,7 @@ constexpr int64_t kCachedPixels = 16384;
 // Masks of up to 16 KiB a set stay in shared memory; the caller's scratch, read back from L2, takes
 // those that are larger (one bit a pixel: 8 concepts at 128 x 128 just fit).
 constexpr int64_t kSharedMaskWords = 4096;
+static_assert(kCachedPixels * sizeof(float) + kSharedMaskWords * sizeof(uint32_t) <= kMostShared);
 // Concepts whose masks a thread holds in registers at once.
 constexpr int kGroup = 8;
 
