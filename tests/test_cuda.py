@@ -581,7 +581,7 @@ def test_public_functions_take_gpu_tensors(gpu):
 @pytest.mark.gpu
 def test_tensors_of_two_devices_are_refused(gpu):
     maps, pairs = torch.rand(1, 3, 64, device=gpu), PAIRS[:1]
-    outputs = {"iou": (1, 1), "union": (1, 1), "area": (1, 3), "masks": (1, 3, 1)}
+    outputs = {"iou": (1, 1), "union": (1, 1), "area": (1, 3), "masks": (1, 3, 0)}
     dtypes = {"union": torch.int32, "area": torch.int32, "masks": torch.int64}
     for name in outputs:
         made = {
