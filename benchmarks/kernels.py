@@ -55,18 +55,24 @@ def rotating(run: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], A
 
 
 def in_a_graph(run: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], Any]:
-    """One CUDA graph of a call on every input; gives the first one's result."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run(inputs[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = [run(x) for x in inputs]
+    """One CUDA graph of a call on every input, captured at the first run; gives the first one."""
+    captured: list[tuple[torch.cuda.CUDAGraph, list[Any]]] = []
+
+    def capture() -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run(inputs[0])
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            return graph, [run(x) for x in inputs]
 
     def replay() -> Any:
+        if not captured:
+            captured.append(capture())
+        graph, results = captured[0]
         graph.replay()
         return results[0]
 
