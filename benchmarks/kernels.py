@@ -2,8 +2,8 @@
 
 Inputs rotate among four sets, so that the cache holds none of them where they are large. "In a
 graph" is a CUDA graph of one call on each: the kernels without Python's share. A bound is the
-larger of the bytes that must move over the measured bandwidth of a copy and the exponentials that
-must be taken over their measured rate; the share of it stands in the table. A part of the set
+larger of the bytes once in and once out over the measured bandwidth of a copy and the exponentials
+that must be taken over their measured rate; the share of it stands in the table. A part of the set
 ``gpu``; ``--set cpu --part kernels --quick`` runs everything small on a CPU, to test this file.
 """
 
@@ -26,6 +26,8 @@ SETS, CONCEPTS, SIDE, ROTATED = 256, 8, 64, 4
 TOKENS, MAPS = 12, 2
 # Cross-attention of SD 1.5 at 512 x 512: queries, heads, d; five layers each in the recorder
 LAYERS = ((4096, 8, 40), (1024, 8, 80), (256, 8, 160))
+# Errors that are failures (issue 4); a gradient to float16 queries is rounded to them.
+FORWARD, GRADIENT, ROUNDED = 1e-5, 1e-4, 1e-3
 
 
 @dataclass
@@ -92,10 +94,14 @@ def compare(
     plain: Function,
     native: Function,
     error: Callable[[Any], float | None] | None,
+    tolerance: float | None,
     work: Work,
     wrap: Callable[[Function], Function] = as_it_is,
 ) -> list[Entry]:
-    """Torch, compiled torch, ours, and ours without Python; each in ``wrap``, not compiled."""
+    """Torch, compiled torch, ours, and ours without Python; each in ``wrap``, not compiled.
+
+    ``tolerance``: the greatest error of ours that is no failure.
+    """
     found = [Entry("torch reference", rotating(wrap(plain), inputs), error)]
     if setting.compiled:
         fast = wrap(torch.compile(plain))
@@ -107,6 +113,7 @@ def compare(
         found.append(Entry(name, replay, error, calls=len(inputs), ours=True))
     for entry in found:
         entry.bytes, entry.exponentials = work.bytes, work.exponentials
+        entry.tolerance = tolerance if entry.ours else None
     return found
 
 
@@ -171,6 +178,7 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[Group]:
             lambda maps: reference.pairs_iou(maps, on_device, 70.0)[0],
             lambda maps: ops.pairs_iou(maps, pairs, 70.0).iou,
             largest_error(reference.pairs_iou(inputs[0], on_device, 70.0)[0].double()),
+            FORWARD,
             Work(size),
         ),
     )
@@ -189,17 +197,19 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[Group]:
                 lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
                 lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
                 largest_error(expected.detach()),
+                FORWARD,
                 Work(size, pixels),
             ),
         )
-    # Maps twice, their gradient once; a mask at the root, and once more, as masks are not kept
+    # Maps and their gradient; a mask at the root, and once more, as masks are not kept
     variants = compare(
         setting,
         inputs,
         lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
         lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
         relative_error(gradient),
-        Work(3 * size, 2 * pixels),
+        GRADIENT,
+        Work(2 * size, 2 * pixels),
         with_gradient,
     )
     if concepts == CONCEPTS and not setting.compiled:
@@ -220,7 +230,8 @@ def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[Group]:
             lambda x: reference.soft_topk(x, 0.3, 0.01)[:, ::2],
             lambda x: ops.soft_topk(x, 0.3, 0.01)[:, ::2],
             relative_error(gradient),
-            Work(5 * size, pixels),  # maps, mask; mask, its gradient, theirs
+            GRADIENT,
+            Work(4 * size, pixels),  # maps, mask, its gradient, theirs
             with_gradient,
         ),
     )
@@ -285,6 +296,7 @@ def concept_map_rows(setting: Setting) -> Iterator[Group]:
                     lambda arguments: reference.concept_map(*arguments),
                     lambda arguments: ops.concept_map(*arguments),
                     largest_error(expected.detach()),
+                    FORWARD * heads,
                     Work(query.nbytes),
                 ),
             )
@@ -297,7 +309,8 @@ def concept_map_rows(setting: Setting) -> Iterator[Group]:
                 lambda arguments: reference.concept_map(*arguments),
                 lambda arguments: ops.concept_map(*arguments),
                 relative_error(gradient),
-                Work(3 * query.nbytes),  # queries twice, their gradient once
+                ROUNDED,
+                Work(2 * query.nbytes),  # queries, their gradient
                 with_gradient,
             ),
         )
@@ -322,7 +335,7 @@ def recorder_group(setting: Setting) -> Group:
     return setting.group(
         "the recorder's share of a UNet call",
         "15 layers of SD 1.5, one image",
-        compare(setting, [None], plain, native, None, work),
+        compare(setting, [None], plain, native, None, None, work),
     )
 
 
