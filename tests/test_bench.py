@@ -297,6 +297,15 @@ def test_a_native_op_that_fails_is_a_row_beside_torch():
     assert all(row.status.startswith("failed") and row.ours for row in rows[1:])
 
 
+@pytest.mark.slow
+def test_a_captured_unet_call_is_the_same_with_the_recorder(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "in_a_graph", lambda run, inputs: lambda: run(inputs[0]))
+    entries = kernels.captured_unet(Settings(torch.device("cpu"), tmp_path), width=32)
+    rows = measure(group(*entries, rounds=1), entries, None)
+    assert [(row.name, row.status) for row in rows] == [("plain", "ok"), ("recorder", "ok")]
+    assert rows[1].error == 0.0
+
+
 def test_only_whole_runs_and_long_parts_are_kept():
     def placed(*given):
         options = run.parser().parse_args(given)
