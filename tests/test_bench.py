@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from dataclasses import asdict
 from itertools import count
@@ -16,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import gpu
 import kernels
 import run
 from biasmap_fast.cli import app
@@ -304,6 +306,23 @@ def test_a_captured_unet_call_is_the_same_with_the_recorder(tmp_path, monkeypatc
     rows = measure(group(*entries, rounds=1), entries, None)
     assert [(row.name, row.status) for row in rows] == [("plain", "ok"), ("recorder", "ok")]
     assert rows[1].error == 0.0
+
+
+def test_steps_on_a_gpu_have_shares_of_eight_minutes(monkeypatch):
+    assert sum(gpu.SHARES.values()) <= 470
+    monkeypatch.setattr(gpu, "BEGUN", time.monotonic() - 30.0)  # the build left 50 s
+    assert gpu.limit("tests") == pytest.approx(50 + gpu.SHARES["tests"], abs=1)
+
+
+def test_a_step_past_its_limit_ends_with_all_it_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "limit", lambda _: 1.0)
+    code = f"echo said; sleep 60 & echo $! > {tmp_path}/child; wait"
+    step = gpu.run("build", ["sh", "-c", code])
+    assert (step.status, step.output) == ("failed (over 1 s)", "said")
+    assert step.seconds < 30  # the child held the output open
+    status = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+    assert gpu.run("build", ["no-such-command"]).status.startswith("failed ([Errno 2]")
 
 
 def test_only_whole_runs_and_long_parts_are_kept():
