@@ -63,7 +63,7 @@ validity: $(VENV)/.installed
 
 # Not in the environment above: with the packages of a machine that has a GPU, and perhaps no network.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT))
 
 testbed: $(VENV)/.installed
 	$(BIN)/python -m biasmap_fast.testbed.train --out runs/testbed

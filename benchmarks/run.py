@@ -141,6 +141,9 @@ class Bench:
                     keep()
             except ImportError as error:  # an extra that is not installed
                 self.rows.append(Row(part, part, "*", "", f"skipped: {error}", 0))
+            except Exception as error:  # of the part itself: the next has its turn
+                logger.exception("%s", part)
+                self.rows.append(Row(part, part, "*", "", failure(error), 0, ours=True))
             took = time.monotonic() - begun
             logger.info("%s: %d rows in %.0f s", part, len(self.rows) - found, took)
 
@@ -150,10 +153,10 @@ class Bench:
             reason = f"{group.seconds:.0f} s needed, {max(left, 0):.0f} s of the budget left"
             self.rows.append(skipped(group, reason))
             return
-        limits = self.limit(group.threads)
         clock = partial(device_clock, repeats=group.repeats) if self.settings.gpu else wall_clock
         begun = time.monotonic()
         try:
+            limits = self.limit(group.threads)
             rows = measure(group, group.setup(), limits, clock, self.deadline)
         except ImportError as error:
             rows = [skipped(group, str(error))]

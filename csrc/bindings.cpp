@@ -105,6 +105,17 @@ void launch(dlpack::Device place, void (*on_cpu)(const Params &), CudaKernel<Par
     on_cpu(params);
 }
 
+int64_t words_for(int64_t concepts, int64_t pixels, dlpack::Device place) {
+    return biasmap::mask_words(concepts, pixels, place.type != dlpack::kCpu);
+}
+
+int64_t mask_words(const TensorView &maps) {
+    const dlpack::Device place = place_of(maps);
+    Float type{};
+    maps.floats("maps", "[B, K, N]", {kAny, kAny, kAny}, place, type);
+    return words_for(maps.size(1), maps.size(2), place);
+}
+
 void pairs_iou(const TensorView &maps, const TensorView &pairs, double percentile,
                const TensorView &iou, const TensorView &union_pixels, const TensorView &area,
                const TensorView &masks) {
@@ -120,8 +131,9 @@ void pairs_iou(const TensorView &maps, const TensorView &pairs, double percentil
     p.iou = iou.data<float>("iou", "[B, P]", {p.batch, p.pairs.count}, place);
     p.union_pixels = union_pixels.data<int32_t>("union", "[B, P]", {p.batch, p.pairs.count}, place);
     p.area = area.data<int32_t>("area", "[B, K]", {p.batch, p.concepts}, place);
-    p.masks = reinterpret_cast<uint64_t *>(masks.data<int64_t>(
-        "masks", "[B, K, ceil(N / 64)]", {p.batch, p.concepts, (p.pixels + 63) / 64}, place));
+    const int64_t words = words_for(p.concepts, p.pixels, place);
+    p.masks = reinterpret_cast<uint64_t *>(
+        masks.data<int64_t>("masks", "[B, K, mask_words]", {p.batch, p.concepts, words}, place));
     launch<biasmap::PairsIouParams>(place, BIASMAP_KERNELS(pairs_iou), p);
 }
 
@@ -261,6 +273,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.attr("most_tokens") = biasmap::kMostTokens;
     m.attr("most_concepts_on_gpu") = biasmap::kMostConceptsOnGpu;
     m.def("build_info", build_info, "What this module was compiled with, and runs with here.");
+    m.def("mask_words", mask_words, "Last size of the scratch that pairs_iou needs for these maps.",
+          py::arg("maps"));
     m.def("pairs_iou", pairs_iou, "Hard percentile IoU of concept pairs.", py::arg("maps"),
           py::arg("pairs"), py::arg("percentile"), py::arg("iou"), py::arg("union"),
           py::arg("area"), py::arg("masks"));

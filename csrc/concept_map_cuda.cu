@@ -22,7 +22,7 @@ template <typename T> struct alignas(16) Packed {
 
 // `wide`: kChunk numbers are there, side by side and aligned.
 template <typename T>
-__device__ void load(const T *from, int stride, int count, bool wide, float (&to)[kChunk]) {
+__device__ void load(const T *from, int64_t stride, int count, bool wide, float (&to)[kChunk]) {
     if (wide) {
         constexpr int kPack = 16 / sizeof(T);
 #pragma unroll
@@ -40,7 +40,7 @@ __device__ void load(const T *from, int stride, int count, bool wide, float (&to
 }
 
 template <typename T>
-__device__ void store(const float (&from)[kChunk], T *to, int stride, int count, bool wide) {
+__device__ void store(const float (&from)[kChunk], T *to, int64_t stride, int count, bool wide) {
     if (wide) {
         constexpr int kPack = 16 / sizeof(T);
 #pragma unroll
@@ -61,7 +61,7 @@ __device__ void store(const float (&from)[kChunk], T *to, int stride, int count,
 
 // One head's attention at a lane's pixels: softmax over the tokens of q k'^T; 0 beyond the tokens.
 template <typename T, int kTokens, int kPixels>
-__device__ void attention(const T *(&query)[kPixels], int stride, const float *keys, int depth,
+__device__ void attention(const T *(&query)[kPixels], int64_t stride, const float *keys, int depth,
                           int tokens, bool wide, float (&scores)[kTokens][kPixels]) {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(32 * kWarps)
             query[j] = static_cast<const T *>(p.query) + tile.image * p.strides[0] +
                        head * p.strides[1] + tile.of_lane(j) * p.strides[2];
         float probability[kTokens][kPixels];
-        attention(query, static_cast<int>(p.strides[3]), p.keys + head * p.tokens * p.depth, depth,
-                  tokens, arguments.wide, probability);
+        attention(query, p.strides[3], p.keys + head * p.tokens * p.depth, depth, tokens,
+                  arguments.wide, probability);
         for (int k = 0; k < count; ++k) {
             float sum[kPixels] = {};
 #pragma unroll
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
                        head * p.strides[1] + tile.of_lane(j) * p.strides[2];
         const float *keys = p.keys + head * p.tokens * p.depth;
         float inner[kTokens][kPixels]; // A, then dL/ds
-        attention(query, static_cast<int>(p.strides[3]), keys, depth, tokens, wide, inner);
+        attention(query, p.strides[3], keys, depth, tokens, wide, inner);
 #pragma unroll
         for (int j = 0; j < kPixels; ++j) {
             float mean = 0.0f;
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
                 if (tile.has(j))
                     store(sums[j],
                           grad + tile.of_lane(j) * p.grad_strides[2] + c * p.grad_strides[3],
-                          static_cast<int>(p.grad_strides[3]), depth - c, wide);
+                          p.grad_strides[3], depth - c, wide);
         }
     }
 }

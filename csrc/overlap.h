@@ -17,6 +17,16 @@ constexpr int64_t kPairsByValue = 1024;
 // A GPU's kernels keep one row a concept in shared memory, and concept indices in a byte.
 constexpr int64_t kMostConceptsOnGpu = 128;
 
+// Masks of up to 16 KiB a set stay in a GPU's shared memory, others in the caller's scratch, read
+// back from L2 (one bit a pixel: 8 concepts at 128 x 128 just fit).
+constexpr int64_t kSharedMaskWords = 2048;
+
+// Words of scratch for one map's mask.
+inline int64_t mask_words(int64_t concepts, int64_t pixels, bool on_gpu) {
+    const int64_t words = (pixels + 63) / 64;
+    return on_gpu && concepts * words <= kSharedMaskWords ? 0 : words;
+}
+
 struct Pairs {
     const int64_t *data;
     int64_t count;
@@ -30,7 +40,7 @@ struct PairsIouParams {
     float *iou;            // [B, P] out; NaN if either map has a non-finite value
     int32_t *union_pixels; // [B, P] out; -1 there
     int32_t *area;         // [B, K] out: pixels in each mask; -1 there
-    uint64_t *masks;       // [B, K, ceil(N / 64)] scratch: one bit a pixel
+    uint64_t *masks;       // [B, K, mask_words] scratch: one bit a pixel
     int64_t batch, concepts, pixels;
     double percentile; // in [0, 100)
 };

@@ -14,9 +14,7 @@ namespace {
 constexpr unsigned kGramThreads = 384;
 // A map of this size is kept in shared memory, 64 KiB, larger ones are read from L2 in every pass.
 constexpr int64_t kCachedPixels = 16384;
-// Masks of up to 16 KiB a set stay in shared memory; the caller's scratch, read back from L2, takes
-// those that are larger (one bit a pixel: 8 concepts at 128 x 128 just fit).
-constexpr int64_t kSharedMaskWords = 4096;
+static_assert(kCachedPixels * sizeof(float) + kSharedMaskWords * sizeof(uint64_t) <= kMostShared);
 // Concepts whose masks a thread holds in registers at once.
 constexpr int kGroup = 8;
 
@@ -489,15 +487,15 @@ SoftSettings soft_settings(double fraction, double temperature) {
 void pairs_iou_cuda(const PairsIouParams &p, const CudaQueue &queue) {
     if (p.batch == 0 || p.concepts == 0)
         return;
-    const int64_t words = p.concepts * ((p.pixels + 63) / 64 * 2);
-    const bool fits = words <= kSharedMaskWords;
+    const bool fits = mask_words(p.concepts, p.pixels, true) == 0;
+    const auto words = static_cast<size_t>(p.concepts * ((p.pixels + 63) / 64));
     const PairsIouArguments arguments{p, listed(p.pairs, p.concepts),
                                       percentile_position(p.pixels, p.percentile), fits};
     with_type(p.type, [&](auto number) {
         using T = decltype(number);
         launch_cached("pairs_iou", pairs_iou_kernel<T, true>, pairs_iou_kernel<T, false>, p.batch,
-                      p.pixels, threads_for(p.pixels),
-                      fits ? static_cast<size_t>(words) * sizeof(uint32_t) : 0, arguments, queue);
+                      p.pixels, threads_for(p.pixels), fits ? words * sizeof(uint64_t) : 0,
+                      arguments, queue);
     });
 }
 

@@ -17,14 +17,14 @@
 namespace biasmap {
 
 // A map's soft top-k mask is m = sigmoid(z), z = (x * scale - centre) * slope + offset.
-//   scale   power of two that brings the map's range near 1, so that no range over- or underflows
-//   centre  float32 nearest to the root; x * scale - centre is then exact for the pixels that
-//   matter offset  what rounding the root to `centre` left over, in units of z slope   2 /
-//   (temperature * range * scale); 0 for a constant map
 struct SoftMap {
+    // A power of two that brings the map's range near 1, so that no range over- or underflows.
     float scale;
+    // The float32 nearest to the root: x * scale - centre is then exact for the pixels that matter.
     float centre;
+    // What rounding the root to `centre` left over, in units of z.
     float offset;
+    // 2 / (temperature * range * scale), and 0 for a constant map.
     float slope;
 };
 

@@ -6,15 +6,19 @@ import json
 import math
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import gpu
+import kernels
 import run
 from biasmap_fast.cli import app
 from harness import (
@@ -263,6 +267,62 @@ def test_groups_are_named_once_and_say_their_part(part, tmp_path):
     assert {each.part for each in found} == {part}
     names = [each.name + each.workload for each in found]
     assert len(set(names)) == len(names)
+
+
+def test_a_part_that_fails_leaves_a_row_and_the_others(tmp_path, monkeypatch):
+    def failing(_settings):
+        yield group(Entry("before", lambda: None))
+        raise RuntimeError("out of memory")
+
+    module = SimpleNamespace(failing=failing, good=lambda _: [group(Entry("after", lambda: None))])
+    monkeypatch.setitem(sys.modules, "two_parts", module)
+    monkeypatch.setattr(run, "PARTS", {name: ("two_parts", name) for name in ("failing", "good")})
+    bench = run.Bench(Settings(torch.device("cpu"), tmp_path, quick=True), math.inf, [])
+    bench.limits[1] = Limits(1.0, 1.0, None)
+    bench.run(["failing", "good"], lambda: None)
+    before, failed, after = bench.rows
+    assert (before.name, before.status) == ("before", "ok")
+    assert failed.status == "failed: RuntimeError: out of memory"
+    assert failed.ours
+    assert (after.name, after.status) == ("after", "ok")
+
+
+def test_a_native_op_that_fails_is_a_row_beside_torch():
+    def broken(_):
+        raise RuntimeError("no kernel image")
+
+    setting = kernels.Setting(torch.device("cuda"), rounds=2, compiled=False)
+    entries = kernels.compare(setting, [None], lambda _: 1.0, broken, None, None, kernels.Work())
+    rows = measure(group(*entries), entries, None)
+    assert [row.name for row in rows] == ["torch reference", "native", "native, in a graph"]
+    assert rows[0].status == "ok"
+    assert all(row.status.startswith("failed") and row.ours for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_a_captured_unet_call_is_the_same_with_the_recorder(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "in_a_graph", lambda run, inputs: lambda: run(inputs[0]))
+    entries = kernels.captured_unet(Settings(torch.device("cpu"), tmp_path), width=32)
+    rows = measure(group(*entries, rounds=1), entries, None)
+    assert [(row.name, row.status) for row in rows] == [("plain", "ok"), ("recorder", "ok")]
+    assert rows[1].error == 0.0
+
+
+def test_steps_on_a_gpu_have_shares_of_eight_minutes(monkeypatch):
+    assert sum(gpu.SHARES.values()) <= 470
+    monkeypatch.setattr(gpu, "BEGUN", time.monotonic() - 30.0)  # the build left 50 s
+    assert gpu.limit("tests") == pytest.approx(50 + gpu.SHARES["tests"], abs=1)
+
+
+def test_a_step_past_its_limit_ends_with_all_it_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "limit", lambda _: 1.0)
+    code = f"echo said; sleep 60 & echo $! > {tmp_path}/child; wait"
+    step = gpu.run("build", ["sh", "-c", code])
+    assert (step.status, step.output) == ("failed (over 1 s)", "said")
+    assert step.seconds < 30  # the child held the output open
+    status = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+    assert gpu.run("build", ["no-such-command"]).status.startswith("failed ([Errno 2]")
 
 
 def test_only_whole_runs_and_long_parts_are_kept():

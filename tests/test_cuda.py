@@ -129,24 +129,27 @@ def relative(found, expected):
 
 
 def compare_hard(maps, pairs, percentile, device):
+    """With the reference where the maps are."""
     found = ops.pairs_iou(maps.to(device), pairs, percentile)
     expected = reference.pairs_iou(maps, pairs, percentile)
     for mine, exact in zip(found, expected, strict=True):
-        assert torch.equal(mine.cpu().nan_to_num(-7.0), exact.nan_to_num(-7.0))
+        assert torch.equal(mine.cpu().nan_to_num(-7.0), exact.cpu().nan_to_num(-7.0))
 
 
 def compare_soft(maps, pairs, temperature, device):
+    """With the reference where the maps are; gives both gradients."""
     upstream = torch.randn(maps.shape[0], len(pairs), generator=torch.Generator().manual_seed(1))
     mine = maps.clone().to(device).requires_grad_()
     exact = maps.double().requires_grad_()
     found = ops.soft_iou(mine, pairs, 0.3, temperature)
     expected = reference.soft_iou(exact, pairs, 0.3, temperature)
     torch.testing.assert_close(
-        found.detach().cpu().double(), expected.detach(), rtol=0, atol=FORWARD
+        found.detach().cpu().double(), expected.detach().cpu(), rtol=0, atol=FORWARD
     )
     (found * upstream.to(device)).sum().backward()
-    (expected * upstream.double()).sum().backward()
-    compare_gradients(mine.grad.cpu(), exact.grad, maps, temperature)
+    (expected * upstream.double().to(maps.device)).sum().backward()
+    compare_gradients(mine.grad.cpu(), exact.grad.cpu(), maps.cpu(), temperature)
+    return mine.grad.cpu(), exact.grad.cpu()
 
 
 def compare_gradients(found, expected, maps, temperature):
@@ -237,6 +240,48 @@ def test_pairs_of_no_concepts_on_the_gpu_give_nan(device, pairs_on_gpu):
     assert (maps.grad[0, :2] != 0).any()
 
 
+def awkward_sets(n):
+    """Sets of two maps: ordinary, tied, constant, and one with a NaN."""
+    maps = torch.stack([draw(k, n, rows=2) for k in ("attention", "ties", "constant", "normal")])
+    maps[3, 1, 17] = math.nan
+    return maps
+
+
+def overlaps(maps):
+    """Hard IoU, masks, SoftIoU and its gradient of the two maps of each set."""
+    x = maps.detach().requires_grad_()
+    soft = ops.soft_iou(x, PAIRS[:1], 0.3, 0.05)
+    (gradient,) = torch.autograd.grad(soft.sum(), x)
+    masks = ops.soft_topk(maps.flatten(0, 1), 0.3, 0.05)
+    return ops.pairs_iou(maps, PAIRS[:1], 70.0).iou, masks, soft.detach(), gradient
+
+
+def compare_overlaps(found, maps):
+    hard, masks, soft, gradient = (one.cpu() for one in found)
+    exact = maps.double().requires_grad_()
+    expected = reference.soft_iou(exact, PAIRS[:1], 0.3, 0.05)
+    (wanted,) = torch.autograd.grad(expected[:3].sum(), exact)
+    torch.testing.assert_close(
+        hard, reference.pairs_iou(maps, PAIRS[:1], 70.0)[0], rtol=0, atol=0, equal_nan=True
+    )
+    for mine, right in (
+        (masks, reference.soft_topk(maps.double().flatten(0, 1), 0.3, 0.05)),
+        (soft, expected.detach()),
+    ):
+        torch.testing.assert_close(mine.double(), right, rtol=0, atol=FORWARD, equal_nan=True)
+    assert soft.isnan().flatten().tolist() == [False, False, False, True]
+    compare_gradients(gradient[:3], wanted[:3], maps[:3], 0.05)
+    assert relative(gradient[:2], wanted[:2]) <= GRADIENT
+    assert (gradient[2] == 0).all()
+    assert gradient[3].isnan().all()
+
+
+@pytest.mark.parametrize("n", [1024, 16384])
+def test_awkward_sets_beside_others(n, device):
+    maps = awkward_sets(n)
+    compare_overlaps(overlaps(maps.to(device)), maps)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_map_that_is_not_finite_never_gives_a_number(value, device):
     maps = torch.rand(2, 3, 100)
@@ -323,7 +368,8 @@ def attention_case(batch, heads, n, depth, tokens, concepts, dtype=torch.float32
 
 
 def compare_concept_map(query, keys, weights, device, forward=FORWARD, gradient=GRADIENT):
-    exact = query.double().detach().requires_grad_()
+    """A query that is on the device already keeps its strides and its offset."""
+    exact = query.detach().cpu().double().requires_grad_()
     expected = reference.concept_map(exact, keys.double(), weights.double())
     mine = query.detach().to(device)
     keys, weights = keys.to(device), weights.to(device)
@@ -373,16 +419,20 @@ def test_concept_map_of_half_queries(dtype, gradient, device):
         compare_concept_map(*attention_case(*shape, dtype=dtype), device, gradient=gradient)
 
 
-def test_concept_map_of_strided_queries(device):
-    query, keys, weights = attention_case(4, 4, 50, 16, 9, 2)
-    for strided in (
-        query[1:3],
-        query[::2],
-        query.contiguous(),
-        query.transpose(2, 3).contiguous().transpose(2, 3),  # d apart
-        torch.cat((query, query), dim=3)[..., 3:19],  # not aligned
+@pytest.mark.parametrize(("dtype", "gradient"), [(torch.float32, GRADIENT), (torch.float16, 1e-3)])
+def test_concept_map_of_strided_queries(dtype, gradient, device):
+    query, keys, weights = attention_case(4, 4, 50, 16, 9, 2, dtype)
+    query = query.to(device)  # before slicing: what is moved becomes dense
+    for strided, strides, offset in (
+        (query[1:3], (3200, 16, 64, 1), 3200),
+        (query[::2], (6400, 16, 64, 1), 0),
+        (query.contiguous(), (3200, 800, 16, 1), 0),
+        (query.transpose(2, 3).contiguous().transpose(2, 3), (3200, 800, 1, 50), 0),  # d apart
+        (torch.cat((query, query), dim=3)[..., 3:19], (6400, 1600, 32, 1), 3),  # not aligned
     ):
-        compare_concept_map(strided, keys, weights, device)
+        assert (strided.stride(), strided.storage_offset()) == (strides, offset)
+        assert (strided.data_ptr() % 16 == 0) == (offset != 3)
+        compare_concept_map(strided, keys, weights, device, gradient=gradient)
 
 
 def test_concept_map_of_a_query_that_is_not_finite(device):
@@ -512,24 +562,41 @@ def test_the_callers_stream(gpu):
 
 
 @pytest.mark.gpu
-def test_a_captured_graph(gpu):
-    inputs = step_inputs(gpu)
+@pytest.mark.parametrize("n", [1024, 128 * 128])  # the second asks for more shared memory
+def test_a_captured_graph(gpu, n):
+    inputs, awkward = step_inputs(gpu, n), awkward_sets(n)
+    maps = torch.rand(awkward.shape, device=gpu)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(*inputs)
+            overlaps(maps)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = step(*inputs)
+        found, found_overlaps = step(*inputs), overlaps(maps)
     with torch.no_grad():  # replays have to see what changes after the capture
         inputs[0].copy_(torch.rand_like(inputs[0]))
         inputs[1].mul_(0.5)
+        maps.copy_(awkward)
+    overlaps(torch.rand(1, 2, 9000, device=gpu))  # fewer bytes of shared memory, in between
     graph.replay()
     torch.cuda.synchronize()
     for mine, exact in zip(found, step(*inputs), strict=True):
         assert torch.equal(mine, exact)
+    compare_overlaps(found_overlaps, awkward)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 64, 512 * 512), (256, 64, 8 * 8), (256, 8, 33 * 31)])
+def test_the_largest_shapes(gpu, shape):
+    batch, concepts, n = shape
+    maps = draw("attention", n, rows=batch * concepts).view(shape).to(gpu)
+    first = torch.arange(concepts)
+    pairs = torch.stack((first, first.roll(1)), dim=1)
+    compare_hard(maps, pairs, 70.0, gpu)
+    assert relative(*compare_soft(maps, pairs, 0.01, gpu)) <= GRADIENT
 
 
 @pytest.mark.gpu
@@ -581,7 +648,7 @@ def test_public_functions_take_gpu_tensors(gpu):
 @pytest.mark.gpu
 def test_tensors_of_two_devices_are_refused(gpu):
     maps, pairs = torch.rand(1, 3, 64, device=gpu), PAIRS[:1]
-    outputs = {"iou": (1, 1), "union": (1, 1), "area": (1, 3), "masks": (1, 3, 1)}
+    outputs = {"iou": (1, 1), "union": (1, 1), "area": (1, 3), "masks": (1, 3, 0)}
     dtypes = {"union": torch.int32, "area": torch.int32, "masks": torch.int64}
     for name in outputs:
         made = {

@@ -15,6 +15,7 @@ most_concepts_on_gpu: int
 most_tokens: int
 
 def build_info() -> dict[str, Any]: ...
+def mask_words(maps: Tensor) -> int: ...  # [B, K, N]: last size of the scratch of pairs_iou
 def pairs_iou(
     maps: Tensor,  # [B, K, N]
     pairs: Tensor,  # [P, 2] int64
@@ -22,7 +23,7 @@ def pairs_iou(
     iou: Tensor,  # [B, P] out
     union: Tensor,  # [B, P] int32 out
     area: Tensor,  # [B, K] int32 out
-    masks: Tensor,  # [B, K, ceil(N / 64)] int64 scratch
+    masks: Tensor,  # [B, K, mask_words(maps)] int64 scratch
 ) -> None: ...
 def soft_topk(
     x: Tensor,  # [M, N]

@@ -247,9 +247,9 @@ def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 def _pairs_iou(maps: torch.Tensor, pairs: torch.Tensor, percentile: float) -> PairsIoU:
     out = _pairs_iou_outputs(maps, pairs, percentile)
-    words = (maps.shape[2] + 63) // 64
-    masks = maps.new_empty((*maps.shape[:2], words), dtype=torch.int64)
-    _C.pairs_iou(maps.contiguous(), pairs.contiguous(), percentile, *out, masks)
+    maps = maps.contiguous()
+    masks = maps.new_empty((*maps.shape[:2], _C.mask_words(maps)), dtype=torch.int64)
+    _C.pairs_iou(maps, pairs.contiguous(), percentile, *out, masks)
     return out
 
 

@@ -221,11 +221,13 @@ struct cudaLaunchConfig_t {
 };
 inline const char *cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
 inline const char *cudaGetErrorString(cudaError_t) { return "invalid argument"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int bytes) {
-    if (bytes > 90 * 1024) // with the static part below 99 KiB, the least of all GPUs since 8.0
+    // With the static part below 99 KiB, the least of all GPUs since 8.0. Never another number: a
+    // kernel of another thread may be about to start with it.
+    static int before = bytes;
+    if (bytes > 90 * 1024 || bytes != before)
         return cudaErrorInvalidValue;
     emulation::dynamic_limit = static_cast<size_t>(bytes);
     return cudaSuccess;
