@@ -168,7 +168,7 @@ def sd15(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--part", choices=("testbed", "sd15"), default="testbed")
-    parser.add_argument("--seeds", type=int, default=4, help="of the testbed's 20 professions")
+    parser.add_argument("--seeds", type=int, default=20, help="of the testbed's 20 professions")
     parser.add_argument("--steps", type=int, help="default 25, and 2 at SD 1.5's shapes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()

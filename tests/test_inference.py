@@ -35,6 +35,12 @@ def test_sign_flips_are_exact_for_few_seeds():
     assert sign_flip_test([0.0, 0.0, 0.0]) is None
 
 
+@pytest.mark.parametrize("rounding", [0.0, 3e-9, -3e-9])
+def test_what_rounding_alone_tells_apart_is_a_tie(rounding):
+    # 5 of 6 differences count: 2 ** -4, not the 2 ** -5 of six that do
+    assert sign_flip_test([0.1, 0.2, 0.1, 0.3, 0.2, rounding]) == 0.0625
+
+
 def test_a_sampled_p_value_is_never_zero_and_the_same_again():
     x = np.random.default_rng(0).normal(1.0, 0.1, 30)
     assert sign_flip_test(x) == sign_flip_test(x) == 1 / 10000
