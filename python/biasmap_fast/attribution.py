@@ -17,6 +17,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache as memoised
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -137,7 +138,7 @@ def attribution_keys(
     pipe: Any,
     layers: Sequence[CrossAttention],
     tokenized: Sequence[TokenizedPrompt],
-    device: torch.device | None = None,
+    where: Callable[[], torch.device] | None = None,
 ) -> AttributionKeys:
     """Attribution keys of every layer, k' = to_k(X') / sqrt(d): needed once, whatever the steps.
 
@@ -145,19 +146,21 @@ def attribution_keys(
         pipe: the pipeline whose text encoders and UNet are used.
         layers: the layers wanted.
         tokenized: the prompt as each of the pipeline's tokenizers sees it.
-        device: where the pipeline's modules run; default asks the pipeline.
+        where: says where the pipeline's modules run; default asks the pipeline.
 
     Raises:
         ValueError: the tokenizers split the prompt differently.
     """
-    states, weights = attribution_states(pipe, tokenized, device)
+    states, weights = attribution_states(pipe, tokenized, where)
     by_layer = {layer.name: layer.keys(states[None])[0] for layer in layers}
     return AttributionKeys(weights, states, by_layer)
 
 
 @torch.no_grad()
 def attribution_states(
-    pipe: Any, tokenized: Sequence[TokenizedPrompt], device: torch.device | None = None
+    pipe: Any,
+    tokenized: Sequence[TokenizedPrompt],
+    where: Callable[[], torch.device] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states ``[T', D]`` of one prompt and its concept weights ``[K, T']``.
 
@@ -168,7 +171,7 @@ def attribution_states(
     if any(not torch.equal(weights, other.weights) for other in tokenized[1:]):
         pieces = [list(tokens.pieces) for tokens in tokenized]
         raise ValueError(f"the pipeline's tokenizers split the prompt differently: {pieces}")
-    device = device or execution_device(pipe)
+    device = (where or asked_once(pipe))()
     states = encode(tokenized, pipe, device).to(pipe.unet.dtype)[0]
     precision = torch.promote_types(states.dtype, torch.float32)
     return states, weights.to(device, precision)
@@ -228,10 +231,10 @@ def cached_keys(
     pipe: Any,
     layers: Sequence[CrossAttention],
     tokenized: Sequence[TokenizedPrompt],
-    device: torch.device,
+    where: Callable[[], torch.device],
 ) -> AttributionKeys:
     """`attribution_keys`, from the cache where there is one."""
-    make = partial(attribution_keys, pipe, layers, tokenized, device)
+    make = partial(attribution_keys, pipe, layers, tokenized, where)
     if cache is None:
         return make()
     return cache.get(tokenized[0].prompt, tuple(layer.name for layer in layers), make)
@@ -241,17 +244,22 @@ def cached_states(
     cache: AttributionCache | None,
     pipe: Any,
     tokenized: Sequence[TokenizedPrompt],
-    device: torch.device,
+    where: Callable[[], torch.device],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attribution_states`, from the cache where there is one."""
-    make = partial(attribution_states, pipe, tokenized, device)
+    make = partial(attribution_states, pipe, tokenized, where)
     return make() if cache is None else cache.get(tokenized[0].prompt, "states", make)
 
 
-def execution_device(pipe: Any) -> torch.device:
-    """Where the pipeline's modules run: diffusers looks at all of them, so ask once for many."""
-    found: torch.device = getattr(pipe, "_execution_device", None) or pipe.unet.device
-    return found
+def asked_once(pipe: Any) -> Callable[[], torch.device]:
+    """Where the pipeline's modules run. diffusers looks at all of them: at most once, if asked."""
+
+    @memoised
+    def where() -> torch.device:
+        found: torch.device = getattr(pipe, "_execution_device", None) or pipe.unet.device
+        return found
+
+    return where
 
 
 class Recorder:
@@ -314,15 +322,15 @@ class Recorder:
         if self._handles:
             raise RuntimeError("this recorder is already recording; make another to nest them")
         self._runs, self._interrupted, self._timesteps = [], None, None
-        unet, device = self._pipe.unet, execution_device(self._pipe)
+        unet, where = self._pipe.unet, asked_once(self._pipe)
         if self._engine is not None:
             prompts = [
-                cached_states(self._cache, self._pipe, tokens, device) for tokens in self._tokenized
+                cached_states(self._cache, self._pipe, tokens, where) for tokens in self._tokenized
             ]
             self._handles.append(self._engine.register_attribution_hook(prompts, self._add_parts))
         else:
             attributed = [
-                cached_keys(self._cache, self._pipe, self._layers, tokens, device)
+                cached_keys(self._cache, self._pipe, self._layers, tokens, where)
                 for tokens in self._tokenized
             ]
             for group in self._groups:

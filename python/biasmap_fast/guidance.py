@@ -23,9 +23,9 @@ from .attribution import (
     AttributionCache,
     AttributionKeys,
     Branch,
+    asked_once,
     cached_keys,
     cached_states,
-    execution_device,
     tokens_of,
 )
 from .concepts import AttributionPrompt
@@ -260,15 +260,15 @@ class Guidance:
                 "prediction before the unconditional branch is run"
             )
         self._entries, self._timesteps = [], None
-        concept_weights, device = {}, execution_device(self._pipe)
+        concept_weights, where = {}, asked_once(self._pipe)
         for prompt, tokens in self._tokenized.items():
             if self._engine is None:
                 self._keys[prompt] = cached_keys(
-                    self._cache, self._pipe, self._layers, tokens, device
+                    self._cache, self._pipe, self._layers, tokens, where
                 )
                 concept_weights[prompt] = self._keys[prompt].weights
             else:
-                self._states[prompt] = cached_states(self._cache, self._pipe, tokens, device)
+                self._states[prompt] = cached_states(self._cache, self._pipe, tokens, where)
                 concept_weights[prompt] = self._states[prompt][1]
         # Moved once: a list that goes to the GPU in every call waits for it.
         self._weights = {
