@@ -644,9 +644,95 @@ def test_summary_counts_pictures_once_in_shares():
     assert (share["n"], share["unread"]) == (9, 1)
     assert share["words"]["woman"]["value"] == pytest.approx(6 / 9)
     assert share["semantic_right"]["value"] == pytest.approx(0.9)
-    assert summary["testbed"]["shares_compared"] == 1  # the two words of a pair miss together
-    assert summary["testbed"]["shares_covered"] == 1
+    (held,) = summary["testbed"]["shares"]
+    assert (held["compared"], held["covered"]) == (1, 1)  # the two words of a pair miss together
     assert summary["run"] | {"images_drawn": 10, "complete": False} == summary["run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "known"),
+    [(("woman",), ["woman"]), (("person", "woman"), ["woman"]), (("young", "old"), [])],
+)
+def test_pictures_read_as_a_word_that_the_axis_lacks_are_in_the_denominator(words, known):
+    plan = AuditPlan(
+        professions=["doctor"], seeds=range(8), axes={"axis": words}, conditions=["plain", "other"],
+        interventions={"other": "prompt:{profession}"},
+    )  # fmt: skip
+    labels = {"plain": ["woman"] * 3 + ["man"] * 5, "other": ["woman"] * 7 + ["man"]}
+    rows = [
+        record(
+            plan, seed=seed, word=word, axis="axis", condition=condition,
+            attribute_label=label, attribute_score=0.9, semantic_label="doctor",
+        )
+        for condition, own in labels.items()
+        for seed, label in enumerate(own)
+        for word in words
+    ]  # fmt: skip
+    summary = summarise(plan, to_table(rows))
+    shares = {row["condition"]: row for row in summary["shares"]}
+    changes = summary["share_differences"]
+    assert [row["demographic"] for row in changes] == known
+    if not known:
+        assert not shares
+        return
+    assert list(shares["plain"]["words"]) == known
+    assert (shares["plain"]["n"], shares["plain"]["words"]["woman"]["value"]) == (8, 3 / 8)
+    assert shares["other"]["words"]["woman"]["value"] == 7 / 8
+    assert shares["plain"]["risk_difference"] is None
+    assert changes[0]["professions"][0]["risk_difference"]["value"] == pytest.approx(4 / 8)
+
+
+def test_the_shares_sentence_is_of_one_axis_and_the_first_condition():
+    from biasmap_fast.audit import sentences
+
+    plan = AuditPlan(
+        professions=["doctor"], seeds=range(8), conditions=["plain", "other"],
+        axes={"gender": ("man", "woman"), "again": ("woman", "man")},
+        interventions={"other": "prompt:{profession}"},
+    )  # fmt: skip
+    rows = [
+        record(
+            plan, seed=seed, word=word, axis=axis, condition=condition, semantic_label="doctor",
+            attribute_label="woman" if condition == "other" or seed % 2 else "man",
+            attribute_score=0.9,
+        )
+        for condition in plan.conditions
+        for seed in range(8)
+        for axis, words in plan.axes.items()
+        for word in words
+    ]  # fmt: skip
+    planted = [{"semantic": "doctor", "shares": {"man": 0.5, "woman": 0.5}, "overlap": {}}]
+    text = sentences.shares("gender", summarise(plan, to_table(rows), planted))
+    assert "in 8 of 8 pictures" in text
+    assert "intervals of 1 of 1 demographic" in text
+
+
+def test_a_sentence_about_a_change_has_the_means_of_the_same_pictures():
+    from biasmap_fast.audit import sentences
+
+    plan = AuditPlan(
+        professions=["doctor", "judge"], seeds=range(4), conditions=["plain", "other"],
+        interventions={"other": "prompt:{profession}"},
+    )  # fmt: skip
+    rows = [
+        record(
+            plan,
+            profession,
+            seed,
+            word,
+            condition=condition,
+            iou=0.2 if profession == "doctor" else 0.4,
+        )
+        for condition in plan.conditions
+        for profession in plan.professions
+        for seed in range(4)
+        for word in ("man", "woman")
+        if not (condition == "other" and profession == "doctor")  # failed there
+    ]
+    row = summarise(plan, to_table(rows))["differences"][0]
+    assert (row["baseline_iou"], row["condition_iou"]) == (0.4, 0.4)
+    assert "0.400 plain and 0.400 other: 0.000" in sentences.difference(row)
+    assert "no interval can be given" in sentences.difference(row)
 
 
 def test_planted_overlap_is_ranked_and_said_as_it_is():

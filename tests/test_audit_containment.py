@@ -65,8 +65,11 @@ def test_summary_and_words(run):
     assert all("containment in “" in text for text in beside)
     assert "the top 5 % of its word's map" in first
     assert "10 % would be inside by chance" in first
-    assert limit.startswith("Read it as an order of professions, not as a size")
+    assert limit.startswith("It is no size of the overlap")
     assert len(ranks) == 2
+    guided = [{**row, "condition": "guided"} for row in found["rank"]]
+    both = {**run.summary, "containment": {**found, "rank": found["rank"] + guided}}
+    assert contained("gender", run.plan, both) == [first, *middle, limit]
     assert ranks[0].startswith("Containment in “man”")
     text = run.report.read_text()
     assert first.replace("'", "&#39;") in text

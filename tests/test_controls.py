@@ -189,10 +189,13 @@ def figure(value, low, high):
     return {"value": value, "low": low, "high": high, "n": 20}
 
 
+@pytest.mark.parametrize("alone", [False, True])  # one profession has no mean over professions
 @pytest.mark.parametrize(
     ("low", "said"), [(-0.01, "does not beat its controls"), (0.01, "exceeds “person” (by")]
 )
-def test_report_says_whether_a_finding_beats_its_controls(low, said):
+def test_report_says_whether_a_finding_beats_its_controls(low, said, alone):
+    here = {"person": {"difference": figure(0.02, low, 0.05)}}
+    nowhere = {"person": {"difference": figure(0.02, None, None)}}
     row = {
         "condition": "plain",
         "axis": "gender",
@@ -200,19 +203,21 @@ def test_report_says_whether_a_finding_beats_its_controls(low, said):
         "percentile": 70.0,
         "above": 3,
         "exceeds": {"person": 2},
-        "overall": {"person": {"difference": figure(0.02, low, 0.05)}},
+        "overall": nowhere if alone else here,
+        "professions": [{"semantic": "doctor", **here}] * (1 if alone else 3),
     }
     plan = AuditPlan()
     run_part = {"conditions": ["plain"], "percentiles": [70.0]}
     (text,) = sentences.controls("gender", plan, {"controls": [row], "run": run_part})
     assert said in text
+    assert ("on average over professions" in text.lower()) != alone
     assert "Of the 3 professions above chance, 2 exceed “person”." in text
 
 
 def test_tables_hold_the_summarys_figures(finished):
     result, _ = finished
     table = pq.read_table(result.folder / "figures.parquet")
-    assert table.schema.metadata[b"biasmap_fast.schema_version"] == b"3"
+    assert table.schema.metadata[b"biasmap_fast.schema_version"] == b"4"
     with (result.folder / "figures.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == table.num_rows
     rows = table.to_pylist()

@@ -150,8 +150,9 @@ def test_rank_correlation_says_when_it_cannot_tell():
     assert rank_correlation([0.1, 0.2, 0.3], [1, 1, 1]).value is None
     short = rank_correlation([0.1, 0.2, 0.3], [1, 2, 3])
     assert (short.value, short.low) == (pytest.approx(1.0), None)
-    perfect = rank_correlation(np.arange(8) / 10, np.arange(8))
-    assert perfect.low < perfect.high <= 1
+    for sign in (1, -1):  # Fisher's z is infinite: an interval would be a point
+        perfect = rank_correlation(np.arange(8) / 10, sign * np.arange(8))
+        assert (perfect.value, perfect.low, perfect.high) == (pytest.approx(sign), None, None)
     with pytest.raises(ValueError, match=r"must both be \[K\], got \[2\] and \[3\]"):
         rank_correlation([0.1, 0.2], [1, 2, 3])
 

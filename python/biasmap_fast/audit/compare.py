@@ -77,8 +77,8 @@ def differences(
                 "axis": axis,
                 "demographic": demographic,
                 "percentile": percentile,
-                "baseline_iou": _mean_of_means(iou[before]),
-                "condition_iou": _mean_of_means(iou[part]),
+                "baseline_iou": _mean_of_means(_among(iou[before], iou[part])),
+                "condition_iou": _mean_of_means(_among(iou[part], iou[before])),
                 **measures,
                 "professions": [
                     {"semantic": semantic, **figures} for semantic, figures in by_profession.items()
@@ -97,7 +97,25 @@ def _test_professions(changes: Values, rows: Mapping[str, dict[str, Any]]) -> No
         rows[semantic] |= {"p": p, "p_holm": p_holm, "p_bh": p_bh, "effect": effect}
 
 
-def share_differences(plan: AuditPlan, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def words_read(plan: AuditPlan, rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """The words of each axis whose shares a classifier's labels tell.
+
+    All of them, unless it reads a word that the axis lacks: then it need not know all words of the
+    axis either, and those count that it has read. Of an axis that it knows nothing of none is left.
+    """
+    labels: dict[str, set[str]] = {axis: set() for axis in plan.axes}
+    for row in rows:
+        if row["attribute_label"] is not None:
+            labels[row["axis"]].add(row["attribute_label"])
+    return {
+        axis: words
+        if labels[axis] <= set(words)
+        else tuple(word for word in words if word in labels[axis])
+        for axis, words in plan.axes.items()
+    }
+
+
+def share_differences(plan: AuditPlan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Risk Difference between every other condition and the first, on the same seeds.
 
     Args:
@@ -118,7 +136,7 @@ def share_differences(plan: AuditPlan, rows: Iterable[Mapping[str, Any]]) -> lis
     found = []
     baseline = plan.conditions[0]
     for condition in plan.conditions[1:]:
-        for axis, words in plan.axes.items():
+        for axis, words in words_read(plan, rows).items():
             for word in words[1:] if len(words) == 2 else words:
                 pairs = {
                     semantic: _label_pairs(
@@ -254,6 +272,14 @@ def ledger_curves(ledger: pa.Table) -> list[dict[str, Any]]:
 
 def _paired(before: Mapping[int, float], after: Mapping[int, float]) -> dict[int, float]:
     return {seed: value - before[seed] for seed, value in after.items() if seed in before}
+
+
+def _among(values: Values, others: Values) -> Values:
+    """The values of those images that others have too."""
+    return {
+        semantic: {seed: x for seed, x in own.items() if seed in others.get(semantic, {})}
+        for semantic, own in values.items()
+    }
 
 
 def _mean_of_means(values: Values) -> float | None:

@@ -522,11 +522,9 @@ def _reading_fields(reading: Reading | None, pair: Pair, plan: AuditPlan) -> dic
     if reading is None:
         return {}
     word, score = reading.by_axis.get(pair.axis, (reading.demographic, reading.score))
-    # A label belongs to the axis that has it among its words.
-    own = word if word in plan.axes[pair.axis] else None
     return {
         "semantic_label": reading.profession,
-        "attribute_label": own,
+        "attribute_label": word,
         "attribute_score": score,
     }
 

@@ -20,7 +20,7 @@ from .files import write_file
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 OK = "ok"
 
 # What makes a row unique, in the order in which records are sorted.
@@ -86,7 +86,11 @@ SCHEMA = pa.schema(
         _field("guidance_applied", pa.int32(), "steps with the energy's gradient"),
         _field("guidance_skipped", pa.int32(), "steps without it"),
         _field("semantic_label", pa.string(), "profession that the classifier reads"),
-        _field("attribute_label", pa.string(), "demographic that the classifier reads"),
+        _field(
+            "attribute_label",
+            pa.string(),
+            "demographic that the classifier reads, of the axis or not",
+        ),
         _field("attribute_score", pa.float64(), "the classifier's score of the picture, 0 to 1"),
         _field(
             "clip_score",

@@ -285,7 +285,7 @@ def _axis(
         steps=_steps(name, summary),
         ranks=[sentences.rank(row) for row in main],
         rank_rows=_rank_rows(ranks),
-        shares_text=sentences.shares(summary) if shares and planted else "",
+        shares_text=sentences.shares(name, summary) if shares and planted else "",
     )
 
 
@@ -329,13 +329,19 @@ def _contained(
         "contained_rows": [
             {
                 "profession": profession,
-                "planted": planted.get(profession, {}).get("overlap", {}).get(words[0]),
+                "planted": _planted_overlap(planted.get(profession, {}), words),
                 "words": [{"word": word, "cell": cells.get((profession, word))} for word in words],
             }
             for profession in order
         ],
         "contained_scatter": _scatter(name, words, cells, planted, against, label="containment"),
     }
+
+
+def _planted_overlap(planted: Mapping[str, Any], words: Sequence[str]) -> float | None:
+    """A profession's planted overlap, which is the same for every word that it is known of."""
+    overlap = planted.get("overlap", {})
+    return next((overlap[word] for word in words if word in overlap), None)
 
 
 def _contained_cells(
@@ -716,11 +722,12 @@ def _share_chart(
     shares: Mapping[str, Mapping[str, Any]],
     planted: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """Shares of one word for two, of all words for more: the two of a pair sum to one."""
+    """Shares of one word for two, of all words else: the two of a pair sum to one."""
     if not shares:
         return ""
-    skipped = 1 if len(words) == 2 else 0
-    shown = words[skipped:]
+    read = next(iter(shares.values()))["words"]
+    shown = [word for word in words if word in read]
+    shown = shown[1:] if len(shown) == 2 else shown
     targets = {
         word: [planted.get(p, {}).get("shares", {}).get(word) for p in order] for word in shown
     }
@@ -732,7 +739,7 @@ def _share_chart(
         },
         label=f"share of pictures read as {' / '.join(shown)} ({name})",
         targets=targets if planted else None,
-        first_colour=skipped,
+        first_colour=words.index(shown[0]),
     )
 
 

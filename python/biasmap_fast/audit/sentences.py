@@ -123,10 +123,15 @@ def finding(axis: str, summary: Mapping[str, Any]) -> str:
         ]
     )
     below = _listed([f"{row['below']} with “{row['demographic']}”" for row in measured])
-    return (
+    without = {row["demographic"]: row["professions"] - row["with_interval"] for row in rows}
+    text = (
         f"The 95 % interval of mean IoU lies above the chance level {measured[0]['chance']:.3f} "
         f"for {above}; below it for {below}."
     )
+    if any(without.values()):
+        told = [f"{n} with “{word}”" for word, n in without.items() if n]
+        text += f" No interval can be given for {_listed(told)}."
+    return text
 
 
 def contained(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
@@ -146,12 +151,7 @@ def contained(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[st
         return []
     parts = [
         f"{interval(row['containment'])} with “{row['demographic']}”"
-        + (
-            f" (above chance for {counts[row['demographic']]['above']} of "
-            f"{_count(counts[row['demographic']]['with_interval'], 'profession')})"
-            if row["demographic"] in counts
-            else ""
-        )
+        + _above_chance(counts.get(row["demographic"]))
         for row in told
     ]
     own, other = (f"{100 * fraction:g} %" for fraction in plan.containment.fractions)
@@ -161,13 +161,27 @@ def contained(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[st
         f"{_listed(parts)}; {other} would be inside by chance."
     ]
     texts += _controls(axis, plan, summary, found["controls"], "containment in")
-    texts += [rank(row) for row in found["rank"] if row["against"] == "overlap"]
+    texts += [
+        rank(row)
+        for row in found["rank"]
+        if (row["axis"], row["condition"], row["against"]) == (axis, condition, "overlap")
+    ]
     texts.append(
-        "Read it as an order of professions, not as a size: where the overlap was planted, a "
-        "quarter of it read 0.05 to 0.13 and all of it 0.4 to 0.6 (docs/validity.md), so a value "
-        "at or below chance does not show that the two are apart."
+        "It is no size of the overlap: where that was planted, a value at or below chance did not "
+        "show that the two are apart (docs/validity.md)."
     )
     return texts
+
+
+def _above_chance(row: Mapping[str, Any] | None) -> str:
+    """How many professions lie above chance, of those that have an interval."""
+    if row is None:
+        return ""
+    known = row["with_interval"]
+    some = "" if known == row["professions"] else " that " + ("has" if known == 1 else "have")
+    return f" (above chance for {row['above']} of {_count(known, 'profession')}" + (
+        f"{some} an interval)" if some else ")"
+    )
 
 
 def difference(row: Mapping[str, Any]) -> str:
@@ -189,7 +203,7 @@ def difference(row: Mapping[str, Any]) -> str:
         f"{interval(figure, 3)} on the same seeds, mean over {_count(figure['n'], 'profession')}"
     )
     if figure["low"] is None:
-        return f"{text}; too little for an interval."
+        return f"{text}; no interval can be given (too few pictures, or no variation)."
     holds_zero = figure["low"] <= 0.0 <= figure["high"]
     return f"{text}; the interval holds 0." if holds_zero else f"{text}."
 
@@ -237,7 +251,9 @@ def _controls(
     for row in rows:
         if (row["axis"], row["condition"]) != (axis, summary["run"]["conditions"][0]):
             continue
-        told = {kind: row["overall"][kind]["difference"] for kind in row["exceeds"]}
+        alone = len(row["professions"]) == 1  # whose own intervals are all there is
+        figures = row["professions"][0] if alone else row["overall"]
+        told = {kind: figures[kind]["difference"] for kind in row["exceeds"] if figures.get(kind)}
         known = {kind: figure for kind, figure in told.items() if figure["low"] is not None}
         if not known:
             continue
@@ -246,14 +262,16 @@ def _controls(
         text = ""
         if lost:
             text = (
-                f"The {what} “{row['demographic']}” does not beat its controls: on average "
-                "over professions it is not shown to exceed "
+                f"The {what} “{row['demographic']}” does not beat its controls: "
+                + ("" if alone else "on average over professions ")
+                + "it is not shown to exceed "
                 + _listed([f"{names[k]} (difference {interval(known[k], 3)})" for k in lost])
                 + "."
             )
         else:
             text = (
-                f"On average over professions the {what} “{row['demographic']}” exceeds "
+                ("The" if alone else "On average over professions the")
+                + f" {what} “{row['demographic']}” exceeds "
                 + _listed([f"{names[k]} (by {interval(f, 3)})" for k, f in known.items()])
                 + "."
             )
@@ -273,9 +291,9 @@ def _controls(
 def guided_maps() -> str:
     """What a lower IoU under guidance does and does not say."""
     return (
-        "Guidance lowers an overlap of maps, and these maps are made while it does so. That their "
-        "IoU falls shows that it reached its own aim; it does not show that the pictures bind the "
-        "two concepts any less."
+        "Guidance acts on an overlap of maps, and these maps are made while it does so. How their "
+        "IoU changes shows whether it reached its own aim; it does not show that the pictures bind "
+        "the two concepts any less."
     )
 
 
@@ -293,9 +311,9 @@ def multiplicity(axis: str, summary: Mapping[str, Any]) -> str:
         ]
     )
     return (
-        f"{_count(count, 'interval')} at 95 %: without any effect about {0.05 * count:.2g} of them "
-        f"would miss the chance level by accident. With the error level shared out over all of "
-        f"them (Bonferroni) there remain {kept}."
+        f"Up to {_count(count, 'interval')} at 95 %: without any effect about "
+        f"{round(0.05 * count, 1):g} of them would miss the chance level by accident. With the "
+        f"error level shared out over all of them (Bonferroni) there remain {kept}."
     )
 
 
@@ -328,11 +346,16 @@ def rank(row: Mapping[str, Any]) -> str:
     )
 
 
-def shares(summary: Mapping[str, Any]) -> str:
-    """How many share intervals hold the planted share."""
-    testbed = summary["testbed"]
-    compared, covered = testbed["shares_compared"], testbed["shares_covered"]
-    asked = [row["semantic_right"] for row in summary["shares"]]
+def shares(axis: str, summary: Mapping[str, Any]) -> str:
+    """How many share intervals of an axis hold the planted share under the first condition."""
+    part = (axis, summary["run"]["conditions"][0])
+    held = [row for row in summary["testbed"]["shares"] if (row["axis"], row["condition"]) == part]
+    compared, covered = (sum(row[name] for row in held) for name in ("compared", "covered"))
+    asked = [
+        row["semantic_right"]
+        for row in summary["shares"]
+        if (row["axis"], row["condition"]) == part
+    ]
     pictures = sum(figure["n"] for figure in asked)
     right = sum(round(figure["value"] * figure["n"]) for figure in asked)
     return (

@@ -301,8 +301,8 @@ def rank_correlation(
         confidence: nominal coverage.
 
     Returns:
-        A figure without interval below five professions, and without value where either side does
-        not vary.
+        A figure without interval below five professions and for a coefficient of 1 or -1, of which
+        Fisher's z is infinite, and without value where either side does not vary.
 
     Raises:
         ValueError: the two differ in length.
@@ -318,7 +318,9 @@ def rank_correlation(
     rho = float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
     if n < 5:
         return Figure(rho, None, None, n, confidence, "no interval below five professions")
-    z = math.atanh(min(max(rho, -1 + 1e-9), 1 - 1e-9))
+    if abs(rho) > 1 - 1e-9:
+        return Figure(rho, None, None, n, confidence, "no interval: the orders are the same")
+    z = math.atanh(rho)
     reach = float(stats.norm.ppf(0.5 + confidence / 2)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
     method = "Spearman, Fisher z with Bonett-Wright standard error, over professions"
     return Figure(rho, math.tanh(z - reach), math.tanh(z + reach), n, confidence, method)

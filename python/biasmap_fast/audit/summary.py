@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .plan import AuditPlan
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _COLUMNS = [
     "condition",
@@ -421,7 +421,7 @@ def _significant(rows: Iterable[Mapping[str, Any]], name: str, side: str) -> int
     )
 
 
-def _shares(rows: Iterable[Mapping[str, Any]], plan: AuditPlan) -> list[dict[str, Any]]:
+def _shares(rows: Sequence[Mapping[str, Any]], plan: AuditPlan) -> list[dict[str, Any]]:
     """Demographics that the classifier reads, per profession: each picture counts once."""
     labels: dict[tuple[str, str, str], dict[int, tuple[str | None, str | None]]] = {}
     for row in rows:
@@ -430,11 +430,12 @@ def _shares(rows: Iterable[Mapping[str, Any]], plan: AuditPlan) -> list[dict[str
         part = (row["condition"], row["semantic"], row["axis"])
         found = labels.setdefault(part, {})
         found[row["seed"]] = (row["attribute_label"], row["semantic_label"])
+    words = compare.words_read(plan, rows)
     shares = []
     for (condition, semantic, axis), pictures in labels.items():
         counts = Counter(label for label, _ in pictures.values() if label is not None)
         n = sum(counts.values())
-        if n == 0:
+        if n == 0 or not words[axis]:
             continue
         right = sum(noun == semantic for _, noun in pictures.values())
         shares.append(
@@ -444,10 +445,8 @@ def _shares(rows: Iterable[Mapping[str, Any]], plan: AuditPlan) -> list[dict[str
                 "axis": axis,
                 "n": n,
                 "unread": len(pictures) - n,
-                "words": {
-                    word: share_interval(counts[word], n).to_dict() for word in plan.axes[axis]
-                },
-                "risk_difference": _risk_difference(plan.axes[axis], counts, n),
+                "words": {word: share_interval(counts[word], n).to_dict() for word in words[axis]},
+                "risk_difference": _risk_difference(words[axis], counts, n),
                 "semantic_right": share_interval(right, len(pictures)).to_dict(),
             }
         )
@@ -457,8 +456,8 @@ def _shares(rows: Iterable[Mapping[str, Any]], plan: AuditPlan) -> list[dict[str
 def _risk_difference(
     words: Sequence[str], counts: Mapping[str, int], n: int
 ) -> dict[str, Any] | None:
-    """Second word's share minus the first's; None but for axes of two words."""
-    if len(words) != 2:
+    """Second word's share minus the first's; None unless every picture was read as one of two."""
+    if len(words) != 2 or counts[words[0]] + counts[words[1]] != n:
         return None
     return risk_difference(share_interval(counts[words[1]], n)).to_dict()
 
@@ -479,18 +478,21 @@ def _testbed(
         for part, members in _by_word(groups).items()
         for against in ("overlap", "shares")
     ]
-    covered = []
+    held: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for row in shares:
         words = list(row["words"].items())
         for word, figure in words[1:] if len(words) == 2 else words:  # the two of a pair sum to 1
             truth = known.get(row["semantic"], {}).get("shares", {}).get(word)
             if truth is not None and figure["low"] is not None:
-                covered.append(figure["low"] <= truth <= figure["high"])
+                part = row["condition"], row["axis"]
+                held[part].append(figure["low"] <= truth <= figure["high"])
     return {
         "planted": [dict(row) for row in planted],
         "rank": [rank for rank in ranks if rank["spearman"]["n"]],
-        "shares_compared": len(covered),
-        "shares_covered": sum(covered),
+        "shares": [
+            {"condition": condition, "axis": axis, "compared": len(each), "covered": sum(each)}
+            for (condition, axis), each in held.items()
+        ],
     }
 
 
