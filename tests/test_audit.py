@@ -29,6 +29,7 @@ from biasmap_fast.audit import (
     render,
     run,
     run_audit,
+    sentences,
     work,
 )
 from biasmap_fast.audit.plan import Unit, explain
@@ -564,6 +565,33 @@ def test_what_cannot_be_measured_is_a_row_without_numbers(
     assert status in result.report.read_text()
 
 
+def test_a_picture_measured_with_one_word_only_is_told(finished, tmp_path, monkeypatch):
+    _, pipe = finished
+
+    def one_word(maps):
+        if "man" in maps.concepts:
+            maps.values[1, maps.concepts.index("man")] = 0.5
+
+    broken(monkeypatch, change_maps=one_word)
+    plan = tiny_plan(professions=["doctor"], axes="gender", save_pictures="all")
+    result = run_audit(plan, tmp_path / "run", pipe=pipe, progress=False)
+    found = result.summary["run"]
+    assert (found["images_measured"], found["images_measured_in_part"]) == (3, 1)
+    told = sentences.headline(plan, result.summary)
+    assert "3 of 3 pictures measured (1 of them not with every word): " in told
+    plan = tiny_plan(professions=["doctor", "judge"])
+    row = {"axis": "gender", "condition": "plain", "demographic": "man"}
+    mean = {"value": 0.2, "low": 0.1, "high": 0.3}
+    for n, said in (
+        (2, "with “man”;"),
+        (1, "with “man” (of 1 profession that could be measured);"),
+    ):
+        part = {"overall": [row | {"containment": mean | {"n": n}}]}
+        part |= {"comparisons": [], "controls": [], "rank": []}
+        text = sentences.contained("gender", plan, result.summary | {"containment": part})[0]
+        assert f"0.20 [0.10, 0.30] {said}" in text
+
+
 # --- summary ---------------------------------------------------------------------------------
 
 
@@ -683,8 +711,6 @@ def test_pictures_read_as_a_word_that_the_axis_lacks_are_in_the_denominator(word
 
 
 def test_the_shares_sentence_is_of_one_axis_and_the_first_condition():
-    from biasmap_fast.audit import sentences
-
     plan = AuditPlan(
         professions=["doctor"], seeds=range(8), conditions=["plain", "other"],
         axes={"gender": ("man", "woman"), "again": ("woman", "man")},
@@ -708,8 +734,6 @@ def test_the_shares_sentence_is_of_one_axis_and_the_first_condition():
 
 
 def test_a_sentence_about_a_change_has_the_means_of_the_same_pictures():
-    from biasmap_fast.audit import sentences
-
     plan = AuditPlan(
         professions=["doctor", "judge"], seeds=range(4), conditions=["plain", "other"],
         interventions={"other": "prompt:{profession}"},
@@ -736,8 +760,6 @@ def test_a_sentence_about_a_change_has_the_means_of_the_same_pictures():
 
 
 def test_planted_overlap_is_ranked_and_said_as_it_is():
-    from biasmap_fast.audit import sentences
-
     plan = AuditPlan(seeds=range(4))
     planted = run.planted(plan)
     level = {row["semantic"]: row["overlap"] for row in planted}

@@ -124,7 +124,7 @@ def test_report_is_rendered_again(invoke, tmp_path):
     result = invoke("report", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "run" / "report.html").is_file()
-    assert json.loads(invoke("report", tmp_path / "run", "--json").stdout)["schema_version"] == 4
+    assert json.loads(invoke("report", tmp_path / "run", "--json").stdout)["schema_version"] == 5
     failed = invoke("report", tmp_path)
     assert failed.exit_code == 1
     assert "is no run folder: it has no plan.yaml" in failed.stderr

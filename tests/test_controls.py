@@ -217,7 +217,7 @@ def test_report_says_whether_a_finding_beats_its_controls(low, said, alone):
 def test_tables_hold_the_summarys_figures(finished):
     result, _ = finished
     table = pq.read_table(result.folder / "figures.parquet")
-    assert table.schema.metadata[b"biasmap_fast.schema_version"] == b"4"
+    assert table.schema.metadata[b"biasmap_fast.schema_version"] == b"5"
     with (result.folder / "figures.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == table.num_rows
     rows = table.to_pylist()

@@ -29,7 +29,8 @@ def test_mean_interval_is_students_t():
     [
         ([], None, "nothing was measured"),
         ([0.4], 0.4, "no interval from one image"),
-        ([0.3, 0.3, 0.3], 0.3, "no interval: the values do not vary"),
+        ([0.3, 0.3, 0.3], 0.3, "no interval: the values are alike"),
+        ([0.0, 0.0, 0.0006], 0.0002, "no interval: the values are alike"),
     ],
 )
 def test_no_interval_where_the_data_carry_none(values, value, method):

@@ -467,6 +467,8 @@ def _strips(
     if not kept:
         return [], {}
     ranks = {0: f"highest {measure}", len(kept) // 2: "median", len(kept) - 1: f"lowest {measure}"}
+    if len(kept) == 1:
+        ranks = {}
     loaded = []
     for index, (profession, picture, maps) in enumerate(kept):
         tensors = load_file(maps)

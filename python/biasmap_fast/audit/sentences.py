@@ -53,9 +53,11 @@ def headline(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
         seeds = (f"{min(drawn)} to " if min(drawn) < max(drawn) else "") + _count(
             max(drawn), "seed"
         )
+    partly = run["images_measured_in_part"]
     text = (
-        f"{run['images_measured']} of {run['images_planned']} pictures measured: "
-        f"{_count(len(plan.professions), 'profession')}, {seeds} each, "
+        f"{run['images_measured']} of {run['images_planned']} pictures measured"
+        + (f" ({partly} of them not with every word): " if partly else ": ")
+        + f"{_count(len(plan.professions), 'profession')}, {seeds} each, "
         f"{plan.steps} steps, {guidance}."
     )
     if summary["precision"] is not None:
@@ -151,6 +153,7 @@ def contained(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[st
         return []
     parts = [
         f"{interval(row['containment'])} with “{row['demographic']}”"
+        + _of_some(row["containment"]["n"], len(plan.professions))
         + _above_chance(counts.get(row["demographic"]))
         for row in told
     ]
@@ -171,6 +174,11 @@ def contained(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[st
         "show that the two are apart (docs/validity.md)."
     )
     return texts
+
+
+def _of_some(n: int, professions: int) -> str:
+    """Of how many professions a mean is, where it is not of all."""
+    return "" if n == professions else f" (of {_count(n, 'profession')} that could be measured)"
 
 
 def _above_chance(row: Mapping[str, Any] | None) -> str:

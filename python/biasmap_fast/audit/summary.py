@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .plan import AuditPlan
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _COLUMNS = [
     "condition",
@@ -245,12 +245,14 @@ def _in_plan_order(groups: Mapping[_Key, _Group], plan: AuditPlan) -> dict[_Key,
 def _run(plan: AuditPlan, asked: rounds.Asked, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     images = {(row["condition"], row["semantic"], row["seed"]) for row in rows}
     good = {(row["condition"], row["semantic"], row["seed"]) for row in rows if row["status"] == OK}
+    bad = {(row["condition"], row["semantic"], row["seed"]) for row in rows if row["status"] != OK}
     return {
         "conditions": list(plan.conditions),
         "percentiles": list(plan.percentiles),
         "images_planned": asked.pictures,
         "images_drawn": len(images),
         "images_measured": len(good),
+        "images_measured_in_part": len(good & bad),
         "complete": asked.ended and len(images) == asked.pictures,
         "records": len(rows),
         "status": dict(sorted(Counter(row["status"] for row in rows).items())),
