@@ -307,7 +307,8 @@ def summarise(found: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any
                 "value": float(np.nanmean(after)),
                 "change": change.to_dict(),
                 "relative": None if change.value is None else change.value / base,
-                "relative_low": None if change.low is None else change.low / base,
+                # no measure can fall by more than all of it
+                "relative_low": None if change.low is None else max(-1.0, change.low / base),
                 "relative_high": None if change.high is None else change.high / base,
             }
         for measure, of in CORRECTED.items():

@@ -36,6 +36,7 @@ GUIDANCE = ROOT / "docs/guidance.md"
 STATISTICS = ROOT / "docs/statistics.md"
 PRECISION = RESULTS / "studies/precision.json"
 AUDIT_STUDY = RESULTS / "studies/audit.json"
+SECOND_AUDIT_STUDY = RESULTS / "studies/audit-seed-1.json"
 SECOND_SEED = RESULTS / "studies/testbed-seed-1.json"
 CALIBRATION = RESULTS / "studies/calibration.json"
 STUDY = RESULTS / "studies/guidance.json"
@@ -51,7 +52,10 @@ TRAINING = ROOT / "python/biasmap_fast/testbed/weights/training.json"
 
 def testbed() -> str:
     """Evaluation of the packaged weights, and of a second training seed of the same recipe."""
-    found = [read(path)["evaluation"] for path in (TRAINING, SECOND_SEED)]
+    found = [
+        read(path)["evaluation"] | {"again": read(study)["coverage"]["drawn"]}
+        for path, study in ((TRAINING, AUDIT_STUDY), (SECOND_SEED, SECOND_AUDIT_STUDY))
+    ]
     rows = {
         "profession right, guidance 3, 25 steps": "{drawn[profession_accuracy]:.1%}",
         **{
@@ -67,6 +71,10 @@ def testbed() -> str:
             "{shares[mean_absolute_error]:.3f} ({shares[expected_absolute_error]:.3f})"
         ),
         "chi-square p of the shares": "{shares[chi_square_p]:.3f}",
+        "the same of other seeds, 200 pictures a profession": "{again[chi_square_p]:.2g}",
+        "there, error of the shares beyond sampling (root mean square)": (
+            "{again[deviation of the model]:.3f}"
+        ),
         "slope of drawn on planted shares, guidance 3": "{drawn[share_slope]:.2f}",
     }
     lines = ["| | seed 0, packaged | seed 1 |", "|---|---:|---:|"]
