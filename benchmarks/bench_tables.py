@@ -311,6 +311,12 @@ INLINE: dict[str, Callable[[], str]] = {
     "sd15 gain": lambda: "{:.2f}".format(
         stored("engines-sd15.json", "torch") / stored("engines-sd15.json", "onnx 23, reduced maps")
     ),
+    "sd15 maps": lambda: "{:.1f}".format(
+        100
+        * stored("engines-sd15.json", "onnx 23, reduced maps")
+        / stored("engines-sd15.json", "onnx 23, no maps")
+        - 100
+    ),
     "testbed torch": lambda: measured(*BATCH_8, "torch"),
     "testbed onnx": lambda: measured(*BATCH_8, "onnx, no maps"),
     "testbed maps": lambda: measured(*BATCH_8, "onnx, reduced maps"),

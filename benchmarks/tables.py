@@ -396,6 +396,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "scaling": scaling,
         "engines": lambda: part_tables(run(), "engines"),
         "engines testbed": lambda: alone("engines-testbed"),
+        "engines sd15": lambda: alone("engines-sd15"),
         "other devices": other_devices,
     },
     ENGINES: {},
