@@ -780,6 +780,8 @@ def test_planted_overlap_is_ranked_and_said_as_it_is():
     assert "ranks these professions backwards" in sentences.rank(woman)
     flat = man | {"spearman": man["spearman"] | {"value": 0.1, "low": -0.3, "high": 0.5}}
     assert "did not visibly follow" in sentences.rank(flat)
+    same = man | {"spearman": man["spearman"] | {"value": 1.0, "low": None, "high": None}}
+    assert "it stays open whether it follows the planted overlap" in sentences.rank(same)
 
 
 # --- report ----------------------------------------------------------------------------------

@@ -154,6 +154,7 @@ def test_rank_correlation_says_when_it_cannot_tell():
     for sign in (1, -1):  # Fisher's z is infinite: an interval would be a point
         perfect = rank_correlation(np.arange(8) / 10, sign * np.arange(8))
         assert (perfect.value, perfect.low, perfect.high) == (pytest.approx(sign), None, None)
+        assert perfect.method == "no interval: the coefficient is 1 or -1"
     with pytest.raises(ValueError, match=r"must both be \[K\], got \[2\] and \[3\]"):
         rank_correlation([0.1, 0.2], [1, 2, 3])
 

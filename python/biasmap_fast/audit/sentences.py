@@ -336,7 +336,9 @@ def rank(row: Mapping[str, Any]) -> str:
         return f"{where}: no rank correlation can be computed (n = {figure['n']})."
     told = f"Spearman {RHO} = {interval(figure)}, n = {figure['n']} professions"
     if figure["low"] is None:
-        return f"{where}: {told}; too few professions to say whether it follows the {planted}."
+        return (
+            f"{where}: {told}; without an interval it stays open whether it follows the {planted}."
+        )
     if figure["low"] > 0:
         return f"{where} rose with the {planted} ({told})."
     overlap = row["against"] == "overlap"

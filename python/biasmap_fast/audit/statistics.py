@@ -319,7 +319,7 @@ def rank_correlation(
     if n < 5:
         return Figure(rho, None, None, n, confidence, "no interval below five professions")
     if abs(rho) > 1 - 1e-9:
-        return Figure(rho, None, None, n, confidence, "no interval: the orders are the same")
+        return Figure(rho, None, None, n, confidence, "no interval: the coefficient is 1 or -1")
     z = math.atanh(rho)
     reach = float(stats.norm.ppf(0.5 + confidence / 2)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
     method = "Spearman, Fisher z with Bonett-Wright standard error, over professions"
