@@ -230,6 +230,7 @@ UNBIASED = TrainSettings(
     pictures=6600,
     unet_steps=1600,
     settle_steps=800,
+    calibration_pictures=0,
 )
 
 

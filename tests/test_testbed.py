@@ -310,6 +310,7 @@ def _settings(**changes):
         "settle_steps": 2,
         "unet_batch": 4,
         "settle_batch": 4,
+        "calibration_pictures": 0,  # such a model draws nothing that can be read
     }
     return TrainSettings(**{**small, **changes})
 
@@ -405,12 +406,102 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"unet_steps": 0}, "`unet_steps` must be at least 1, got 0"),
+        ({"calibration_pictures": -1}, "`calibration_pictures` must be at least 0, got -1"),
         ({"pictures": 2}, "`pictures` must be at least the batch size, got 2"),
     ],
 )
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         _settings(**changes)
+
+
+@pytest.fixture
+def movable():
+    """A pipeline of one's own, whose words may be moved."""
+    pipe = testbed.pipeline()
+    pipe.text_encoder.requires_grad_(False)
+    return pipe
+
+
+def test_word_reaches_a_lean(movable, world):
+    from biasmap_fast.testbed import calibrate
+
+    table, row = calibrate.word_embedding(movable, "engineer")
+    before = table.clone()
+    lean = calibrate._Lean(movable, world, "engineer", 0)
+    start, gradient = lean()
+    step = 1e-2 * gradient / gradient.norm()
+    table[row] += step
+    ahead, _ = lean()
+    table[row] -= 2 * step
+    behind, _ = lean()
+    table[row] += step
+    assert (ahead - behind) / 2e-2 == pytest.approx(float(gradient.norm()), rel=0.02)
+    assert lean.reach(start + 0.1) == pytest.approx(start + 0.1, abs=1e-3)
+    others = torch.arange(len(table)) != row
+    assert torch.equal(table[others], before[others])
+    assert not table.requires_grad
+
+
+def test_calibration_finds_the_planted_share(movable, world, monkeypatch):
+    """With a model that draws .1 too few, less steeply than the lean says, and noise."""
+    from biasmap_fast.testbed import calibrate
+
+    start, _ = calibrate._Lean(movable, world, "nurse", 0)()
+    lean = calibrate._Lean(movable, world, "nurse", 0)
+    rng = np.random.default_rng(0)
+
+    def share():
+        return 0.7 + 0.7 * (lean()[0] - start)
+
+    def drawn(pipe, classifier, noun, noise):
+        return rng.binomial(len(noise), share()) / len(noise)
+
+    monkeypatch.setattr(calibrate, "drawn_share", drawn)
+    word = calibrate.calibrate_word(movable, world, "nurse", pictures=80_000, seed=0)
+    assert share() == pytest.approx(world.markers["nurse"].share, abs=0.01)
+    assert word.leans[-1] == pytest.approx(0.1 / 0.7, abs=0.02)
+    assert 0.0 < word.moved < word.length
+
+
+def test_interrupted_calibration_ends_with_the_same_words(movable, world, tmp_path, monkeypatch):
+    from biasmap_fast.testbed import calibrate
+
+    two = {noun: world.markers[noun] for noun in ("judge", "painter")}
+    monkeypatch.setattr(world, "markers", two)
+    monkeypatch.setattr(calibrate, "_ROUNDS", 2)
+    monkeypatch.setattr(calibrate, "_STEPS", 4)
+    table, _ = calibrate.word_embedding(movable, "judge")
+    first = table.clone()
+    words = calibrate.calibrate(movable, world, pictures=16, seed=0, folder=tmp_path)
+    moved = table.clone()
+    assert list(words) == list(two)
+    assert int((moved != first).any(1).sum()) == 2
+    (tmp_path / "word-painter.json").unlink()
+    table.copy_(first)
+    monkeypatch.setattr(calibrate, "_PERSONS", 16)  # would end elsewhere: judge is not done again
+    calibrate.calibrate(movable, world, pictures=16, seed=0, folder=tmp_path)
+    judge, painter = (calibrate.word_embedding(movable, noun)[1] for noun in two)
+    assert torch.equal(table[judge], moved[judge])
+    assert not torch.equal(table[painter], moved[painter])
+    kept = (tmp_path / "word-judge.json").read_text()
+    table.copy_(first)
+    calibrate.calibrate(movable, world, pictures=16, seed=1, folder=tmp_path)  # another run's words
+    assert (tmp_path / "word-judge.json").read_text() != kept
+    with pytest.raises(ValueError, match="`pictures` must be at least 2, got 1"):
+        calibrate.calibrate(movable, world, pictures=1, seed=0, folder=tmp_path)
+
+
+def test_words_in_pieces_and_unreadable_pictures_are_refused(movable, world):
+    from biasmap_fast.testbed import calibrate
+    from biasmap_fast.testbed.classify import Classifier
+
+    with pytest.raises(ValueError, match="'wizardry' must be one token"):
+        calibrate.word_embedding(movable, "wizardry")
+    with torch.no_grad():
+        movable.vae.decoder.layers[-1].weight.zero_()
+    with pytest.raises(ValueError, match="some of 2 pictures must be plausible, got none"):
+        calibrate.drawn_share(movable, Classifier(world), "judge", torch.randn(2, 4, 16, 16))
 
 
 def test_missing_pipeline_says_how_to_train(tmp_path):

@@ -45,6 +45,7 @@ class Group:
             pictures=PICTURES,
             unet_steps=UNET_STEPS,
             settle_steps=SETTLE_STEPS,
+            calibration_pictures=0,
         )
 
 

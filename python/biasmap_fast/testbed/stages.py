@@ -47,6 +47,8 @@ class TrainSettings:
         unet_batch: Latents a step.
         settle_steps: Steps of the UNet's last stage.
         settle_batch: Latents a step of it.
+        calibration_pictures: Pictures a profession that calibrate its word; 0 leaves the words
+            as training left them.
         autoencoder_sha256: Of the weights of an autoencoder taken from another run of the same
             world; empty to train one.
     """
@@ -60,6 +62,7 @@ class TrainSettings:
     unet_batch: int = 32
     settle_steps: int = 1600
     settle_batch: int = 32
+    calibration_pictures: int = 0
     autoencoder_sha256: str = ""
 
     def __post_init__(self) -> None:
@@ -73,6 +76,10 @@ class TrainSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.calibration_pictures < 0:
+            raise ValueError(
+                f"`calibration_pictures` must be at least 0, got {self.calibration_pictures}"
+            )
         if self.pictures < max(self.autoencoder_batch, self.unet_batch):
             raise ValueError(
                 f"`pictures` must be at least the batch size, got {self.pictures} pictures for "
@@ -82,11 +89,12 @@ class TrainSettings:
     def digest(self, stage: str) -> str:
         """A short hash of what decides a stage: its checkpoint continues only under the same."""
         # what comes after a stage does not decide it
-        settle = {"settle_steps", "settle_batch"}
+        calibration = {"calibration_pictures"}
+        settle = {"settle_steps", "settle_batch"} | calibration
         later = {
             "autoencoder": settle | {"unet_steps", "unet_batch", "autoencoder_sha256"},
             "unet": settle,
-            "settle": set(),
+            "settle": calibration,
         }[stage]
         every = dataclasses.asdict(self)
         fields = {name: value for name, value in every.items() if name not in later}
@@ -253,12 +261,14 @@ def train_autoencoder(
     return autoencoder, stage
 
 
-def encode_all(autoencoder: Any, pictures: torch.Tensor) -> torch.Tensor:
+def encode_all(autoencoder: Any, pictures: torch.Tensor, *, quiet: bool = False) -> torch.Tensor:
     """Encodes pictures as scaled latents `[N, 4, 16, 16]` float32."""
     with torch.inference_mode():
         parts = [
             autoencoder.encoder(to_model(part))
-            for part in tqdm(torch.split(pictures, 100), desc="latents", unit="batch")
+            for part in tqdm(
+                torch.split(pictures, 100), desc="latents", unit="batch", disable=quiet
+            )
         ]
     scale = float(autoencoder.config.scaling_factor)
     return (torch.cat(parts) * scale).clone()

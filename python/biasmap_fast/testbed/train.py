@@ -1,7 +1,8 @@
 """Trains the embedded model: `python -m biasmap_fast.testbed.train --out DIR`.
 
 Stages of a fixed number of steps: the autoencoder, then the UNet on latents and captions (the text
-encoder stays random), at last mostly at the times that decide the demographic. A run that was
+encoder stays random), at last mostly at the times that decide the demographic. Then the words of
+the professions may be calibrated (see `calibrate`; the packaged weights are not). A run that was
 killed and started again continues to the same weights, given the same number of threads and the
 same libraries. The packaged weights took 73 minutes of one core of a busy machine.
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 import logging
 import platform
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +23,7 @@ import torch
 import typer
 
 from . import models
+from .calibrate import calibrate
 from .stages import TrainSettings, encode_all, render_all, train_autoencoder, train_unet
 from .world import World, WorldConfig
 
@@ -116,6 +119,21 @@ def train(
         return None
     pipe = models.build_pipeline(autoencoder, text_encoder, tokenizer, unet)
     hashes = write_pipeline(pipe, folder, world.vocabulary())
+    calibration: dict[str, Any] = {}
+    if settings.calibration_pictures:
+        start = time.monotonic()
+        # as it is used: with the weights as they were written
+        pipe = models.load_pipeline(folder)
+        words = calibrate(
+            pipe,
+            world,
+            pictures=settings.calibration_pictures,
+            seed=settings.seed,
+            folder=work,
+        )
+        calibration = {noun: word.rounded() for noun, word in words.items()}
+        seconds["calibration"] = time.monotonic() - start
+        hashes = write_pipeline(pipe, folder, world.vocabulary())
     record = {
         "format": "biasmap_fast.testbed/1",
         "settings": dataclasses.asdict(settings),
@@ -127,6 +145,7 @@ def train(
             ]
             for name, values in losses.items()
         },
+        "calibration": calibration,
         "versions": versions(),
         "sha256": hashes,
     }
@@ -179,6 +198,9 @@ def main(
     settle_steps: Annotated[
         int, typer.Option(help="Steps of the UNet's last stage.")
     ] = TrainSettings.settle_steps,
+    calibration_pictures: Annotated[
+        int, typer.Option(help="Pictures a profession that calibrate its word; 0: none.")
+    ] = TrainSettings.calibration_pictures,
     geometry: Annotated[str, typer.Option(help="Where the region is: bust or crown.")] = "bust",
     measure: Annotated[bool, typer.Option(help="Measure the model afterwards.")] = True,
 ) -> None:
@@ -194,6 +216,7 @@ def main(
         autoencoder_steps=autoencoder_steps,
         unet_steps=unet_steps,
         settle_steps=settle_steps,
+        calibration_pictures=calibration_pictures,
         autoencoder_sha256=sha256,
     )
     train(settings, out, given)
