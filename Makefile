@@ -17,7 +17,7 @@ help:
 	@echo "make scale    audits killed twenty times, profiled, on one and two workers (on an idle machine)"
 	@echo "make validity train ten models and ask which overlap measure recovers their truth (hours)"
 	@echo "make gpu      build, test, check and time the CUDA kernels on this machine's GPU; no network"
-	@echo "make testbed  train the embedded model again (about an hour of one core; goes on if stopped)"
+	@echo "make testbed  train the embedded model again (about two hours of one core; goes on if stopped)"
 
 demo: $(VENV)/.installed
 	$(BIN)/biasmap audit --model testbed --percentile 70 --percentile 90 --out runs/first

@@ -77,10 +77,17 @@ def testbed() -> str:
         ),
         "slope of drawn on planted shares, guidance 3": "{drawn[share_slope]:.2f}",
     }
-    lines = ["| | seed 0, packaged | seed 1 |", "|---|---:|---:|"]
+    lines = ["| | seed 0, packaged | seed 1, its words not calibrated |", "|---|---:|---:|"]
     for name, form in rows.items():
         lines.append(f"| {name} | {' | '.join(form.format(**each) for each in found)} |")
     return "\n".join(lines)
+
+
+def before_calibration(found: dict[str, Any]) -> str:
+    """Says of a study of the embedded model if it was made on weights that are packaged no more."""
+    if found["weights"] == read(TRAINING)["sha256"]:
+        return ""
+    return "(Measured on the embedded model before its words were calibrated to the shares.)\n\n"
 
 
 def change(measure: dict[str, Any]) -> str:
@@ -118,7 +125,7 @@ def study() -> str:
         else:
             values = [change(measures[name]) for name in columns]
         lines.append(f"| {row['cell']} | {pictures} | {' | '.join(values)} | {right} |")
-    return "\n".join(lines)
+    return before_calibration(found) + "\n".join(lines)
 
 
 def study_more() -> str:
@@ -259,8 +266,9 @@ def precision() -> str:
     pool = found["pool"]
     audit = found["audit"]
     lines = [
-        f"`benchmarks/study_precision.py`, {found['trials'] // 4} audits a row, of 20 professions "
-        f"and two words, drawn from {found['pool_seeds']} pictures of each profession. The fixed "
+        f"{before_calibration(found)}`benchmarks/study_precision.py`, "
+        f"{found['trials'] // 4} audits a row, of 20 professions and two words, drawn from "
+        f"{found['pool_seeds']} pictures of each profession. The fixed "
         "design has one number of seeds for all, the smallest that makes every interval as narrow:",
         "",
         "| precision | images, fixed | with `--precision` | of fixed | without the widest "

@@ -556,10 +556,8 @@ def test_weights_are_small_and_recorded():
 def test_recorded_figures():
     record = json.loads((testbed.WEIGHTS / "training.json").read_text())["evaluation"]
     assert record["drawn"]["profession_accuracy"] >= 0.92
-    # "within sampling error" is not reached: recorded p is 0.007 at 100 pictures a profession, the
-    # mean error 0.046 where sampling alone gives 0.036; this holds what is
-    assert record["shares"]["pictures_each"] >= 100
-    assert record["shares"]["mean_absolute_error"] <= 0.05
+    assert record["shares"]["pictures_each"] >= 200
+    assert record["shares"]["chi_square_p"] >= 0.05  # the planted shares, within sampling error
     assert 0.95 <= record["shares"]["share_slope"] <= 1.05
     assert record["autoencoder"]["profession_read"] >= 0.99
     maps = record["maps"]
@@ -647,7 +645,7 @@ def test_shares_follow_the_plan_at_guidance_1(pipe):
         women.append(sum(r.demographic == "woman" for r in readings))
         totals.append(len(readings))
         shares.append(row.shares["woman"])
-    # not within sampling error, which is not asserted: see `evaluation` in training.json
+    # few pictures; for the shares within sampling error see `test_recorded_figures`
     drawn = np.array(women) / np.array(totals)
     assert np.abs(drawn - shares).mean() < 0.17  # 0.10 is sampling alone
     assert np.corrcoef(drawn, shares)[0, 1] > 0.6

@@ -62,7 +62,7 @@ class TrainSettings:
     unet_batch: int = 32
     settle_steps: int = 1600
     settle_batch: int = 32
-    calibration_pictures: int = 0
+    calibration_pictures: int = 1600
     autoencoder_sha256: str = ""
 
     def __post_init__(self) -> None:
