@@ -447,6 +447,7 @@ def test_calibration_finds_the_planted_share(movable, world, monkeypatch):
     """With a model that draws .1 too few, less steeply than the lean says, and noise."""
     from biasmap_fast.testbed import calibrate
 
+    monkeypatch.setattr(calibrate, "_PERSONS", 8)
     start, _ = calibrate._Lean(movable, world, "nurse", 0)()
     lean = calibrate._Lean(movable, world, "nurse", 0)
     rng = np.random.default_rng(0)
@@ -471,6 +472,7 @@ def test_interrupted_calibration_ends_with_the_same_words(movable, world, tmp_pa
     monkeypatch.setattr(world, "markers", two)
     monkeypatch.setattr(calibrate, "_ROUNDS", 2)
     monkeypatch.setattr(calibrate, "_STEPS", 4)
+    monkeypatch.setattr(calibrate, "_PERSONS", 8)
     table, _ = calibrate.word_embedding(movable, "judge")
     first = table.clone()
     words = calibrate.calibrate(movable, world, pictures=16, seed=0, folder=tmp_path)
@@ -479,12 +481,17 @@ def test_interrupted_calibration_ends_with_the_same_words(movable, world, tmp_pa
     assert int((moved != first).any(1).sum()) == 2
     (tmp_path / "word-painter.json").unlink()
     table.copy_(first)
-    monkeypatch.setattr(calibrate, "_PERSONS", 16)  # would end elsewhere: judge is not done again
+    monkeypatch.setattr(calibrate, "_PERSONS", 4)  # would end elsewhere: judge is not done again
     calibrate.calibrate(movable, world, pictures=16, seed=0, folder=tmp_path)
     judge, painter = (calibrate.word_embedding(movable, noun)[1] for noun in two)
     assert torch.equal(table[judge], moved[judge])
     assert not torch.equal(table[painter], moved[painter])
     kept = (tmp_path / "word-judge.json").read_text()
+    both = table.clone()
+    table.copy_(first)
+    found = calibrate.calibrate(movable, world, pictures=16, seed=0, folder=tmp_path, processes=2)
+    assert list(found) == list(two)
+    assert torch.equal(table, both)
     table.copy_(first)
     calibrate.calibrate(movable, world, pictures=16, seed=1, folder=tmp_path)  # another run's words
     assert (tmp_path / "word-judge.json").read_text() != kept
@@ -492,7 +499,7 @@ def test_interrupted_calibration_ends_with_the_same_words(movable, world, tmp_pa
         calibrate.calibrate(movable, world, pictures=1, seed=0, folder=tmp_path)
 
 
-def test_words_in_pieces_and_unreadable_pictures_are_refused(movable, world):
+def test_words_in_pieces_and_unreadable_pictures_are_refused(movable, world, tmp_path, monkeypatch):
     from biasmap_fast.testbed import calibrate
     from biasmap_fast.testbed.classify import Classifier
 
@@ -502,6 +509,10 @@ def test_words_in_pieces_and_unreadable_pictures_are_refused(movable, world):
         movable.vae.decoder.layers[-1].weight.zero_()
     with pytest.raises(ValueError, match="some of 2 pictures must be plausible, got none"):
         calibrate.drawn_share(movable, Classifier(world), "judge", torch.randn(2, 4, 16, 16))
+    monkeypatch.setattr(world, "markers", {"judge": world.markers["judge"]})
+    with pytest.raises(ValueError, match="'judge': some of 3 pictures must be plausible"):
+        calibrate.calibrate(movable, world, pictures=24, seed=0, folder=tmp_path, processes=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_pipeline_says_how_to_train(tmp_path):

@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -215,9 +219,11 @@ def latent_shape(pipe: Any) -> tuple[int, int, int]:
 
 
 def calibrate(
-    pipe: Any, world: World, *, pictures: int, seed: int, folder: Path
+    pipe: Any, world: World, *, pictures: int, seed: int, folder: Path, processes: int = 1
 ) -> dict[str, CalibratedWord]:
     """Moves the words of all professions, in place; a run that was killed continues.
+
+    Words do not depend on each other, nor on the number of processes: each has one thread.
 
     Args:
         pipe: The pipeline, float32 on the CPU.
@@ -225,6 +231,7 @@ def calibrate(
         pictures: Pictures a profession.
         seed: Seed of the noise.
         folder: Where the words are kept that are done, a file each.
+        processes: Processes that share the words, each with a copy of the pipeline.
 
     Returns:
         profession -> what was drawn and moved.
@@ -234,20 +241,60 @@ def calibrate(
     """
     if pictures < _ROUNDS:
         raise ValueError(f"`pictures` must be at least {_ROUNDS}, got {pictures}")
-    words = {}
-    for noun in tqdm(world.markers, desc="calibrate", unit="profession"):
-        table, row = word_embedding(pipe, noun)
-        start = table[row].tolist()
-        path = folder / f"word-{noun}.json"
-        key = {"pictures": pictures, "seed": seed, "start": start}
+    job = _Job(pipe, world, pictures, seed, folder)
+    threads = torch.get_num_threads()
+    bar = partial(tqdm, total=len(world.markers), desc="calibrate", unit="profession")
+    if processes == 1:
+        torch.set_num_threads(1)
+        try:
+            return dict(bar(map(job.word, world.markers)))
+        finally:
+            torch.set_num_threads(threads)
+    copy = pickle.dumps(job)  # by value: torch would share the memory of the tensors
+    with ProcessPoolExecutor(
+        min(processes, len(world.markers)),
+        get_context("spawn"),
+        initializer=_begin,
+        initargs=(copy,),
+    ) as pool:
+        list(bar(pool.map(_word, world.markers)))
+    return dict(map(job.word, world.markers))  # all are done: into this pipeline
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The calibration of one model's words, each kept in a file."""
+
+    pipe: Any
+    world: World
+    pictures: int
+    seed: int
+    folder: Path
+
+    def word(self, noun: str) -> tuple[str, CalibratedWord]:
+        """Moves one word, or takes the move from its file."""
+        table, row = word_embedding(self.pipe, noun)
+        key = {"pictures": self.pictures, "seed": self.seed, "start": table[row].tolist()}
+        path = self.folder / f"word-{noun}.json"
         if path.exists() and (kept := json.loads(path.read_text()))["key"] == key:
             table[row] = torch.tensor(kept["embedding"])
-            words[noun] = CalibratedWord(**kept["word"])
-            continue
-        words[noun] = calibrate_word(pipe, world, noun, pictures=pictures, seed=seed)
-        done = {"key": key, "embedding": table[row].tolist(), "word": asdict(words[noun])}
+            return noun, CalibratedWord(**kept["word"])
+        word = calibrate_word(self.pipe, self.world, noun, pictures=self.pictures, seed=self.seed)
+        done = {"key": key, "embedding": table[row].tolist(), "word": asdict(word)}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(done))
         temporary.replace(path)
-        _LOG.info("%s: %s", noun, words[noun])
-    return words
+        _LOG.info("%s: %s", noun, word)
+        return noun, word
+
+
+_jobs: list[_Job] = []  # of a process that calibrates for another
+
+
+def _begin(job: bytes) -> None:
+    torch.set_num_threads(1)
+    _jobs.append(pickle.loads(job))
+
+
+def _word(noun: str) -> None:
+    _jobs[-1].word(noun)

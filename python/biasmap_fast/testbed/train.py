@@ -130,6 +130,7 @@ def train(
             pictures=settings.calibration_pictures,
             seed=settings.seed,
             folder=work,
+            processes=torch.get_num_threads(),
         )
         calibration = {noun: word.rounded() for noun, word in words.items()}
         seconds["calibration"] = time.monotonic() - start
@@ -185,7 +186,9 @@ def load_autoencoder(folder: Path) -> tuple[Any, str]:
 def main(
     out: Annotated[Path, typer.Option(help="Pipeline folder to write.")],
     seed: Annotated[int, typer.Option(help="Seed of weights, population and noise.")] = 0,
-    threads: Annotated[int, typer.Option(help="Torch threads; part of what is reproduced.")] = 1,
+    threads: Annotated[
+        int, typer.Option(help="Cores: torch threads, part of what is reproduced.")
+    ] = 1,
     autoencoder: Annotated[
         Path | None, typer.Option(help="Take the autoencoder of this pipeline folder.")
     ] = None,
