@@ -17,7 +17,7 @@ help:
 	@echo "make scale    audits killed twenty times, profiled, on one and two workers (on an idle machine)"
 	@echo "make validity train ten models and ask which overlap measure recovers their truth (hours)"
 	@echo "make gpu      build, test, check and time the CUDA kernels on this machine's GPU; no network"
-	@echo "make testbed  train the embedded model again (about two hours of one core; goes on if stopped)"
+	@echo "make testbed  train the embedded model again (90 minutes of one idle core, THREADS=2: an hour of two; goes on if stopped)"
 
 demo: $(VENV)/.installed
 	$(BIN)/biasmap audit --model testbed --percentile 70 --percentile 90 --out runs/first
@@ -66,7 +66,7 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT))
 
 testbed: $(VENV)/.installed
-	$(BIN)/python -m biasmap_fast.testbed.train --out runs/testbed
+	$(BIN)/python -m biasmap_fast.testbed.train --out runs/testbed --threads $(or $(THREADS),1)
 
 clean:
 	rm -rf build $(VENV)
