@@ -465,6 +465,35 @@ def test_calibration_finds_the_planted_share(movable, world, monkeypatch):
     assert 0.0 < word.moved < word.length
 
 
+def test_a_word_that_loses_its_profession_is_put_halfway_back(movable, world, monkeypatch):
+    from biasmap_fast.testbed import calibrate
+    from biasmap_fast.testbed.classify import Classifier
+
+    noise = torch.randn((4, 4, 16, 16), generator=torch.Generator().manual_seed(0))
+    table, row = calibrate.word_embedding(movable, "judge")
+    start = table[row].clone()
+    assert calibrate.drawn_share(movable, Classifier(world), "judge", noise) is not None
+    table[row] = table[calibrate.word_embedding(movable, "painter")[1]]
+    assert calibrate.drawn_share(movable, Classifier(world), "judge", noise) is None
+    table[row] = start
+
+    visited, shares = [], iter((0.7, None))
+
+    def drawn(*_):
+        visited.append(table[row].clone())
+        return next(shares)
+
+    monkeypatch.setattr(calibrate, "_PERSONS", 8)
+    monkeypatch.setattr(calibrate, "_ROUNDS", 2)
+    monkeypatch.setattr(calibrate, "drawn_share", drawn)
+    word = calibrate.calibrate_word(movable, world, "judge", pictures=2, seed=0)
+    assert torch.equal(visited[0], start)
+    assert not torch.equal(visited[1], start)
+    assert torch.equal(table[row], (visited[1] + start) / 2.0)
+    assert 0.0 < word.leans[1] < word.leans[0]
+    assert word.rounded()["drawn"] == [0.7, None]
+
+
 def test_interrupted_calibration_ends_with_the_same_words(movable, world, tmp_path, monkeypatch):
     from biasmap_fast.testbed import calibrate
 

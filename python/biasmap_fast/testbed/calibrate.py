@@ -38,6 +38,7 @@ _BATCH = 50
 _TIMES = (999, 900, 800)  # at later ones the demographic is to be seen in the latents
 _PERSONS = 32  # of each demographic
 _LEAP = 0.1  # largest change of the lean in one step along its gradient
+_RIGHT = 0.98  # of the pictures of a round must show the profession
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ class CalibratedWord:
     """How one profession's word was moved.
 
     Attributes:
-        drawn: Share of the second demographic in each round, before its move.
+        drawn: Share of the second demographic in each round, before its move; None where the
+            pictures began to lose the profession, and the word was put halfway back.
         leans: Change of the lean since the beginning, after each round's move.
         moved: Length of the whole move, in units of the embedding.
         length: Length of the embedding before.
     """
 
-    drawn: list[float]
+    drawn: list[float | None]
     leans: list[float]
     moved: float
     length: float
@@ -59,7 +61,7 @@ class CalibratedWord:
     def rounded(self) -> dict[str, Any]:
         """Returns the fields with four decimals, ready for JSON."""
         return {
-            "drawn": [round(share, 4) for share in self.drawn],
+            "drawn": [None if share is None else round(share, 4) for share in self.drawn],
             "leans": [round(lean, 4) for lean in self.leans],
             "moved": round(self.moved, 4),
             "length": round(self.length, 4),
@@ -93,6 +95,7 @@ class _Lean:
             text, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
         self.pipe, self.table, self.row = pipe, *word_embedding(pipe, noun)
+        self.start = self.table[self.row].clone()
 
     def __call__(self) -> tuple[float, torch.Tensor]:
         """Returns the lean and its gradient `[width]` to the word's embedding."""
@@ -124,6 +127,11 @@ class _Lean:
             value, gradient = self()
         return value
 
+    def halfway_back(self) -> float:
+        """Moves the word half of the way to where it was at first, and returns the lean there."""
+        self.table[self.row] = (self.table[self.row] + self.start) / 2.0
+        return self()[0]
+
 
 def prompt(noun: str) -> str:
     """Returns the prompt whose shares are calibrated, that of the audits."""
@@ -143,7 +151,7 @@ def word_embedding(pipe: Any, noun: str) -> tuple[torch.Tensor, int]:
     return table.requires_grad_(False), ids[0]
 
 
-def drawn_share(pipe: Any, classifier: Classifier, noun: str, noise: torch.Tensor) -> float:
+def drawn_share(pipe: Any, classifier: Classifier, noun: str, noise: torch.Tensor) -> float | None:
     """Draws pictures at guidance 1 and returns the share of the second demographic.
 
     Args:
@@ -153,12 +161,12 @@ def drawn_share(pipe: Any, classifier: Classifier, noun: str, noise: torch.Tenso
         noise: `[N, 4, 16, 16]` float32, what sampling begins with.
 
     Returns:
-        The share among the plausible pictures.
+        The share among the plausible pictures; None if more than 2 % do not show the profession.
 
     Raises:
         ValueError: If no picture is plausible.
     """
-    women = []
+    women, right = [], []
     for part in torch.split(noise, _BATCH):
         images = pipe(
             prompt(noun),
@@ -168,11 +176,13 @@ def drawn_share(pipe: Any, classifier: Classifier, noun: str, noise: torch.Tenso
             latents=part,
             output_type="np",
         ).images
-        readings = [r for r in classifier(images) if r.plausibility >= PLAUSIBLE]
-        women += [r.demographic == classifier.world.words[1] for r in readings]
+        readings = classifier(images)
+        right += [r.profession == noun for r in readings]
+        plausible = [r for r in readings if r.plausibility >= PLAUSIBLE]
+        women += [r.demographic == classifier.world.words[1] for r in plausible]
     if not women:
         raise ValueError(f"{noun!r}: some of {len(noise)} pictures must be plausible, got none")
-    return float(np.mean(women))
+    return float(np.mean(women)) if np.mean(right) >= _RIGHT else None
 
 
 def calibrate_word(
@@ -181,7 +191,8 @@ def calibrate_word(
     """Moves one profession's word, in place.
 
     The lean and the share are near to each other, so after round k the lean is moved by the share
-    that is missing, divided by k - 1 from the third round on: the mean of what all rounds say.
+    that is missing, divided by k - 1 from the third round on: the mean of what all rounds say. Far
+    from where it was a word means no profession any more; it is then put halfway back.
 
     Args:
         pipe: The pipeline, float32 on the CPU.
@@ -197,16 +208,22 @@ def calibrate_word(
     before = table[row].clone()
     lean = _Lean(pipe, world, noun, seed)
     start, _ = lean()
-    reached, drawn, leans = start, [], []
+    reached = start
+    drawn: list[float | None] = []
+    leans: list[float] = []
     classifier = Classifier(world)
     noise = torch.Generator().manual_seed(
         int(np.random.SeedSequence([seed, *noun.encode(), 11]).generate_state(1)[0])
     )
     for number in range(1, _ROUNDS + 1):
         z = torch.randn((pictures // _ROUNDS, *latent_shape(pipe)), generator=noise)
-        drawn.append(drawn_share(pipe, classifier, noun, z))
-        missing = world.markers[noun].share - drawn[-1]
-        reached = lean.reach(reached + missing / max(1, number - 1))
+        share = drawn_share(pipe, classifier, noun, z)
+        if share is None:
+            reached = lean.halfway_back()
+        else:
+            missing = world.markers[noun].share - share
+            reached = lean.reach(reached + missing / max(1, number - 1))
+        drawn.append(share)
         leans.append(reached - start)
     moved = table[row] - before
     return CalibratedWord(drawn, leans, float(moved.norm()), float(before.norm()))
