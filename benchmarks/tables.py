@@ -77,7 +77,7 @@ def testbed() -> str:
         ),
         "slope of drawn on planted shares, guidance 3": "{drawn[share_slope]:.2f}",
     }
-    lines = ["| | seed 0, packaged | seed 1, its words not calibrated |", "|---|---:|---:|"]
+    lines = ["| | seed 0, packaged | seed 1 |", "|---|---:|---:|"]
     for name, form in rows.items():
         lines.append(f"| {name} | {' | '.join(form.format(**each) for each in found)} |")
     return "\n".join(lines)
