@@ -76,7 +76,7 @@ PARTS = {
     "engines-sd15": ("engines", "sd15_groups"),
 }
 SETS = {
-    "cpu": ("overlap", "peers", "recorder", "audits", "guidance", "engines"),
+    "cpu": ("overlap", "peers", "recorder", "engines", "audits", "guidance"),
     "gpu": ("kernels", "recorder", "guidance", "audits", "kernels-compiled"),
 }
 LONG = ("engines-testbed", "engines-sd15")
