@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import hypergeom
 
 import biasmap_fast as bm
 from biasmap_fast import entanglement, presets
@@ -140,6 +141,21 @@ def test_chance_level_is_what_unrelated_maps_give():
     values = bm.pairwise_iou(maps)[:, 0, 1]
     assert values.mean().item() == pytest.approx(bm.chance_iou(0.3), abs=0.004)
     assert bm.corrected_iou(values, fraction=0.3).mean().item() == pytest.approx(0, abs=0.005)
+
+
+@pytest.mark.parametrize(("side", "percentile", "told"), [(16, 70.0, 0.178), (8, 90.0, 0.062)])
+def test_masks_of_few_pixels_meet_a_little_more_than_the_chance_level(side, percentile, told):
+    """As docs/statistics.md says; how many pixels two random masks share is hypergeometric."""
+    pixels = side * side
+    kept = pixels - 1 - math.floor(percentile / 100 * (pixels - 1))
+    shared = np.arange(kept + 1)
+    chances = hypergeom(pixels, kept, kept).pmf(shared)
+    expected = float((chances * shared / (2 * kept - shared)).sum())
+    assert expected == pytest.approx(told, abs=5e-4)
+    assert expected > bm.chance_iou(1 - percentile / 100)
+    maps = torch.rand(4000, 2, side, side, generator=torch.Generator().manual_seed(0))
+    values = bm.pairwise_iou(maps, percentile=percentile)[:, 0, 1]
+    assert values.mean().item() == pytest.approx(expected, abs=4 * values.std().item() / 4000**0.5)
 
 
 def test_chance_and_correction_take_floats_arrays_and_tensors():
