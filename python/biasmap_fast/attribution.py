@@ -31,10 +31,11 @@ from .reference import concept_map
 from .unet import (
     CrossAttention,
     as_slice,
+    batch_layout,
     branch_rows,
+    check_text,
     cross_attention_layers,
     engine_of,
-    guidance_chunks,
     guider_of,
     resolutions,
     rows_here,
@@ -63,8 +64,9 @@ def attribute(
     """Records attribution maps of every picture drawn inside a ``with`` block.
 
     Args:
-        pipe: any diffusers pipeline with a UNet and CLIP text encoders (Stable Diffusion 1.x, 2.x,
-            SDXL, and their img2img, inpainting and ControlNet forms).
+        pipe: any diffusers pipeline for pictures with a UNet and CLIP text encoders (Stable
+            Diffusion 1.x, 2.x, SDXL, and their img2img, inpainting and ControlNet forms): the one
+            that draws, for it says how its UNet's batch is laid out.
         prompts: one attribution prompt, or several; several share the UNet's queries, so each
             more costs little. They need not be the prompts that draw the pictures. Or a sequence
             of prompts for each image of the batch, in batch order, which then are measured on
@@ -91,7 +93,8 @@ def attribute(
         TypeError: ``pipe`` has no UNet or no CLIP text encoder.
         ValueError: an unknown ``branch``, ``by`` or layer, a layer that cannot be handled, two
             prompts of one name, a concept that is not in its prompt; at the first UNet call,
-            prompts for another number of images than are drawn.
+            prompts for another number of images than are drawn, ``clip_skip``, a LoRA scaled by
+            ``cross_attention_kwargs``, a video's latents.
 
     Example:
         >>> import torch, biasmap_fast as bm
@@ -430,8 +433,9 @@ class Recorder:
         begins = not self._runs or timesteps is not self._timesteps
         self._check_complete()
         if begins or sample.shape[0] != self._batch:
-            chunks = self._chunks or guidance_chunks(self._pipe)
-            self._rows = branch_rows(sample, chunks, self._branch, separate=guider is not None)
+            check_text(self._pipe, kwargs)
+            layout = batch_layout(self._pipe, self._chunks)
+            self._rows = branch_rows(sample, layout, self._branch, separate=guider is not None)
             self._batch = sample.shape[0]
         images = self._rows.stop - self._rows.start
         if self._expected not in (None, images):
@@ -478,7 +482,7 @@ class Recorder:
         """Adds one layer's concept maps of the attributed branch: query ``[rows, n, C]``."""
         size = layer.resolution(query, self._resolutions)
         run = self._runs[-1]
-        fresh = self._fresh(layer.name)
+        fresh = self._fresh(layer.name, query.shape[0])
         if not fresh:
             return
         rows = layer.split_heads(query)  # [rows, heads, n, d]
@@ -519,7 +523,7 @@ class Recorder:
             return
         run = self._runs[-1]
         for part in self._layers:
-            fresh = self._fresh(part.name)
+            fresh = self._fresh(part.name, found[part][0].shape[0])
             if not fresh:
                 continue
             for number, group in enumerate(self._groups):
@@ -533,9 +537,9 @@ class Recorder:
                     for key in self._parts(number, part):
                         self._sum(run, key, size, maps)[index, images] += maps[taken]
 
-    def _fresh(self, name: str) -> list[tuple[int, int]]:
+    def _fresh(self, name: str, seen: int) -> list[tuple[int, int]]:
         """(place in the pass now running, image) of the images not yet counted for a layer."""
-        places, images = rows_here(self._rows, self._batch)
+        places, images = rows_here(self._rows, self._batch, seen)
         found_here = zip(places, images, strict=True)
         fresh = [(place, image) for place, image in found_here if (name, image) not in self._seen]
         self._seen.update((name, image) for _, image in fresh)

@@ -45,11 +45,13 @@ from .ledger import Entry, LedgerRow, check_skipped, write_csv
 from .ops import pairs_iou, soft_iou
 from .unet import (
     CrossAttention,
+    batch_layout,
     branch_rows,
+    check_text,
     cross_attention_layers,
     engine_of,
-    guidance_chunks,
     guider_of,
+    is_perturbed,
     present_rows,
     resolutions,
 )
@@ -328,7 +330,7 @@ class Guidance:
         if guider is not None and not guider.is_conditional:
             return self._shifted(forward(*args, **kwargs))
         self._delta = None
-        call, rows = self._count(), self._rows(args[0] if args else kwargs["sample"])
+        call, rows = self._count(), self._rows(args[0] if args else kwargs["sample"], kwargs)
         if not self._active(call):
             return forward(*args, **kwargs)
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
@@ -337,11 +339,16 @@ class Guidance:
         return self._guided(forward, args, kwargs, rows, call, timestep)
 
     @_not_compiled
-    def _rows(self, sample: torch.Tensor) -> slice:
+    def _rows(self, sample: torch.Tensor, kwargs: Mapping[str, Any]) -> slice:
         """The attributed branch's rows of the latents ``[chunks * B, C, H, W]``."""
-        rows = branch_rows(
-            sample, self._settings.chunks or guidance_chunks(self._pipe), self._settings.branch
-        )
+        check_text(self._pipe, kwargs)
+        if is_perturbed(self._pipe):
+            raise ValueError(
+                f"{type(self._pipe).__name__} draws with perturbed-attention guidance, whose "
+                "chunks cannot run apart as guidance needs them to: set pag_scale=0"
+            )
+        layout = batch_layout(self._pipe, self._settings.chunks)
+        rows = branch_rows(sample, layout, self._settings.branch)
         if len(self._targets) not in (1, rows.stop - rows.start):
             raise ValueError(
                 f"expected one attribution prompt or one an image ({rows.stop - rows.start}), got "
@@ -395,14 +402,16 @@ class Guidance:
         own = list(range(rows.start, rows.stop))
         others = [row for row in range(batch) if not rows.start <= row < rows.stop]
         alpha_bar = _alpha_bar(self._pipe.scheduler, timestep)
-        own_args, own_kwargs = _take((args, kwargs), own, batch)
-
         precision = torch.promote_types(sample.dtype, torch.float32)
-        moved = sample[rows].detach().to(precision)  # [B, C, H, W]
+        # Without the channels that a UNet of inpainting or editing is given beside the latents.
+        channels = min(sample.shape[1], self._pipe.unet.config.out_channels)
+        moved = sample[rows, :channels].detach().to(precision)  # [B, C, H, W]
         delta = torch.zeros_like(moved)  # of epsilon
         norms, factors = [], []
         for inner in range(self._settings.inner_steps):
             latents = moved.to(sample.dtype).requires_grad_()
+            # Anew: the UNet takes a T2I adapter's features out of their list.
+            own_args, own_kwargs = _take((args, kwargs), own, batch)
             found, energy, gradient = self._gradient(forward, own_args, own_kwargs, latents, own)
             step, norm, factor = self._step(gradient.to(precision), alpha_bar)
             delta += step
@@ -449,12 +458,18 @@ class Guidance:
         own: list[int],
     ) -> tuple[Any, _Energy, torch.Tensor]:
         """The attributed chunk's output, its energy, and dE/dz ``[B, C, H, W]``."""
+        given = args[0] if args else kwargs["sample"]
+        whole = latents
+        if latents.shape[1] < given.shape[1]:
+            with torch.enable_grad():
+                whole = torch.cat((latents, given[:, latents.shape[1] :]), dim=1)
         if args:
-            args = (latents, *args[1:])
+            args = (whole, *args[1:])
         else:
-            kwargs = {**kwargs, "sample": latents}
+            kwargs = {**kwargs, "sample": whole}
         if self._engine is not None:
-            return self._by_engine(args, kwargs, own)
+            output, energy, gradient = self._by_engine(args, kwargs, own)
+            return output, energy, gradient[:, : latents.shape[1]]
         with torch.enable_grad(), present_rows(own):
             with self._capturing(latents, slice(0, len(own))) as capture:
                 output = forward(*args, **kwargs)

@@ -175,10 +175,23 @@ def guider_of(pipe: Any) -> Any | None:
     return guider
 
 
-def guidance_chunks(pipe: Any) -> int:
-    """How many copies of the latents the pipeline puts into one UNet batch."""
+def batch_layout(pipe: Any, chunks: int | None = None) -> tuple[str, ...]:
+    """What the copies of the latents are that the pipeline puts into one UNet batch, in order.
+
+    Args:
+        pipe: a diffusers pipeline.
+        chunks: how many there are, where the caller knows; the unconditional one is first.
+
+    Returns:
+        Of ``"uncond"``, ``"cond"``, and other names for the rest.
+
+    Raises:
+        ValueError: the pipeline does not say.
+    """
+    if chunks is not None:
+        return ("cond",) if chunks == 1 else ("uncond", "cond", *("other",) * (chunks - 2))
     if guider_of(pipe) is not None:
-        return 1
+        return ("cond",)
     try:
         guided = pipe.do_classifier_free_guidance
     except AttributeError:
@@ -186,33 +199,74 @@ def guidance_chunks(pipe: Any) -> int:
             f"{type(pipe).__name__} does not say whether its UNet batch is guided (unconditional "
             "chunk first); pass attribute(..., chunks=1) without guidance, 2 with it"
         ) from None
-    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
-    return 1 + bool(guided) + bool(perturbed)
+    return ("uncond",) * bool(guided) + ("cond",) + ("perturbed",) * is_perturbed(pipe)
 
 
-def branch_rows(sample: torch.Tensor, chunks: int, branch: str, *, separate: bool = False) -> slice:
-    """Rows of the branch in a batch laid out [unconditional, conditional, ...].
+def is_perturbed(pipe: Any) -> bool:
+    """Whether the pipeline draws with perturbed-attention guidance (PAG)."""
+    return bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+
+
+def check_text(pipe: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuses a UNet call whose text states are not made as those of attribution prompts are.
+
+    Args:
+        pipe: the pipeline that draws.
+        kwargs: of the UNet call.
+
+    Raises:
+        ValueError: it skips layers of the text encoder, or scales a LoRA for this call alone.
+    """
+    if skipped := getattr(pipe, "clip_skip", None):
+        raise ValueError(
+            f"the pipeline draws with clip_skip={skipped}; attribution prompts are encoded "
+            "without, and their keys would not be those of this picture: draw without clip_skip"
+        )
+    scale = (kwargs.get("cross_attention_kwargs") or {}).get("scale", 1.0)
+    parts = (getattr(pipe, name, None) for name in ("unet", "text_encoder", "text_encoder_2"))
+    if scale != 1.0 and any(getattr(part, "_hf_peft_config_loaded", False) for part in parts):
+        raise ValueError(
+            f"cross_attention_kwargs={{'scale': {scale}}} scales a LoRA inside each UNet call, "
+            "which attribution keys do not see: use pipe.set_adapters(names, weights) before the "
+            "block"
+        )
+
+
+def branch_rows(
+    sample: torch.Tensor, layout: Sequence[str], branch: str, *, separate: bool = False
+) -> slice:
+    """Rows of the branch in a UNet batch.
 
     Args:
         sample: the latents.
-        chunks: copies of them in the batch.
+        layout: `batch_layout`.
         branch: ``"cond"`` or ``"uncond"``.
         separate: whether this UNet call is one of the branch alone.
+
+    Raises:
+        ValueError: the batch is not laid out so, or has no such branch; not ``[B, C, H, W]``.
     """
-    batch = sample.shape[0]
+    if sample.ndim != 4:
+        raise ValueError(
+            f"expected latents [batch, channels, height, width], got shape {tuple(sample.shape)}; "
+            "pipelines that draw videos are not supported"
+        )
+    batch, chunks = sample.shape[0], len(layout)
     copies = sample.chunk(chunks) if batch % chunks == 0 else ()
     if not copies or any(not torch.equal(copies[0], copy) for copy in copies[1:]):
         raise ValueError(
             f"expected a UNet batch of {chunks} copies of the same latents (guidance chunks), got "
             f"a batch of {batch} that is not; pass attribute(..., chunks=) if the layout differs"
         )
-    if branch == "uncond" and chunks == 1 and not separate:
+    if separate:
+        return slice(0, batch)
+    if branch not in layout:
         raise ValueError(
             "branch='uncond' needs classifier-free guidance (guidance_scale > 1), got a UNet "
             "batch without an unconditional chunk"
         )
     images = batch // chunks
-    first = images if branch == "cond" and chunks > 1 else 0
+    first = images * layout.index(branch)
     return slice(first, first + images)
 
 
@@ -241,17 +295,26 @@ def as_slice(places: list[int]) -> slice | list[int]:
     return slice(places[0], places[-1] + 1) if places and consecutive else places
 
 
-def rows_here(wanted: slice, batch: int) -> tuple[list[int], list[int]]:
+def rows_here(wanted: slice, batch: int, seen: int) -> tuple[list[int], list[int]]:
     """Where the wanted rows of a batch are in the forward pass now running.
 
     Args:
         wanted: rows of the pipeline's batch.
         batch: its size.
+        seen: rows that a layer shows.
 
     Returns:
         Positions in the running pass, and the same rows' positions within ``wanted``.
+
+    Raises:
+        RuntimeError: the layer shows another number of rows than the pass has.
     """
     present = _PRESENT.get()
     everyone: Sequence[int] = range(batch) if present is None else present
+    if seen != len(everyone):
+        raise RuntimeError(
+            f"a layer saw a batch of {seen} in a UNet call of {len(everyone)}: its rows cannot be "
+            "told apart"
+        )
     inside = [place for place, row in enumerate(everyone) if wanted.start <= row < wanted.stop]
     return inside, [everyone[place] - wanted.start for place in inside]
