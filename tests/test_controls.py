@@ -214,6 +214,50 @@ def test_report_says_whether_a_finding_beats_its_controls(low, said, alone):
     assert "Of the 3 professions above chance, 2 exceed “person”." in text
 
 
+def test_a_null_that_could_not_be_measured_is_not_counted():
+    nothing = {"difference": figure(None, None, None)}
+    here = {"person": {"difference": figure(0.02, 0.01, 0.05)}, "shuffled": nothing}
+    row = {
+        "condition": "plain",
+        "axis": "gender",
+        "demographic": "man",
+        "percentile": 70.0,
+        "above": 1,
+        "exceeds": {"shuffled": 0, "person": 1},
+        "overall": here,
+        "professions": [{"semantic": "doctor", **here}] * 2,
+    }
+    run_part = {"conditions": ["plain"], "percentiles": [70.0]}
+    (text,) = sentences.controls("gender", AuditPlan(), {"controls": [row], "run": run_part})
+    assert "Of the 1 profession above chance, 1 exceeds “person”." in text
+    assert "null" not in text
+
+
+@pytest.mark.parametrize("percentiles", [[70.0], [70.0, 90.0]])
+def test_what_remains_after_bonferroni_is_told_of_every_percentile(percentiles):
+    rows = [
+        {
+            "axis": "gender",
+            "condition": "plain",
+            "demographic": "man",
+            "percentile": percentile,
+            "comparisons": 20 * len(percentiles),
+            "with_interval": 20,
+            "above_bonferroni": place,
+            "below_bonferroni": 0,
+        }
+        for place, percentile in enumerate(percentiles)
+    ]
+    run_part = {"conditions": ["plain"], "percentiles": percentiles}
+    text = sentences.multiplicity("gender", {"comparisons": rows, "run": run_part})
+    if len(percentiles) == 1:
+        assert "there remain 0 above and 0 below with “man”." in text
+    else:
+        assert "Up to 40 intervals" in text
+        assert "0 above and 0 below with “man” at percentile 70" in text
+        assert "1 above and 0 below with “man” at percentile 90" in text
+
+
 def test_tables_hold_the_summarys_figures(finished):
     result, _ = finished
     table = pq.read_table(result.folder / "figures.parquet")

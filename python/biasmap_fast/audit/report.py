@@ -605,6 +605,10 @@ def _controls_chart(
     )
 
 
+def _has_p(profession: Mapping[str, Any], kind: str) -> bool:
+    return kind in profession and profession[kind]["p_holm"] is not None
+
+
 def _control_rows(name: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One table row a word and control."""
     return [
@@ -613,13 +617,14 @@ def _control_rows(name: str, plan: AuditPlan, summary: Mapping[str, Any]) -> lis
             "control": sentences.control_name(kind, plan),
             "first": index == 0,
             "professions": sum(kind in one for one in row["professions"]),
-            "exceeds": row["exceeds"].get(kind),
+            "exceeds": row["exceeds"].get(kind) if sentences.has_intervals(row, kind) else None,
             "above": row["above"],
             "holm": sum(
-                (one[kind]["p_holm"] or 1.0) <= 0.05 and (one[kind]["difference"]["value"] or 0) > 0
-                for one in row["professions"]
-                if kind in one
-            ),
+                one[kind]["p_holm"] <= 0.05 and one[kind]["difference"]["value"] > 0
+                for one in tested
+            )
+            if (tested := [one for one in row["professions"] if _has_p(one, kind)])
+            else None,
             **figure,
         }
         for row in _main_controls(name, summary)

@@ -204,7 +204,7 @@ def difference(row: Mapping[str, Any]) -> str:
     name, text = ("iou", "IoU") if "iou" in row else ("containment", "containment")
     figure = row[name]
     if figure["value"] is None:
-        return f"With “{row['demographic']}”, nothing was measured under both conditions yet."
+        return f"With “{row['demographic']}”, nothing was measured under both conditions."
     text = (
         f"With “{row['demographic']}”, mean {text} is {number(row[f'baseline_{name}'])} "
         f"{row['baseline']} and {number(row[f'condition_{name}'])} {row['condition']}: "
@@ -284,8 +284,14 @@ def _controls(
                 + "."
             )
         if row["above"]:
-            counts = _listed([f"{n} exceed {names[kind]}" for kind, n in row["exceeds"].items()])
-            text += f" Of the {_count(row['above'], 'profession')} above chance, {counts}."
+            counts = [
+                f"{n} {'exceeds' if n == 1 else 'exceed'} {names[kind]}"
+                for kind, n in row["exceeds"].items()
+                if has_intervals(row, kind)
+            ]
+            if counts:
+                above = _count(row["above"], "profession")
+                text += f" Of the {above} above chance, {_listed(counts)}."
         if "shuffled" in lost and not any("Not exceeding" in told for told in texts):
             text += (
                 " Not exceeding the seed-shuffled null: the usual places of the two words overlap, "
@@ -294,6 +300,12 @@ def _controls(
             )
         texts.append(text)
     return texts
+
+
+def has_intervals(row: Mapping[str, Any], kind: str) -> bool:
+    """Whether any profession's difference from a control has an interval, to be counted by."""
+    found = (one[kind]["difference"] for one in row["professions"] if kind in one)
+    return any(figure["low"] is not None for figure in found)
 
 
 def guided_maps() -> str:
@@ -307,14 +319,20 @@ def guided_maps() -> str:
 
 def multiplicity(axis: str, summary: Mapping[str, Any]) -> str:
     """How many comparisons the finding makes, and what remains of it after Bonferroni."""
-    rows = [row for row in _first_percentile(axis, summary) if row["with_interval"]]
+    run = summary["run"]
+    rows = [
+        row
+        for row in summary["comparisons"]
+        if (row["axis"], row["condition"]) == (axis, run["conditions"][0]) and row["with_interval"]
+    ]
     if not rows:
         return ""
     count = rows[0]["comparisons"]
+    several = len(run["percentiles"]) > 1
     kept = _listed(
         [
             f"{row['above_bonferroni']} above and {row['below_bonferroni']} below with "
-            f"“{row['demographic']}”"
+            f"“{row['demographic']}”" + several * f" at percentile {row['percentile']:g}"
             for row in rows
         ]
     )
