@@ -575,6 +575,7 @@ class TestAttributionMaps:
         assert dimmer[:8, :, 0].max() < shown[:8, :, 0].min()
 
     def test_overlay_of_many(self, maps):
+        import numpy as np
         from PIL import Image
 
         pictures = [Image.new("L", (24, 32), 10 * i) for i in range(3)]
@@ -588,6 +589,10 @@ class TestAttributionMaps:
             maps.overlay(pictures[:2], "man")
         with pytest.raises(ValueError, match="between 0 and 1, got 3"):
             maps.overlay(pictures, "man", strength=3)
+        with pytest.raises(ValueError, match="`index` must be one of 3 maps, got 3"):
+            maps.overlay(pictures[0], "man", index=3)
+        with pytest.raises(TypeError, match="a picture of Pillow, got ndarray"):
+            maps.overlay(np.asarray(pictures[0]), "man", index=0)
 
     def test_overlay_of_a_constant_and_a_broken_map(self):
         from PIL import Image

@@ -84,6 +84,8 @@ def test_flags_reach_the_plan_and_override_the_file(invoke, tmp_path):
         (["--precision", "0.5"], "precision: Input should be less than 0.5, got 0.5"),
         (["--precision", "0.1"], "seeds: with a precision they are the first round"),
         (["--max-seeds", "9"], "`max_seeds` belongs to a precision, got 9 and no precision"),
+        (["--workers", "2"], "`workers` and `threads` are of a cluster"),
+        (["--threads", "2"], "`workers` and `threads` are of a cluster"),
     ],
 )
 def test_user_errors_are_one_line_without_traceback(invoke, tmp_path, flags, expected):
@@ -118,6 +120,16 @@ def test_refused_folder_names_the_setting(invoke, tmp_path):
     assert "another plan (setting: there, here): steps: 2, 3" in result.stderr
 
 
+def test_a_plan_that_never_drew_a_picture_can_be_mended(invoke, tmp_path):
+    failed = invoke(*audit(tmp_path / "run", "--layer", "typo"))
+    assert failed.exit_code == 1
+    assert "no cross-attention layer matches 'typo'" in failed.stderr
+    assert not list((tmp_path / "run/records").iterdir())
+    mended = invoke(*audit(tmp_path / "run", "--layer", "up_blocks"))
+    assert mended.exit_code == 0, mended.output
+    assert run.load_audit(tmp_path / "run").plan.layers == ("up_blocks",)
+
+
 def test_report_is_rendered_again(invoke, tmp_path):
     assert invoke(*audit(tmp_path / "run")).exit_code == 0
     (tmp_path / "run" / "report.html").unlink()
@@ -128,6 +140,21 @@ def test_report_is_rendered_again(invoke, tmp_path):
     failed = invoke("report", tmp_path)
     assert failed.exit_code == 1
     assert "is no run folder: it has no plan.yaml" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "expected"),
+    [
+        (["--steps", "0"], 2, "Invalid value for '--steps'"),
+        (["--percentile", "150"], 1, "--percentile must lie between 0 and 100, got 150"),
+    ],
+)
+def test_maps_looks_at_its_numbers_first(invoke, tmp_path, flags, status, expected):
+    args = ["maps", "--model", "tiny", "--prompt", "a photo of a doctor", "--concept", "doctor"]
+    failed = invoke(*args, "--out", tmp_path / "m", *flags)
+    assert failed.exit_code == status
+    assert expected in " ".join(failed.stderr.replace("│", " ").split())
+    assert not (tmp_path / "m").exists()
 
 
 def test_maps_writes_overlays_and_maps(invoke, tmp_path):

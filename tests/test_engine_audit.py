@@ -123,6 +123,17 @@ def test_audit_command(engine, tmp_path):
     assert "write an engine with `biasmap export`" in done.output
 
 
+def test_an_engine_that_cannot_guide_is_refused_before_a_picture(engine, tmp_path):
+    conditions = ["--condition", "plain", "--condition", "guided"]
+    done = run_cli(
+        "audit", "--professions", "doctor,nurse", "--seeds", "1", "--engine", engine, *conditions,
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.exit_code == 1
+    assert "has no gradient graph for latents of 16 x 16" in done.output
+    assert not list((tmp_path / "run/records").iterdir())
+
+
 def test_dry_run_writes_nothing(tmp_path):
     done = run_cli("export", "--out", tmp_path / "e", "--dry-run", "--json", "--dtype", "float16")
     assert done.exit_code == 0, done.output

@@ -11,6 +11,7 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import AttributionPrompt, engines
+from biasmap_fast.concepts import tokenize
 from biasmap_fast.engines import Gradient, Range, Shapes, errors, session
 from biasmap_fast.engines import onnx as exporter
 from biasmap_fast.engines.graph import AttributionGraph, attributed_layers
@@ -374,6 +375,13 @@ class TestGradient:
             bm.guide(small_pipe, DOCTOR, containment=(0.05, 0.1))
         with pytest.raises(ValueError, match="layers of an engine's energy are fixed"):
             bm.guide(small_pipe, DOCTOR, layers=("up_blocks",))
+        engine, masks = small_pipe.unet, {"fraction": 0.3, "temperature": 0.01}
+        tokens = {prompt: tokenize(prompt, small_pipe.tokenizer) for prompt in (DOCTOR, WOMAN)}
+        engine.check_gradient((16, 16), [tokens[DOCTOR]], **masks)
+        with pytest.raises(
+            errors.ShapeError, match=r"at most {'prompts': 1}, and {'prompts': 2} are needed"
+        ):
+            engine.check_gradient((16, 16), list(tokens.values()), **masks)
         long = AttributionPrompt("a photo of a doctor and man in a zzz", ("doctor", "man"))
         with (
             pytest.raises(errors.ShapeError, match="fixed sizes.*got {'attribution_tokens'"),

@@ -501,3 +501,14 @@ def test_no_signal_is_a_counted_skip(make_sd):
     first = [row for row in guidance.ledger if row.call == 0]
     assert {row.reason for row in first} == {"no signal left at this timestep (alpha_bar is 0)"}
     assert all(row.applied for row in guidance.ledger if row.call > 0)
+
+
+def test_a_window_without_a_call_is_an_error(sd_pipe):
+    with (
+        pytest.raises(RuntimeError, match=r"none of 4 UNet calls was guided.*start=0.9 and stop"),
+        bm.guide(sd_pipe, PROMPT, start=0.9, stop=0.95),
+    ):
+        draw(sd_pipe, num_inference_steps=4)
+    with bm.guide(sd_pipe, PROMPT, start=0.9, stop=0.95, strict=False) as guidance:
+        draw(sd_pipe, num_inference_steps=4)
+    assert guidance.ledger == []

@@ -38,7 +38,7 @@ Model = Annotated[str | None, typer.Option(help=f"{_MODEL} [default: testbed]")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: cuda if present]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. [default: float32]")]
-Steps = Annotated[int | None, typer.Option(help="Inference steps. [default: 25]")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Inference steps. [default: 25]")]
 Scale = Annotated[
     float | None,
     typer.Option(help="Classifier-free guidance, 1 for none. [default: 7.5; testbed: 1]"),
@@ -226,9 +226,11 @@ def audit(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Workers of the cluster. [default: one a GPU, or one for THREADS CPUs]"),
+        typer.Option(
+            help="Workers of the --cluster. [default: one a GPU, or one for THREADS CPUs]"
+        ),
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads of each worker of a cluster.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads of each worker of a --cluster.")] = 1,
     retry_failed: Annotated[
         bool,
         typer.Option(
@@ -362,7 +364,9 @@ def maps(
     guidance_scale: Scale = None,
     branch: Branch = None,
     layer: Layers = None,
-    percentile: Annotated[float, typer.Option(help="Of the masks whose IoU is printed.")] = 70.0,
+    percentile: Annotated[
+        float, typer.Option(help="Of the masks whose IoU is printed, between 0 and 100.")
+    ] = 70.0,
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("maps"),
     revision: Revision = None,
     device: Device = None,
@@ -379,6 +383,8 @@ def maps(
     "A photo of the face of a doctor and woman" --concept doctor --concept woman
     """
     with _clear_errors(verbose):
+        if not 0 < percentile < 100:
+            raise ValueError(f"--percentile must lie between 0 and 100, got {percentile:g}")
         name = model or "testbed"
         scale = (1.0 if name == "testbed" else 7.5) if guidance_scale is None else guidance_scale
         pipe = _load(name, revision, device, dtype)
@@ -528,6 +534,14 @@ def export(
             "repeatable."
         ),
     ] = None,
+    gradient_prompts: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Most attribution prompts of one picture in that graph: a guided audit has one "
+            "for each demographic word.",
+        ),
+    ] = 2,
     output_format: Annotated[
         str, typer.Option("--format", help="onnx, or tensorrt to build a plan as well.")
     ] = "onnx",
@@ -561,6 +575,7 @@ def export(
             opset=opset,
             layers=layer,
             gradients=gradient or [],
+            gradient_prompts=gradient_prompts,
             kind=output_format,
             verify=verify,
             dry_run=dry_run,

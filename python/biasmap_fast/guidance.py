@@ -261,7 +261,7 @@ class Guidance:
                 "branch='uncond' cannot guide a modular pipeline: its guider has the conditional "
                 "prediction before the unconditional branch is run"
             )
-        self._entries, self._timesteps = [], None
+        self._entries, self._timesteps, self._calls = [], None, 0
         concept_weights, where = {}, asked_once(self._pipe)
         for prompt, tokens in self._tokenized.items():
             if self._engine is None:
@@ -306,6 +306,12 @@ class Guidance:
         self._earlier.clear()
         self._timesteps = None
         if kind is None and self._settings.strict:
+            if self._calls and not self._entries:
+                raise RuntimeError(
+                    f"none of {self._calls} UNet calls was guided: no call lies between "
+                    f"start={self._settings.start:g} and stop={self._settings.stop:g} of the run. "
+                    "Widen them, or pass strict=False"
+                )
             check_skipped(self.ledger)
 
     @property

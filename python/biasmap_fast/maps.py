@@ -128,7 +128,7 @@ class AttributionMaps:
         """Heat maps over pictures.
 
         Args:
-            image: one picture, or all B of them.
+            image: one picture, or all B of them, as Pillow has them (``output_type="pil"``).
             concept: whose map to show.
             index: which of the B maps belongs to the one picture; needed if B > 1.
             strength: opacity of the hottest colour, 0 to 1; cooler ones are more transparent.
@@ -140,7 +140,8 @@ class AttributionMaps:
 
         Raises:
             KeyError: no such concept.
-            ValueError: the number of pictures is not B, or a map holds NaN.
+            TypeError: a picture is none of Pillow's.
+            ValueError: the number of pictures is not B, no map has the index, or a map holds NaN.
         """
         if not 0.0 <= strength <= 1.0:
             raise ValueError(f"`strength` must be between 0 and 1, got {strength}")
@@ -154,6 +155,8 @@ class AttributionMaps:
             ]
         if index is None and len(self) != 1:
             raise ValueError(f"one picture for {len(self)} maps: say which with `index=`")
+        if not 0 <= (index or 0) < len(self):
+            raise ValueError(f"`index` must be one of {len(self)} maps, got {index}")
         return _blend(image, maps[index or 0], strength, value_range)
 
     def to(self, device: torch.device | str) -> AttributionMaps:
@@ -250,6 +253,8 @@ def _blend(
     import numpy as np
     from PIL import Image as PILImage
 
+    if not isinstance(image, PILImage.Image):
+        raise TypeError(f"expected a picture of Pillow, got {type(image).__name__}")
     if not bool(torch.isfinite(heat).all()):
         raise ValueError("the attribution map holds NaN or infinite values and cannot be shown")
     picture = np.asarray(image.convert("RGB"), dtype=np.float32)  # [h, w, 3]

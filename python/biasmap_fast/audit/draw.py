@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..attribution import AttributionCache, attribute
+from ..attribution import AttributionCache, attribute, tokens_of
 from ..guidance import Guidance, guide
+from ..unet import engine_of
 from .controls import Swept, sweeping
-from .plan import GUIDED
+from .plan import GUIDED, Unit
 
 if TYPE_CHECKING:
+    from ..attribution import Recorder
     from ..concepts import AttributionPrompt
     from ..ledger import LedgerRow
     from ..maps import AttributionMaps
-    from .plan import AuditPlan, Unit
+    from .plan import AuditPlan
 
 
 @dataclass
@@ -75,16 +77,7 @@ def draw(
     """
     cache = cache or Cache()
     (guided,) = {unit.condition == GUIDED for unit in units}
-    recorder = attribute(
-        pipe,
-        list(prompts),
-        branch=plan.branch,
-        layers=plan.layers,
-        by=("block", *(by for by in plan.sweeps if by != "branch")),
-        # a pipeline that does not say how many copies of the latents it guides may be told
-        chunks=getattr(pipe, "attribution_chunks", None),
-        cache=cache.attribution,
-    )
+    recorder = _recorder(pipe, plan, prompts, cache)
     guidance = _guidance(pipe, plan, units, cache) if guided else nullcontext()
     everyone = all(wanted) or not _leaves_latents(pipe, any(wanted))
     with recorder, sweeping(pipe, plan, swept, recorder, cache.attribution) as beside, guidance:
@@ -114,6 +107,51 @@ def draw(
         ledger=guidance.ledger if isinstance(guidance, Guidance) else [],
         swept=beside,
     )
+
+
+def _recorder(
+    pipe: Any, plan: AuditPlan, prompts: Sequence[Sequence[AttributionPrompt]], cache: Cache
+) -> Recorder:
+    return attribute(
+        pipe,
+        list(prompts),
+        branch=plan.branch,
+        layers=plan.layers,
+        by=("block", *(by for by in plan.sweeps if by != "branch")),
+        # a pipeline that does not say how many copies of the latents it guides may be told
+        chunks=getattr(pipe, "attribution_chunks", None),
+        cache=cache.attribution,
+    )
+
+
+def check_drawable(pipe: Any, plan: AuditPlan, condition: str) -> None:
+    """Refuses what would fail in every picture of a condition: layers, an engine's graphs.
+
+    Raises:
+        EngineError: the engine has no graph for the energy, or a smaller one.
+        TypeError: the pipeline has no UNet or no CLIP text encoder.
+        ValueError: an unknown layer, something that cannot be recorded or guided so.
+    """
+    cache, units = Cache(), [Unit(each, 0, condition) for each in plan.professions]
+    _recorder(pipe, plan, [plan.prompts(units[0].profession)], cache)
+    if condition != GUIDED:
+        return
+    _guidance(pipe, plan, units[:1], cache)
+    engine = engine_of(pipe)
+    if engine is None or plan.energy is None or plan.energy.scale == 0.0:
+        return
+    side = pipe.unet.config.sample_size  # of the latents, what diffusers draws by default
+    height, width = (
+        side if pixels is None else pixels // pipe.vae_scale_factor
+        for pixels in (plan.height, plan.width)
+    )
+    for unit in units:
+        engine.check_gradient(
+            (height, width),
+            [tokens_of(None, prompt, pipe)[0] for prompt in plan.prompts(unit.profession)],
+            fraction=plan.energy.fraction,
+            temperature=plan.energy.temperature,
+        )
 
 
 _Decoded = tuple[list[np.ndarray[Any, Any] | None], tuple[int, int], list[tuple[str, str] | None]]

@@ -93,6 +93,10 @@ def _begin(plan: AuditPlan, folder: Path) -> None:
     write_text(folder / _HOLDER, json.dumps(holder) + "\n")
     if not (folder / "plan.yaml").exists():
         write_text(folder / "plan.yaml", plan.to_yaml())
+    elif read_plan(folder).differences(plan):  # and nothing was measured by it
+        for path in (folder / "environment.json", *(folder / "conditions").glob("*.json")):
+            path.unlink(missing_ok=True)
+        write_text(folder / "plan.yaml", plan.to_yaml())
     (folder / "records").mkdir(exist_ok=True)
     (folder / "hashes").mkdir(exist_ok=True)
 
@@ -109,13 +113,17 @@ def _holder(folder: Path) -> str:
 def _check_plan(plan: AuditPlan, folder: Path) -> None:
     if (folder / "plan.yaml").exists():
         differences = read_plan(folder).differences(plan)
-        if differences:
+        if differences and _measured(folder):
             raise AuditError(
                 f"{folder} holds an audit of another plan (setting: there, here): "
                 f"{'; '.join(differences)}. Use another folder, or the same plan to continue"
             )
     elif folder.is_dir() and any(not _ours(path.name) for path in folder.iterdir()):
         raise AuditError(f"{folder} is not empty and holds no plan.yaml: give a new folder")
+
+
+def _measured(folder: Path) -> bool:
+    return any((folder / "records").glob("*.parquet"))
 
 
 def _ours(name: str) -> bool:

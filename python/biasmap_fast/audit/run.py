@@ -115,7 +115,8 @@ def run_audit(
         ImportError: a cluster without Ray installed.
         ModelError: the model cannot be loaded.
         RecordError: a record file is damaged.
-        ValueError: a concept is not in its attribution prompt, or too long for the text encoder.
+        ValueError: a concept is not in its attribution prompt, or too long for the text encoder;
+            an unknown layer; ``workers`` or ``threads`` without a cluster.
 
     Example:
         >>> plan = AuditPlan(professions=["doctor", "judge"], seeds=[0, 1], steps=4)
@@ -123,6 +124,8 @@ def run_audit(
         >>> result.records.num_rows  # 2 professions x 2 seeds x 2 words  # doctest: +SKIP
         8
     """
+    if cluster is None and (workers is not None or threads != 1):
+        raise ValueError("`workers` and `threads` are of a cluster: give `cluster` (--cluster) too")
     folder = Path(out)
     with open_folder(plan, folder):
         asked = _asked(plan, folder)

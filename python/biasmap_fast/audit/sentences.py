@@ -64,6 +64,9 @@ def headline(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
         text += f" {precision(summary['precision'])}"
     if len(plan.conditions) > 1:
         text += f" Conditions, on the same seeds: {_listed(list(plan.conditions))}."
+    if run["complete"] and (failed := run["images_drawn"] - run["images_measured"]):
+        reasons = _listed([name for name in run["status"] if name != "ok"])
+        text += f" {_count(failed, 'picture')} failed ({reasons}) and {_are(failed)} in no figure."
     if not run["complete"]:
         text += (
             f" The run is not finished: {run['images_drawn']} pictures were drawn so far. "
@@ -457,6 +460,10 @@ def _measure(name: str) -> str:
 
 def _listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _are(n: int) -> str:
+    return "is" if n == 1 else "are"
 
 
 def _count(n: int, noun: str) -> str:

@@ -22,7 +22,7 @@ from ..pipelines import load_pipeline
 from . import conditions
 from .classifiers import reader_for
 from .controls import control_prompts
-from .draw import Cache
+from .draw import Cache, check_drawable
 from .files import sha256
 from .folder import AuditError
 from .measure import Chunk, failed_chunk, measure_chunk, merged
@@ -66,6 +66,9 @@ class Worker:
         self._pipe = self._stack.enter_context(_ready(self._plan, pipe))
         try:
             _check_prompts(self._pipe, self._plan)
+            for condition in self._plan.conditions:
+                if self._plan.pipeline_of(condition) is None:
+                    check_drawable(self._pipe, self._plan, condition)
         except BaseException:
             self._stack.close()
             raise
@@ -104,6 +107,7 @@ class Worker:
             made = conditions.make(text, self._load, self._own_stack, folder=self._folder)
             pipe = self._own_stack.enter_context(_ready(self._plan, made))
             _check_prompts(pipe, self._plan)
+            check_drawable(pipe, self._plan, owner)
         except BaseException:
             self._own_stack.close()
             raise

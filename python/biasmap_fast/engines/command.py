@@ -22,6 +22,7 @@ def run_export(
     opset: int,
     layers: Sequence[str] | None,
     gradients: Sequence[str],
+    gradient_prompts: int,
     kind: str,
     verify: bool,
     dry_run: bool,
@@ -38,6 +39,7 @@ def run_export(
         opset: as in `export_unet`.
         layers: as in `export_unet`.
         gradients: ``"64x64"``, sizes of latents.
+        gradient_prompts: most attribution prompts of one image in their graphs.
         kind: ``"onnx"`` or ``"tensorrt"``.
         verify: as in `export_unet`.
         dry_run: write nothing.
@@ -51,7 +53,7 @@ def run_export(
     """
     preset = shapes or preset_of(pipe.unet)
     chosen = dtype or str(pipe.unet.dtype).removeprefix("torch.")
-    graphs = [_gradient(text, pipe) for text in gradients]
+    graphs = [_gradient(text, pipe, gradient_prompts) for text in gradients]
     if dry_run:
         found = sizes(pipe, dtype=chosen, shapes=preset)
         files = found["weights"] * (1 + len(graphs))
@@ -97,9 +99,9 @@ def run_export(
     }
 
 
-def _gradient(text: str, pipe: Any) -> Gradient:
+def _gradient(text: str, pipe: Any, prompts: int) -> Gradient:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
         raise ValueError(f"--gradient must be HEIGHTxWIDTH of the latents ('64x64'), got {text!r}")
     tokens = pipe.tokenizer.model_max_length
-    return Gradient(int(match[1]), int(match[2]), tokens=tokens)
+    return Gradient(int(match[1]), int(match[2]), tokens=tokens, prompts=prompts)

@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .errors import EngineError, ShapeError, WrongModelError
 from .manifest import GradientFile, Manifest
 from .shapes import check_sizes
+
+if TYPE_CHECKING:
+    from ..concepts import TokenizedPrompt
 
 Backend = Literal["onnxruntime", "tensorrt"]
 
@@ -301,7 +304,8 @@ class EngineUNet(torch.nn.Module):
             named["encoder_hidden_states"],
             named.get("added_cond_kwargs"),
         )
-        chosen = self._gradient_file(given["sample"], fraction, temperature)
+        height, width = given["sample"].shape[-2:]
+        chosen = self._gradient_file(height, width, fraction, temperature)
         sizes = chosen.sizes
         if chosen.graph.file not in self._gradients:
             self._gradients[chosen.graph.file] = self._open(chosen.graph)
@@ -332,6 +336,39 @@ class EngineUNet(torch.nn.Module):
             energy=joined["energy"],
             gradient=joined["gradient"],
         )
+
+    def check_gradient(
+        self,
+        size: tuple[int, int],
+        prompts: Sequence[TokenizedPrompt],
+        *,
+        fraction: float,
+        temperature: float,
+    ) -> None:
+        """Refuses before a run what `energy_gradient` would refuse in every call.
+
+        Args:
+            size: height and width of the latents.
+            prompts: the attribution prompts of one image.
+            fraction: of the soft masks.
+            temperature: of the soft masks.
+
+        Raises:
+            EngineError: the folder has no gradient graph of this size and these masks.
+            ShapeError: that graph takes fewer prompts, or shorter ones.
+        """
+        sizes = self._gradient_file(*size, fraction, temperature).sizes
+        needed = {
+            "prompts": len(prompts),
+            "attribution_tokens": max(each.weights.shape[1] for each in prompts),
+            "concepts": max(each.weights.shape[0] for each in prompts),
+        }
+        if missing := {dim: n for dim, n in needed.items() if n > sizes[dim]}:
+            raise ShapeError(
+                f"the gradient graph of {self.folder} takes at most "
+                f"{ {dim: sizes[dim] for dim in missing} }, and {missing} are needed: export one "
+                "with these (`biasmap export --gradient-prompts`, or Gradient(...) in Python)"
+            )
 
     def _open(self, graph: Any) -> Any:
         if self._backend == "tensorrt":
@@ -502,9 +539,8 @@ class EngineUNet(torch.nn.Module):
         return sizes
 
     def _gradient_file(
-        self, sample: torch.Tensor, fraction: float, temperature: float
+        self, height: int, width: int, fraction: float, temperature: float
     ) -> GradientFile:
-        height, width = sample.shape[-2:]
         gradients = self.manifest.gradients
         for each in gradients:
             same = (each.fraction, each.temperature) == (fraction, temperature)
