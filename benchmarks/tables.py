@@ -36,8 +36,6 @@ GUIDANCE = ROOT / "docs/guidance.md"
 STATISTICS = ROOT / "docs/statistics.md"
 PRECISION = RESULTS / "studies/precision.json"
 AUDIT_STUDY = RESULTS / "studies/audit.json"
-SECOND_AUDIT_STUDY = RESULTS / "studies/audit-seed-1.json"
-SECOND_SEED = RESULTS / "studies/testbed-seed-1.json"
 CALIBRATION = RESULTS / "studies/calibration.json"
 STUDY = RESULTS / "studies/guidance.json"
 VALIDITY = ROOT / "docs/validity.md"
@@ -48,13 +46,21 @@ PROFILES = {
     "shapes of SD 1.5": DEVICE / "audit-profile-sd15.json",
 }
 TRAINING = ROOT / "python/biasmap_fast/testbed/weights/training.json"
+STUDIES = RESULTS / "studies"
+OTHER_SEEDS = (1, 2)  # trained as the packaged model, each with a study of audits
 
 
 def testbed() -> str:
-    """Evaluation of the packaged weights, and of a second training seed of the same recipe."""
+    """Evaluation of the packaged weights, and of other training seeds of the same recipe."""
     found = [
         read(path)["evaluation"] | {"again": read(study)["coverage"]["drawn"]}
-        for path, study in ((TRAINING, AUDIT_STUDY), (SECOND_SEED, SECOND_AUDIT_STUDY))
+        for path, study in (
+            (TRAINING, AUDIT_STUDY),
+            *(
+                (STUDIES / f"testbed-seed-{seed}.json", STUDIES / f"audit-seed-{seed}.json")
+                for seed in OTHER_SEEDS
+            ),
+        )
     ]
     rows = {
         "profession right, guidance 3, 25 steps": "{drawn[profession_accuracy]:.1%}",
@@ -77,7 +83,8 @@ def testbed() -> str:
         ),
         "slope of drawn on planted shares, guidance 3": "{drawn[share_slope]:.2f}",
     }
-    lines = ["| | seed 0, packaged | seed 1 |", "|---|---:|---:|"]
+    names = ["seed 0, packaged", *(f"seed {seed}" for seed in OTHER_SEEDS)]
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for name, form in rows.items():
         lines.append(f"| {name} | {' | '.join(form.format(**each) for each in found)} |")
     return "\n".join(lines)
