@@ -241,7 +241,7 @@ def test_what_remains_after_bonferroni_is_told_of_every_percentile(percentiles):
             "condition": "plain",
             "demographic": "man",
             "percentile": percentile,
-            "comparisons": 20 * len(percentiles),
+            "comparisons": 20,
             "with_interval": 20,
             "above_bonferroni": place,
             "below_bonferroni": 0,
@@ -253,7 +253,7 @@ def test_what_remains_after_bonferroni_is_told_of_every_percentile(percentiles):
     if len(percentiles) == 1:
         assert "there remain 0 above and 0 below with “man”." in text
     else:
-        assert "Up to 40 intervals" in text
+        assert "Up to 20 intervals at 95 % at each percentile: without" in text
         assert "0 above and 0 below with “man” at percentile 70" in text
         assert "1 above and 0 below with “man” at percentile 90" in text
 
