@@ -340,8 +340,9 @@ def multiplicity(axis: str, summary: Mapping[str, Any]) -> str:
         ]
     )
     return (
-        f"Up to {_count(count, 'interval')} at 95 %{several * ' at each percentile'}: without any effect about "
-        f"{round(0.05 * count, 1):g} of them would miss the chance level by accident. With the "
+        f"Up to {_count(count, 'interval')} at 95 %{several * ' at each percentile'}: "
+        f"without any effect about {round(0.05 * count, 1):g} of them would miss the chance level "
+        "by accident. With the "
         f"error level shared out over all of them (Bonferroni) there remain {kept}."
     )
 
