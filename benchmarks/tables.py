@@ -28,40 +28,49 @@ from bench_tables import (
     run,
     scaling,
 )
+from biasmap_fast.testbed import truth
 
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs/benchmarks.md"
 ENGINES = ROOT / "export/README.md"
 GUIDANCE = ROOT / "docs/guidance.md"
 STATISTICS = ROOT / "docs/statistics.md"
-PRECISION = RESULTS / "studies/precision.json"
-AUDIT_STUDY = RESULTS / "studies/audit.json"
-CALIBRATION = RESULTS / "studies/calibration.json"
-STUDY = RESULTS / "studies/guidance.json"
+STUDIES = RESULTS / "studies"
+PRECISION = STUDIES / "precision.json"
+AUDIT_STUDY = STUDIES / "audit.json"
+CALIBRATION = STUDIES / "calibration.json"
+STUDY = STUDIES / "guidance.json"
 VALIDITY = ROOT / "docs/validity.md"
-VALIDITY_STUDY = RESULTS / "studies/validity.json"
+VALIDITY_STUDY = STUDIES / "validity.json"
 SCALE = ROOT / "docs/scale.md"
 PROFILES = {
     "embedded model": DEVICE / "audit-profile-testbed.json",
     "shapes of SD 1.5": DEVICE / "audit-profile-sd15.json",
 }
 TRAINING = ROOT / "python/biasmap_fast/testbed/weights/training.json"
-STUDIES = RESULTS / "studies"
-OTHER_SEEDS = (1, 2)  # trained as the packaged model, each with a study of audits
+
+
+def before_moving(training: dict[str, Any]) -> float:
+    """Error of the shares beyond sampling, root mean square, of words as training left them."""
+    planted = {row.profession: row.shares["woman"] for row in truth()}
+    squares = []
+    for profession, word in training["calibration"].items():
+        share = word["drawn"][0]  # by the first round, before any move
+        pictures = training["settings"]["calibration_pictures"] // len(word["drawn"])
+        squares.append((share - planted[profession]) ** 2 - share * (1 - share) / (pictures - 1))
+    return float(max(0.0, sum(squares) / len(squares)) ** 0.5)
 
 
 def testbed() -> str:
     """Evaluation of the packaged weights, and of other training seeds of the same recipe."""
-    found = [
-        read(path)["evaluation"] | {"again": read(study)["coverage"]["drawn"]}
-        for path, study in (
-            (TRAINING, AUDIT_STUDY),
-            *(
-                (STUDIES / f"testbed-seed-{seed}.json", STUDIES / f"audit-seed-{seed}.json")
-                for seed in OTHER_SEEDS
-            ),
-        )
-    ]
+    found = []
+    for training, study in (
+        (TRAINING, AUDIT_STUDY),
+        *((STUDIES / f"testbed-seed-{n}.json", STUDIES / f"audit-seed-{n}.json") for n in (1, 2)),
+    ):
+        trained = read(training)
+        again = read(study)["coverage"]["drawn"]
+        found.append(trained["evaluation"] | {"before": before_moving(trained), "again": again})
     rows = {
         "profession right, guidance 3, 25 steps": "{drawn[profession_accuracy]:.1%}",
         **{
@@ -71,6 +80,9 @@ def testbed() -> str:
             for form, what in (("joint", "joint prompt"), ("single", "one concept a prompt"))
             for word in ("profession", "man", "woman")
         },
+        "error of the shares beyond sampling as training leaves the words (root mean square)": (
+            "{before:.3f}"
+        ),
         "pictures a profession for the shares": "{shares[pictures_each]}",
         "slope of drawn on planted shares, guidance 1": "{shares[share_slope]:.2f}",
         "mean error of the shares at guidance 1 (of sampling alone)": (
@@ -78,13 +90,10 @@ def testbed() -> str:
         ),
         "chi-square p of the shares": "{shares[chi_square_p]:.3f}",
         "the same of other seeds, 200 pictures a profession": "{again[chi_square_p]:.2g}",
-        "there, error of the shares beyond sampling (root mean square)": (
-            "{again[deviation of the model]:.3f}"
-        ),
+        "there, error of the shares beyond sampling": ("{again[deviation of the model]:.3f}"),
         "slope of drawn on planted shares, guidance 3": "{drawn[share_slope]:.2f}",
     }
-    names = ["seed 0, packaged", *(f"seed {seed}" for seed in OTHER_SEEDS)]
-    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    lines = ["| | seed 0, packaged | seed 1 | seed 2 |", "|---|---:|---:|---:|"]
     for name, form in rows.items():
         lines.append(f"| {name} | {' | '.join(form.format(**each) for each in found)} |")
     return "\n".join(lines)
