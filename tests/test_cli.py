@@ -125,6 +125,10 @@ def test_a_plan_that_never_drew_a_picture_can_be_mended(invoke, tmp_path):
     assert failed.exit_code == 1
     assert "no cross-attention layer matches 'typo'" in failed.stderr
     assert not list((tmp_path / "run/records").iterdir())
+    unfinished = tmp_path / "run/hashes/part-00000.json"  # of a chunk that was killed
+    unfinished.touch()
+    assert "another plan" in invoke(*audit(tmp_path / "run")).stderr
+    unfinished.unlink()
     mended = invoke(*audit(tmp_path / "run", "--layer", "up_blocks"))
     assert mended.exit_code == 0, mended.output
     assert run.load_audit(tmp_path / "run").plan.layers == ("up_blocks",)

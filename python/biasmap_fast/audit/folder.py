@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOCK, _HOLDER = ".lock", ".holder.json"
+_CHUNK_FOLDERS = ("records", *SIDES, "pictures", "maps", "hashes")
 
 
 class AuditError(RuntimeError):
@@ -82,7 +83,7 @@ def open_folder(plan: AuditPlan, folder: Path) -> Iterator[None]:
 
 
 def _begin(plan: AuditPlan, folder: Path) -> None:
-    for name in (".", "records", *SIDES, "pictures", "maps", "hashes", "conditions"):
+    for name in (".", *_CHUNK_FOLDERS, "conditions"):
         for left_over in (folder / name).glob(".*.tmp"):  # of a run that was killed
             left_over.unlink(missing_ok=True)
     holder = {
@@ -93,7 +94,7 @@ def _begin(plan: AuditPlan, folder: Path) -> None:
     write_text(folder / _HOLDER, json.dumps(holder) + "\n")
     if not (folder / "plan.yaml").exists():
         write_text(folder / "plan.yaml", plan.to_yaml())
-    elif read_plan(folder).differences(plan):  # and nothing was measured by it
+    elif read_plan(folder).differences(plan):  # of which nothing was stored
         for path in (folder / "environment.json", *(folder / "conditions").glob("*.json")):
             path.unlink(missing_ok=True)
         write_text(folder / "plan.yaml", plan.to_yaml())
@@ -113,7 +114,7 @@ def _holder(folder: Path) -> str:
 def _check_plan(plan: AuditPlan, folder: Path) -> None:
     if (folder / "plan.yaml").exists():
         differences = read_plan(folder).differences(plan)
-        if differences and _measured(folder):
+        if differences and _stored(folder):
             raise AuditError(
                 f"{folder} holds an audit of another plan (setting: there, here): "
                 f"{'; '.join(differences)}. Use another folder, or the same plan to continue"
@@ -122,8 +123,9 @@ def _check_plan(plan: AuditPlan, folder: Path) -> None:
         raise AuditError(f"{folder} is not empty and holds no plan.yaml: give a new folder")
 
 
-def _measured(folder: Path) -> bool:
-    return any((folder / "records").glob("*.parquet"))
+def _stored(folder: Path) -> bool:
+    """Whether there is a file of any chunk, of one that was not finished too."""
+    return any(any((folder / name).glob("*")) for name in _CHUNK_FOLDERS)
 
 
 def _ours(name: str) -> bool:
