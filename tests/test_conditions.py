@@ -216,6 +216,19 @@ def test_a_damaged_ledger_is_named(finished, tmp_path):
         path.write_bytes(whole)
 
 
+def test_a_picture_without_a_guided_call_is_none_of_the_guided(finished, tmp_path):
+    _, pipe = finished
+    energy = {"start": 0.9, "stop": 0.95}
+    plan = make_plan(professions=["doctor"], seeds=[0], energy=energy)
+    result = run_audit(plan, tmp_path / "run", pipe=pipe, progress=False)
+    failed = rows_of(result, condition="guided")
+    assert {row["status"] for row in failed} == {"guidance_skipped"}
+    assert {row["reason"] for row in failed} == {
+        "no UNet call lay between the energy's start and stop"
+    }
+    assert "1 picture could not be measured (guidance_skipped)." in result.report.read_text("utf-8")
+
+
 def test_a_picture_that_was_hardly_guided_is_a_row_without_numbers(finished, tmp_path, monkeypatch):
     import biasmap_fast.guidance as module
 

@@ -17,7 +17,7 @@ from .. import entanglement, presets
 from .controls import control_prompts, control_rows, mask_rows
 from .draw import Cache, Drawn, draw
 from .masks import contained, containment_maps, hard_iou, map_fault, map_of
-from .plan import PLAIN
+from .plan import GUIDED, PLAIN
 from .records import CONTROLS_SCHEMA, LEDGER_SCHEMA, MASKS_SCHEMA, OK, to_table
 
 if TYPE_CHECKING:
@@ -155,9 +155,9 @@ def measure_chunk(
     drawn = draw(pipe, plan, units, all_prompts, wanted, cache, swept=prompts)
     guided = [_guidance_fields(drawn.ledger, image) for image in range(len(units))]
     faults = [
-        fault or _picture_fault(array, blocked) or _guidance_fault(fields)
-        for fault, array, blocked, fields in zip(
-            drawn.faults, drawn.arrays, drawn.filtered, guided, strict=True
+        fault or _picture_fault(array, blocked) or _guidance_fault(unit, fields)
+        for fault, array, blocked, unit, fields in zip(
+            drawn.faults, drawn.arrays, drawn.filtered, units, guided, strict=True
         )
     ]
     pictures = [
@@ -256,8 +256,12 @@ def _guidance_fields(ledger: Sequence[LedgerRow], image: int) -> dict[str, Any]:
     }
 
 
-def _guidance_fault(fields: dict[str, Any]) -> tuple[str, str] | None:
-    if not fields or fields["guidance_skipped"] <= fields["guidance_applied"]:
+def _guidance_fault(unit: Unit, fields: dict[str, Any]) -> tuple[str, str] | None:
+    if unit.condition != GUIDED:
+        return None
+    if not fields:
+        return "guidance_skipped", "no UNet call lay between the energy's start and stop"
+    if fields["guidance_skipped"] <= fields["guidance_applied"]:
         return None
     calls = fields["guidance_skipped"] + fields["guidance_applied"]
     return (

@@ -66,7 +66,7 @@ def headline(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
         text += f" Conditions, on the same seeds: {_listed(list(plan.conditions))}."
     if run["complete"] and (failed := run["images_drawn"] - run["images_measured"]):
         reasons = _listed([name for name in run["status"] if name != "ok"])
-        text += f" {_count(failed, 'picture')} failed ({reasons}) and {_are(failed)} in no figure."
+        text += f" {_count(failed, 'picture')} could not be measured ({reasons})."
     if not run["complete"]:
         text += (
             f" The run is not finished: {run['images_drawn']} pictures were drawn so far. "
@@ -340,10 +340,10 @@ def multiplicity(axis: str, summary: Mapping[str, Any]) -> str:
         ]
     )
     return (
-        f"Up to {_count(count, 'interval')} at 95 %{several * ' at each percentile'}: "
-        f"without any effect about {round(0.05 * count, 1):g} of them would miss the chance level "
-        "by accident. With the "
-        f"error level shared out over all of them (Bonferroni) there remain {kept}."
+        f"Up to {_count(count, 'interval')} at 95 %{several * ' at each percentile'}: without any "
+        f"effect about {round(0.05 * count, 1):g} of them would miss the chance level by "
+        "accident. With the error level shared out over all of them (Bonferroni) there remain "
+        f"{kept}."
     )
 
 
@@ -461,10 +461,6 @@ def _measure(name: str) -> str:
 
 def _listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _are(n: int) -> str:
-    return "is" if n == 1 else "are"
 
 
 def _count(n: int, noun: str) -> str:
