@@ -605,8 +605,14 @@ def _controls_chart(
     )
 
 
-def _has_p(profession: Mapping[str, Any], kind: str) -> bool:
-    return kind in profession and profession[kind]["p_holm"] is not None
+def _after_holm(row: Mapping[str, Any], kind: str) -> int | None:
+    """How many professions exceed a control after Holm's correction; none without a test."""
+    tested = [one[kind] for one in row["professions"] if kind in one]
+    tested = [one for one in tested if one["p_holm"] is not None]
+    if not tested:
+        return None
+    exceed = [one for one in tested if one["p_holm"] <= 0.05 and one["difference"]["value"] > 0]
+    return len(exceed)
 
 
 def _control_rows(name: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -619,12 +625,7 @@ def _control_rows(name: str, plan: AuditPlan, summary: Mapping[str, Any]) -> lis
             "professions": sum(kind in one for one in row["professions"]),
             "exceeds": row["exceeds"].get(kind) if sentences.has_intervals(row, kind) else None,
             "above": row["above"],
-            "holm": sum(
-                one[kind]["p_holm"] <= 0.05 and one[kind]["difference"]["value"] > 0
-                for one in tested
-            )
-            if (tested := [one for one in row["professions"] if _has_p(one, kind)])
-            else None,
+            "holm": _after_holm(row, kind),
             **figure,
         }
         for row in _main_controls(name, summary)

@@ -364,10 +364,11 @@ class EngineUNet(torch.nn.Module):
             "concepts": max(each.weights.shape[0] for each in prompts),
         }
         if missing := {dim: n for dim, n in needed.items() if n > sizes[dim]}:
+            most = {dim: sizes[dim] for dim in missing}
             raise ShapeError(
-                f"the gradient graph of {self.folder} takes at most "
-                f"{ {dim: sizes[dim] for dim in missing} }, and {missing} are needed: export one "
-                "with these (`biasmap export --gradient-prompts`, or Gradient(...) in Python)"
+                f"the gradient graph of {self.folder} takes at most {most}, and {missing} are "
+                "needed: export one with these (`biasmap export --gradient-prompts`, or "
+                "Gradient(...) in Python)"
             )
 
     def _open(self, graph: Any) -> Any:
