@@ -27,9 +27,8 @@ import biasmap_fast as bm
 from biasmap_fast import _C
 
 TOLERANCE = 0.05  # worse by more than this, beyond both spreads, is a regression
-FEW = (
-    5  # rounds; of fewer the quartiles say too little, and worse is what is so by three times that
-)
+FEW = 5  # rounds; of fewer the quartiles say too little, and worse is three times that
+SAMPLE = 20.0  # milliseconds that one timing on the CPU takes at least, by calls in a row
 Clock = Callable[[Callable[[], Any]], float]
 
 
@@ -181,33 +180,36 @@ def measure(
     times: dict[str, list[float]] = {entry.name: [] for entry in entries}
     results: dict[str, Any] = {}
     status = {entry.name: entry.status for entry in entries}
+    in_a_row = {entry.name: 1 for entry in entries}
 
-    def attempt(entry: Entry, timed: bool) -> None:
+    def attempt(entry: Entry) -> float:
+        """Milliseconds of a run, NaN of one that failed or cannot be."""
         if status[entry.name] != "ok" or entry.run is None:
-            return
+            return float("nan")
         run = entry.run
 
         def keep() -> None:
-            results.setdefault(entry.name, run())  # the first: inputs may rotate
+            for _ in range(in_a_row[entry.name]):
+                results.setdefault(entry.name, run())  # the first: inputs may rotate
 
         try:
-            took = clock(keep)
+            return clock(keep) / in_a_row[entry.name]
         except Exception as error:  # whatever a peer raises is its row's status
             status[entry.name] = failure(error)
-            return
-        if timed:
-            times[entry.name].append(took / entry.calls)
+            return float("nan")
 
     for entry in entries:
         if group.warm_up in ("", entry.name):
-            attempt(entry, timed=False)
+            took = attempt(entry)
+            if clock is wall_clock and took < SAMPLE:
+                took = attempt(entry)  # the first call may set something up
+                in_a_row[entry.name] = max(1, round(SAMPLE / max(took, 1e-3)))
     for done in range(group.rounds):
         if done >= 2 and time.monotonic() > deadline:
             break
         for entry in entries:
-            attempt(entry, timed=True)
+            times[entry.name].append(attempt(entry) / entry.calls)
 
-    base = times[entries[0].name] if status[entries[0].name] == "ok" else []
     rows = []
     for entry in entries:
         row = Row(
@@ -218,13 +220,7 @@ def measure(
         rows.append(row)
         if row.status != "ok":
             continue
-        found = times[entry.name]
-        row.times_ms, row.rounds = [round(each, 5) for each in found], len(found)
-        row.median_ms, row.quartiles_ms = spread(found)
-        if base:
-            row.ratio, row.ratio_quartiles = spread(
-                [each / one for each, one in zip(found, base, strict=True)]
-            )
+        row.times_ms = [round(each, 5) for each in times[entry.name]]
         if limits is not None:
             row.bound_ms, row.bound_by = limits.bound(entry)
         if entry.error is not None:
@@ -237,7 +233,31 @@ def measure(
                 row.status = f"failed: error {row.error:.1e}, allowed {entry.tolerance:.0e}"
         if entry.held is not None:
             row.held_kib = entry.held() / 2**10
+    summarize(rows)
     return rows
+
+
+def summarize(rows: Sequence[Row]) -> None:
+    """Medians, quartiles and ratios of a group's rows, from their times."""
+    base = rows[0].times_ms if rows[0].status == "ok" else []
+    for row in rows:
+        if not row.times_ms:
+            continue
+        row.rounds = len(row.times_ms)
+        row.median_ms, row.quartiles_ms = spread(row.times_ms)
+        if base:
+            row.ratio, row.ratio_quartiles = spread(
+                [each / one for each, one in zip(row.times_ms, base, strict=True)]
+            )
+
+
+def add_rounds(rows: Sequence[Row], more: Sequence[Row]) -> None:
+    """Puts a group's second measurement into the rows of its first."""
+    if any(row.status != other.status for row, other in zip(rows, more, strict=True)):
+        return  # an entry that runs only sometimes has no more rounds, and neither have the others
+    for row, other in zip(rows, more, strict=True):
+        row.times_ms += other.times_ms
+    summarize(rows)
 
 
 def skipped(group: Group, reason: str) -> Row:

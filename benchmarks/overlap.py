@@ -147,6 +147,6 @@ def groups(settings: Settings) -> list[Group]:
 
     return [
         group("hard IoU", sets, lambda: hard(sets), 18),
-        group(name, few, lambda: soft(few, not settings.quick, True), 40),
+        group(name, few, lambda: soft(few, not settings.quick, True), 60),
         group(f"{name}, all", sets, lambda: soft(sets, False, False), 6),
     ]

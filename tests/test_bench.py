@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import gpu
+import harness
 import kernels
 import run
 from biasmap_fast.cli import app
@@ -26,6 +27,7 @@ from harness import (
     Group,
     Limits,
     Row,
+    add_rounds,
     measure,
     newest,
     peak_mib,
@@ -54,6 +56,12 @@ def clock_of(times):
     return clock
 
 
+def long_call(run):
+    """A clock to which every call is long."""
+    run()
+    return 100.0
+
+
 def test_entries_take_turns_and_ratios_are_those_of_a_round():
     order = []
     slow, fast = (Entry(n, lambda n=n: order.append(n), calls=c) for n, c in (("a", 1), ("b", 2)))
@@ -71,8 +79,68 @@ def test_entries_take_turns_and_ratios_are_those_of_a_round():
 def test_only_the_named_entry_warms_up():
     order = []
     entries = [Entry(n, lambda n=n: order.append(n)) for n in "ab"]
-    measure(group(*entries, rounds=2, warm_up="b"), entries, None)
+    measure(group(*entries, rounds=2, warm_up="b"), entries, None, long_call)
     assert order == ["b", "a", "b", "a", "b"]
+
+
+def test_a_short_call_is_timed_many_times_in_a_row(monkeypatch):
+    now = 0.0
+    order = []
+
+    def take(name, milliseconds):
+        nonlocal now
+        order.append(name)
+        now += milliseconds / 1e3
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    entries = [
+        Entry("short", lambda: take("short", 4.0)),
+        Entry("long", lambda: take("long", 30.0)),
+    ]
+    short, long = measure(group(*entries, rounds=2), entries, None)
+    assert order == ["short"] * 2 + ["long"] + (["short"] * 5 + ["long"]) * 2  # 20 ms together
+    assert short.times_ms == [4.0, 4.0]
+    assert long.times_ms == [30.0, 30.0]
+
+
+def test_a_second_measurement_adds_its_rounds():
+    entries = [Entry("base", lambda: None), Entry("ours", lambda: None, ours=True)]
+
+    def rows(*times):
+        warm_up = [1.0, 1.0]
+        return measure(group(*entries, rounds=2), entries, None, clock_of([*warm_up, *times]))
+
+    first = rows(1.0, 2.0, 1.0, 4.0)
+    add_rounds(first, rows(10.0, 10.0, 1.0, 1.0))
+    assert first[1].times_ms == [2.0, 4.0, 10.0, 1.0]
+    assert (first[1].rounds, first[1].ratio) == (4, 1.5)
+    failed = rows(1.0, 2.0, 1.0, 2.0)
+    failed[1].status = "failed: RuntimeError: now"
+    add_rounds(first, failed)
+    assert first[1].rounds == first[0].rounds == 4
+
+
+def test_what_seems_worse_is_measured_again_while_there_is_time(tmp_path, monkeypatch):
+    entries = [Entry("base", lambda: None), Entry("ours", lambda: None, ours=True)]
+    warm_up = [1.0, 1.0]
+    disturbed, usual = [1.0, 3.0], [1.0, 1.0]
+    clock = clock_of([*warm_up, *disturbed, *warm_up, *usual * 4])
+    monkeypatch.setattr(run, "wall_clock", clock)
+    one = group(*entries, rounds=1)
+    bench = run.Bench(Settings(torch.device("cpu"), tmp_path), 600.0, [])
+    bench.limits[1] = Limits(10.0, 100.0, 1.0)
+    bench.add(one)
+    ours = bench.rows[1]
+    assert ours.ratio == 3.0
+    stored = [{**asdict(row), "ratio": 1.0, "ratio_quartiles": (1.0, 1.0)} for row in bench.rows]
+    one.rounds, one.seconds = 4, 1e4
+    bench.confirm(stored)
+    assert ours.rounds == 1  # there is no time for it
+    one.seconds = 1.0
+    bench.confirm(stored)
+    assert (ours.rounds, ours.ratio) == (5, 1.0)
+    bench.confirm(stored)  # nothing is worse: the clock has no more times to give
+    assert ours.rounds == 5
 
 
 def test_what_fails_or_is_not_run_is_no_number():
@@ -117,7 +185,7 @@ def test_without_a_baseline_there_is_no_ratio():
 def test_after_the_deadline_two_rounds_are_made():
     runs = count()
     entries = [Entry("base", lambda: next(runs))]
-    (row,) = measure(group(*entries, rounds=50), entries, None, deadline=0.0)
+    (row,) = measure(group(*entries, rounds=50), entries, None, long_call, deadline=0.0)
     assert row.rounds == 2
     assert next(runs) == 3  # with the warm-up
 
