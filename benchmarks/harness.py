@@ -1,9 +1,10 @@
 """What the benchmarks share: entries as data, interleaved timing, limits, and what a regression is.
 
-Every entry of a group runs once a round, in turn, in one process, after a warm-up: a slow minute of
+Every entry of a group has its turn once a round, in one process, after a warm-up: a slow minute of
 the machine then falls on all of them, and the ratio to the group's first entry is taken round by
-round. Medians with quartiles; error and least time possible stand in the same row. An entry that
-raises is a row that says so, and one that was not run says why: neither is a number.
+round. A turn is one call, or as many of a short one as fill 20 ms. Medians with quartiles; error
+and least time possible stand in the same row. An entry that raises is a row that says so, and one
+that was not run says why: neither is a number.
 """
 
 from __future__ import annotations

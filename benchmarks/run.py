@@ -184,7 +184,10 @@ class Bench:
             if left < group.seconds or not regressions([asdict(row) for row in rows], before):
                 continue
             logger.info("%s / %s: measured again, it seems worse", group.part, group.name)
-            add_rounds(rows, self.measured(group))
+            try:
+                add_rounds(rows, self.measured(group))
+            except Exception:  # of a set-up: the first measurement stands
+                logger.exception("%s / %s", group.part, group.name)
 
     def record(self, load: float) -> dict[str, Any]:
         gpu = torch.cuda.get_device_name(self.settings.device) if self.settings.gpu else None

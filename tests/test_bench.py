@@ -143,6 +143,23 @@ def test_what_seems_worse_is_measured_again_while_there_is_time(tmp_path, monkey
     assert ours.rounds == 5
 
 
+def test_a_second_measurement_that_fails_leaves_the_first(tmp_path, monkeypatch):
+    entries = [Entry("base", lambda: None), Entry("ours", lambda: None, ours=True)]
+    monkeypatch.setattr(run, "wall_clock", clock_of([1.0, 1.0, 1.0, 3.0]))
+    one = group(*entries, rounds=1)
+    bench = run.Bench(Settings(torch.device("cpu"), tmp_path), 600.0, [])
+    bench.limits[1] = Limits(10.0, 100.0, 1.0)
+    bench.add(one)
+    stored = [{**asdict(row), "ratio": 1.0, "ratio_quartiles": (1.0, 1.0)} for row in bench.rows]
+
+    def broken():
+        raise RuntimeError("no memory")
+
+    one.setup = broken
+    bench.confirm(stored)
+    assert (bench.rows[1].rounds, bench.rows[1].ratio) == (1, 3.0)
+
+
 def test_what_fails_or_is_not_run_is_no_number():
     def broken():
         raise RuntimeError("out of\norder")
