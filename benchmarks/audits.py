@@ -212,7 +212,7 @@ def against_published(settings: Settings, batches: tuple[int, ...], pictures: in
     name = "published recipe, one picture at a time"
     found = [Entry(name, recipe, calls=few * 4, note=f"{few} pictures")]
     for batch in batches:
-        drawn = min(pictures, max(8, 2 * batch))
+        drawn = min(pictures, max(8, 4 * batch))
         planned = plan(settings, drawn, batch, steps)
         found.append(
             Entry(
@@ -270,7 +270,7 @@ def groups(settings: Settings) -> list[Group]:
             f"embedded model, two axes, plain and guided, {steps} steps; time of a finding",
             lambda: against_published(settings, batches, pictures),
             settings.rounds(2),
-            120.0,
+            140.0,
             threads=1,
             warm_up="run_audit, batch 1",
             slope="batch size",
