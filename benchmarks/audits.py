@@ -270,7 +270,7 @@ def groups(settings: Settings) -> list[Group]:
             f"embedded model, two axes, plain and guided, {steps} steps; time of a finding",
             lambda: against_published(settings, batches, pictures),
             settings.rounds(2),
-            140.0,
+            125.0,
             threads=1,
             warm_up="run_audit, batch 1",
             slope="batch size",
@@ -298,8 +298,8 @@ def groups(settings: Settings) -> list[Group]:
             "embedded model, plain, one axis, 8 pictures, 5 steps, batch 8, one of them varied; "
             "time of a whole audit",
             lambda over=over, values=values: scaling(settings, over, values),  # type: ignore[misc]
-            settings.rounds(2),
-            25.0,
+            settings.rounds(3),
+            40.0,
             threads=1,
             warm_up=f"{values[0]} {over}",
             slope=over,

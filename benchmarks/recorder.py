@@ -219,7 +219,7 @@ def groups(settings: Settings) -> list[Group]:
             workload.format(images, steps),
             lambda images=images, steps=steps: testbed(images, steps),  # type: ignore[misc]
             rounds=settings.rounds(3),
-            seconds=15.0 if settings.gpu else 5.0 + images * steps * 0.12 + 30 * (steps == 50),
+            seconds=15.0 if settings.gpu else 5.0 + images * steps * 0.12 + 15 * (steps == 50),
             peaks=steps == 50,
         )
     width, steps = (32, 1) if settings.quick else (320, 25 if settings.gpu else 1)
@@ -230,7 +230,7 @@ def groups(settings: Settings) -> list[Group]:
         lambda: entries(Runs(real_size(settings, width), 1, steps, 64), settings, "", settings.gpu),
         rounds=settings.rounds(5 if settings.gpu else 2),
         warm_up="" if settings.gpu else "plain",
-        seconds=100 if settings.gpu else 115,
+        seconds=100 if settings.gpu else 125,
         threads=2,
         peaks=settings.gpu,
     )

@@ -24,8 +24,8 @@ import argparse
 import importlib
 import json
 import logging
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -83,6 +83,18 @@ SETS = {
 }
 LONG = ("engines-testbed", "engines-sd15")
 BUDGET = {"cpu": 880.0, "gpu": 450.0}  # seconds
+PEAK_SECONDS = 300
+
+# A peak is that of a new process. All of them are copies of one that has loaded the libraries, or
+# loading would take most of the time that peaks take.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    [
+        "audits", "engines", "guidance", "kernels", "overlap", "peers", "recorder",
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+        "transformers.models.clip.modeling_clip",
+    ]
+)  # fmt: skip
 
 
 def groups_of(part: str, settings: Settings) -> Iterator[Group]:
@@ -90,34 +102,47 @@ def groups_of(part: str, settings: Settings) -> Iterator[Group]:
     yield from getattr(importlib.import_module(module), function)(settings)
 
 
-def peak_in_process(row: Row, given: Sequence[str]) -> None:
+def peak_in_process(row: Row, options: argparse.Namespace) -> None:
     """Puts the peak memory of one entry into its row, measured in a process of its own."""
-    command = [sys.executable, __file__, "--peak", row.part, row.group, row.name, *given]
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    wanted = (row.part, row.group, row.name)
+    process = PROCESSES.Process(target=send_peak, args=(sender, options, *wanted), daemon=True)
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    except subprocess.TimeoutExpired:
-        row.note += "; peak failed: 300 s passed"
-        return
-    if done.returncode:
-        row.note += f"; peak failed: {done.stderr.strip().splitlines()[-1][:200]}"
-        return
-    row.peak_mib = float(json.loads(done.stdout.splitlines()[-1])["mib"])
+        found = receiver.recv() if receiver.poll(PEAK_SECONDS) else f"{PEAK_SECONDS} s passed"
+    except EOFError:
+        process.join()
+        found = f"exit status {process.exitcode}"
+    if isinstance(found, float):
+        row.peak_mib = found
+    else:
+        row.note += f"; peak failed: {found}"
+    process.kill()
+    process.join()
 
 
-def report_peak(settings: Settings, part: str, group: str, name: str) -> None:
-    (found,) = (each for each in groups_of(part, settings) if each.name == group)
-    torch.set_num_threads(found.threads)
-    (entry,) = (each for each in found.setup() if each.name == name)
-    if entry.run is None or entry.status != "ok":
-        raise SystemExit(f"{name}: {entry.status}")
-    print(json.dumps({"mib": peak_mib(entry.run, settings.device)}))
+def send_peak(sender: Any, options: argparse.Namespace, part: str, group: str, name: str) -> None:
+    """What that process does: sends MiB, or in words why there are none."""
+    quieten()
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            settings = settings_of(options, Path(scratch))
+            (found,) = (each for each in groups_of(part, settings) if each.name == group)
+            torch.set_num_threads(found.threads)
+            (entry,) = (each for each in found.setup() if each.name == name)
+            if entry.run is None:
+                raise ValueError(entry.status)
+            sender.send(peak_mib(entry.run, settings.device))
+    except Exception as error:
+        sender.send(failure(error))
 
 
 class Bench:
     """A run: its groups in turn, within a budget of seconds."""
 
-    def __init__(self, settings: Settings, budget: float, given: Sequence[str]) -> None:
-        self.settings, self.given = settings, given
+    def __init__(self, settings: Settings, budget: float, options: argparse.Namespace) -> None:
+        self.settings, self.options = settings, options
         self.begun = time.monotonic()
         self.deadline = self.begun + budget
         self.limits: dict[int, Limits] = {}
@@ -166,7 +191,7 @@ class Bench:
             rows = [replace(failed, status=failure(error), ours=True)]
         for row in rows if group.peaks else ():
             if row.status == "ok" and time.monotonic() < self.deadline:
-                peak_in_process(row, self.given)
+                peak_in_process(row, self.options)
         took = time.monotonic() - begun
         logger.info("  %s: %.0f s (%.0f s allowed for)", group.name, took, group.seconds)
         self.rows += rows
@@ -225,16 +250,21 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, metavar="DIR", help="folder of results, see above")
     made.add_argument("--json", action="store_true", help="the results on stdout, no table")
-    made.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     return made
 
 
-def given_to_processes(options: argparse.Namespace) -> list[str]:
-    given = ["--set", options.set]
-    for name in ("ovam", "daam"):
-        if getattr(options, name) is not None:
-            given += [f"--{name}", str(getattr(options, name).resolve())]
-    return given + ["--quick"] * options.quick
+def settings_of(options: argparse.Namespace, scratch: Path) -> Settings:
+    return Settings(
+        torch.device("cuda" if options.set == "gpu" else "cpu"), scratch, options.quick,
+        find_ovam(options.ovam), find_daam(options.daam),
+    )  # fmt: skip
+
+
+def quieten() -> None:
+    """Of peers and libraries; what fails is a row."""
+    for noisy in ("diffusers", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def place(options: argparse.Namespace, device: str) -> Path:
@@ -267,22 +297,14 @@ def main() -> None:
         raise SystemExit("--set gpu: torch finds no GPU")
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logger.setLevel(logging.INFO)
-    for noisy in ("diffusers", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of peers and libraries; what fails is a row
+    quieten()
     with tempfile.TemporaryDirectory() as scratch:
-        settings = Settings(
-            torch.device("cuda" if options.set == "gpu" else "cpu"), Path(scratch), options.quick,
-            find_ovam(options.ovam), find_daam(options.daam),
-        )  # fmt: skip
-        if options.peak:
-            report_peak(settings, *options.peak)
-            return
+        settings = settings_of(options, Path(scratch))
         load = os.getloadavg()[0]
         budget = options.budget or BUDGET[options.set]
         if options.part and set(options.part) <= set(LONG):
             budget = options.budget or float("inf")
-        bench = Bench(settings, budget, given_to_processes(options))
+        bench = Bench(settings, budget, options)
         device = str(bench.record(load)["device"])
         name, before = stored(options, device)
         path = place(options, device)

@@ -143,11 +143,18 @@ def iou_with_flags(
         >>> float(value), bool(empty)
         (0.0, True)
     """
-    maps = _stack(a, b)
+    found, empty = iou_of_pairs(_stack(a, b), percentile=percentile)
+    return found.reshape(a.shape[:-2]), empty.reshape(a.shape[:-2])
+
+
+def iou_of_pairs(
+    maps: torch.Tensor, *, percentile: float = 70.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`iou_with_flags` of pairs that lie side by side, ``[B, 2, N]``; both returned ``[B]``."""
     _check_percentile(percentile)
     found = ops.pairs_iou(maps, torch.tensor([[0, 1]]), percentile)
     _check_finite(found.area < 0, maps, ("a", "b"))
-    return found.iou.reshape(a.shape[:-2]), (found.union == 0).reshape(a.shape[:-2])
+    return found.iou[:, 0], found.union[:, 0] == 0
 
 
 def soft_iou(

