@@ -22,6 +22,7 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast.attribution import attribution_keys
 from biasmap_fast.concepts import tokenize_all
+from biasmap_fast.groups import ConceptMaps, stacked
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers, resolutions
@@ -177,19 +178,27 @@ def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...])
     from kernels import MAPS, TOKENS, attention_inputs
 
     inputs = [attention_inputs(1, shape, settings.device)[0] for shape in shapes for _ in range(5)]
-    sums = {shape[0]: torch.zeros(1, MAPS, shape[0]) for shape in shapes}
+    sums = {shape[0]: torch.zeros(1, 1, MAPS, shape[0]) for shape in shapes}
+    states = torch.eye(TOKENS)  # no two tokens are alike
+    given = [stacked([w], [{"layer": k}], [states]) for _, k, w in inputs]
+    adding = ConceptMaps()
 
     def kept() -> list[torch.Tensor]:
         return [(q @ k.transpose(1, 2)).softmax(-1) for q, k, _ in inputs]
 
-    def recorded() -> None:
+    def in_torch() -> None:
         for query, keys, weights in inputs:
-            sums[query.shape[2]] += concept_map(query, keys, weights)
+            sums[query.shape[2]][0] += concept_map(query, keys, weights)
+
+    def recorded() -> None:
+        for (query, *_), group in zip(inputs, given, strict=True):
+            adding.add([sums[query.shape[2]]], query, group, "layer")
 
     tokens = sum(query.shape[1] * query.shape[2] * TOKENS for query, *_ in inputs)
     depths = sum(query.numel() * TOKENS for query, *_ in inputs)
     found = [
         Entry("probabilities kept", kept),
+        Entry("concept maps in torch", in_torch),
         Entry("concept maps", recorded, ours=True),
     ]
     for entry in found:

@@ -1,6 +1,10 @@
 // The only file that knows pybind11: checks, then a params struct, then the kernel of the device.
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
+
+#include <pybind11/stl.h>
 
 #include "concept_map.h"
 #include "overlap.h"
@@ -245,6 +249,41 @@ void concept_map_backward(const TensorView &grad, const TensorView &query, const
     launch<biasmap::ConceptMapBackwardParams>(place, BIASMAP_CUDA_KERNEL(concept_map_backward), p);
 }
 
+void prompt_maps(const TensorView &query, const TensorView &keys, const TensorView &members,
+                 const TensorView &weights, const std::vector<TensorView> &maps) {
+    const dlpack::Device place = biasmap::kOnCpu;
+    biasmap::PromptMapsParams p{};
+    Float type{};
+    p.query = static_cast<const float *>(query.strided_floats(
+        "query", "[B, heads, n, d]", {kAny, kAny, kAny, kAny}, place, type, p.strides));
+    p.batch = query.size(0), p.heads = query.size(1);
+    p.pixels = query.size(2), p.depth = query.size(3);
+    p.keys = keys.data<float>("keys", "[heads, U, d]", {p.heads, kAny, p.depth}, place);
+    p.tokens = keys.size(1);
+    p.members = members.data<float>("members", "[P, U]", {kAny, p.tokens}, place);
+    p.prompts = members.size(0);
+    p.weights = weights.data<float>("weights", "[P, K, U]", {p.prompts, kAny, p.tokens}, place);
+    p.concepts = weights.size(1);
+    std::vector<biasmap::PromptMaps> targets;
+    for (const TensorView &each : maps) {
+        biasmap::PromptMaps target{};
+        target.data = static_cast<float *>(
+            each.strided_floats("maps", "[P, B, K, n]", {p.prompts, p.batch, p.concepts, p.pixels},
+                                place, type, target.strides));
+        require(p.pixels == 1 || target.strides[3] == 1, "`maps` must have pixels in a row");
+        targets.push_back(target);
+    }
+    p.maps = targets.data(), p.targets = static_cast<int64_t>(targets.size());
+    require(p.tokens > 0, "`keys` must have tokens");
+    for (int64_t prompt = 0; prompt < p.prompts; ++prompt) {
+        const float *own = p.members + prompt * p.tokens;
+        require(std::any_of(own, own + p.tokens, [](float count) { return count != 0.0f; }),
+                "members[" + std::to_string(prompt) + "] names no token");
+    }
+    py::gil_scoped_release release;
+    biasmap::prompt_maps_cpu(p);
+}
+
 py::dict build_info() {
     py::dict info;
     info["version"] = BIASMAP_VERSION;
@@ -292,4 +331,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("concept_map_backward", concept_map_backward, "Gradient of concept_map to the queries.",
           py::arg("grad"), py::arg("query"), py::arg("keys"), py::arg("weights"),
           py::arg("grad_query"));
+    m.def("prompt_maps", prompt_maps, "Adds attribution maps of prompts that share their tokens.",
+          py::arg("query"), py::arg("keys"), py::arg("members"), py::arg("weights"),
+          py::arg("maps"));
 }

@@ -31,13 +31,32 @@ struct ConceptMapBackwardParams {
     int64_t batch, heads, pixels, depth, tokens, concepts;
 };
 
-// T' of the kernels at most: those of CLIP are 77.
+// Maps [P, B, K, n] that are added to, a map's pixels in a row.
+struct PromptMaps {
+    float *data;
+    int64_t strides[4]; // in elements
+};
+
+// The same for P prompts at once, from the U different tokens that they have among them.
+struct PromptMapsParams {
+    const float *query;     // [B, heads, n, d]
+    int64_t strides[4];     // of it, in elements
+    const float *keys;      // [heads, U, d], already times 1 / sqrt(d)
+    const float *members;   // [P, U]: how often a prompt has a token
+    const float *weights;   // [P, K, U]
+    const PromptMaps *maps; // [targets] out: the same is added to each
+    int64_t targets;
+    int64_t batch, heads, pixels, depth, tokens, prompts, concepts;
+};
+
+// T' of a GPU's kernels at most: those of CLIP are 77.
 constexpr int kMostTokens = 80;
 
 // dL/ds of a softmax's argument: p = softmax(s), g = dL/dp, mean = sum(p g).
 BIASMAP_HD float softmax_gradient(float p, float g, float mean) { return p * (g - mean); }
 
-// On the CPU reference.py does this: a fused kernel was no faster there (docs/cuda.md).
+// On the CPU this is what records; reference.py gives the gradient there.
+void prompt_maps_cpu(const PromptMapsParams &p);
 void concept_map_cuda(const ConceptMapParams &p, const CudaQueue &queue);
 void concept_map_backward_cuda(const ConceptMapBackwardParams &p, const CudaQueue &queue);
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast import _C, ops, reference
+from biasmap_fast import _C, groups, ops, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_GPU = torch.cuda.is_available() and bool(_C.build_info()["cuda"])
@@ -44,7 +44,7 @@ def emulated(tmp_path_factory):
 
     target = tmp_path_factory.mktemp("emulation") / "_C.so"
     sources = ["tests/emulation/overlap.cpp", "tests/emulation/concept_map.cpp"]
-    sources += ["csrc/overlap_cpu.cpp", "csrc/bindings.cpp"]
+    sources += ["csrc/concept_map_cpu.cpp", "csrc/overlap_cpu.cpp", "csrc/bindings.cpp"]
     python = f"{sys.base_prefix}/include/python{sys.version_info[0]}.{sys.version_info[1]}"
     definitions = {"VERSION": "0", "CUDA_TOOLKIT": "emulated", "CUDA_ARCHITECTURES": "none"}
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
@@ -476,6 +476,7 @@ def test_recorder_and_guidance_through_the_kernels(sd_pipe, emulated, monkeypatc
     maps, energy = run()
     monkeypatch.setattr(ops, "_C", emulated[0])
     emulated[1].emulated_pairs_on_gpu(0)
+    monkeypatch.setattr(groups, "fused_prompts", lambda *_: False)
     monkeypatch.setattr(ops, "_use_native_attention", lambda *_: True)
     library = torch.library.Library("biasmap", "FRAGMENT")
     for name in ("concept_map", "concept_map_backward", "add_concept_map"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast import groups, reference
+from biasmap_fast import _C, groups, reference
 from biasmap_fast.groups import ConceptMaps, GroupKeys, grouped, stacked
 
 DOCTOR = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
@@ -41,7 +41,7 @@ def test_tiles_equal_prompt_by_prompt(prompts, images, heads, pixels, depth, tok
     found, adding = start.clone(), ConceptMaps()
     group = GroupKeys(weights, {"layer": keys}, None)
     for _ in range(2):  # the memory of the tiles is used again
-        adding.add(found, query, group, "layer")
+        adding.add([found], query, group, "layer")
     for index in range(prompts):
         exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
         torch.testing.assert_close(
@@ -49,40 +49,89 @@ def test_tiles_equal_prompt_by_prompt(prompts, images, heads, pixels, depth, tok
         )
 
 
-def shared_case(images, heads, pixels, depth, scale):
+def prompts_case(images, heads, pixels, depth, scale):
     """Six prompts of nine tokens, of which the last two are their own."""
     torch.manual_seed(1)
-    query = torch.randn(images, heads, pixels, depth)
+    query = torch.randn(images, pixels, heads, depth).transpose(1, 2)  # as `to_q` leaves it
     common, own = torch.randn(7, 32), torch.randn(6, 2, 32)
     states = [torch.cat([common, end]) for end in own]
     project = scale * torch.randn(heads, 32, depth) / 32**0.5
     keys = [(each @ project).contiguous() for each in states]  # [heads, T', d]
-    weights = [torch.rand(2, 9) for _ in states]
+    weights = [torch.rand(2, 9) * (torch.rand(2, 9) < 0.5) for _ in states]
     return query, stacked(weights, [{"layer": each} for each in keys], states), keys, weights
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 9, 4), (2, 8, 4096, 40), (30, 4, 64, 16)])
-def test_shared_tokens_equal_prompt_by_prompt(shape):
-    query, group, keys, weights = shared_case(*shape, scale=1.0)
-    assert group.shared.by_layer["layer"].shape[1] == 7 + 6 * 2
-    found = torch.zeros(6, shape[0], 2, shape[2])
-    ConceptMaps().add(found, query, group, "layer")
+# less than a tile of pixels; several; a part of one; queries in no order; deeper than any UNet's
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 9, 4), (2, 8, 4096, 40), (3, 4, 100, 16), (2, 3, 64, 5), (1, 1, 1, 200)]
+)
+def test_one_kernel_for_prompts_that_share_tokens(shape):
+    query, group, keys, weights = prompts_case(*shape, scale=1.0)
+    assert group.distinct.by_layer["layer"].shape[1] == 7 + 6 * 2
+    start = torch.rand(6, shape[0], 2, shape[2])
+    for given in (query, query.contiguous(), query.transpose(2, 3).contiguous().transpose(2, 3)):
+        found = start.clone()
+        ConceptMaps().add([found], given, group, "layer")
+        for index in range(6):
+            exact = reference.concept_map(
+                query.double(), keys[index].double(), weights[index].double()
+            )
+            torch.testing.assert_close(
+                (found[index] - start[index]).double(), exact, rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_queries_are_widened(dtype):
+    query, group, keys, weights = prompts_case(2, 4, 64, 16, scale=1.0)
+    found = torch.zeros(6, 2, 2, 64)
+    ConceptMaps().add([found], query.to(dtype).requires_grad_(), group, "layer")
     for index in range(6):
-        exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
-        torch.testing.assert_close(found[index].double(), exact, rtol=1e-5, atol=1e-6)
+        exact = reference.concept_map(query.to(dtype), keys[index], weights[index])
+        torch.testing.assert_close(found[index], exact)
 
 
-def test_prompts_far_apart_do_not_share():
+def test_maps_of_a_batch_are_those_of_its_images_whatever_the_threads():
+    query, group, *_ = prompts_case(5, 4, 300, 16, scale=1.0)
+    wide = torch.zeros(6, 8, 2, 300)
+    together = wide[:, 2:7]  # strided, as some images of a run are
+    ConceptMaps().add([together], query, group, "layer")
+    assert not wide[:, :2].any()
+    assert not wide[:, 7:].any()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for image in range(5):
+            alone = torch.zeros(6, 1, 2, 300)
+            ConceptMaps().add([alone], query[image : image + 1], group, "layer")
+            assert torch.equal(alone[:, 0], together[:, image])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_prompts_far_apart():
     # one prompt's own tokens outshine all others by more than float32's exponents can tell
-    query, group, keys, weights = shared_case(2, 4, 64, 16, scale=200.0)
-    assert group.shared is not None
-    adding, found = ConceptMaps(), torch.zeros(6, 2, 2, 64)
-    assert not adding._add_shared(found, query, group.shared, "layer")
-    assert not found.any()
-    adding.add(found, query, group, "layer")
+    query, group, keys, weights = prompts_case(2, 4, 64, 16, scale=200.0)
+    found = torch.zeros(6, 2, 2, 64)
+    ConceptMaps().add([found], query, group, "layer")
     for index in range(6):
         exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
         torch.testing.assert_close(found[index].double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_not_finite_where_the_reference_is_not():
+    query, group, keys, weights = prompts_case(2, 4, 64, 16, scale=1.0)
+    query[0, 1, 5], query[1, 2, 7] = float("nan"), float("inf")
+    own = group.distinct.by_layer["layer"]
+    (token,) = (group.distinct.members[3] * (group.distinct.members.sum(0) == 1)).nonzero()[:1, 0]
+    own[0, token] = float("nan")  # of the fourth prompt alone
+    found = torch.zeros(6, 2, 2, 64)
+    ConceptMaps().add([found], query, group, "layer")
+    assert found[3].isnan().all()
+    for index in (0, 1, 2, 4, 5):
+        exact = reference.concept_map(query, keys[index], weights[index])
+        assert exact.isnan().any()
+        torch.testing.assert_close(found[index], exact, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_a_repeated_token_counts_twice():
@@ -94,12 +143,35 @@ def test_a_repeated_token_counts_twice():
     keys = [each.view(8, 2, 8).transpose(0, 1).contiguous() for each in prompts]  # [heads, T', d]
     weights = [torch.rand(1, 8) for _ in prompts]
     group = stacked(weights, [{"layer": each} for each in keys], prompts)
-    assert group.shared.by_layer["layer"].shape == (2, 8, 8)
+    assert group.distinct.by_layer["layer"].shape == (2, 8, 8)
     query, found = torch.randn(1, 2, 5, 8), torch.zeros(9, 1, 1, 5)
-    ConceptMaps().add(found, query, group, "layer")
+    ConceptMaps().add([found], query, group, "layer")
     for index, own in enumerate(keys):
         exact = reference.concept_map(query, own, weights[index])
         torch.testing.assert_close(found[index], exact)
+
+
+def test_the_reference_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv("BIASMAP_BACKEND", "reference")
+    assert prompts_case(1, 2, 9, 4, scale=1.0)[1].distinct is None
+
+
+def test_what_the_kernel_refuses():
+    query, keys = torch.rand(2, 3, 9, 4), torch.rand(3, 5, 4)
+    members, weights, maps = torch.ones(2, 5), torch.rand(2, 1, 5), torch.zeros(2, 2, 1, 9)
+    good = {"query": query, "keys": keys, "members": members, "weights": weights, "maps": [maps]}
+    _C.prompt_maps(**good)
+    for name, bad, said in (
+        ("query", query.double(), r"`query` must be .* float32 on the CPU, got .* float64"),
+        ("keys", keys[:, :, :3], r"`keys` must be \[heads, U, d\] float32 contiguous"),
+        ("members", members[:, :4].contiguous(), r"`members` must be \[P, U\]"),
+        ("members", members * torch.tensor([[1.0], [0.0]]), r"members\[1\] names no token"),
+        ("weights", weights[:1], r"`weights` must be \[P, K, U\]"),
+        ("maps", [maps, maps[..., :8]], r"`maps` must be \[P, B, K, n\] = \[2, 2, 1, 9\]"),
+        ("maps", [torch.zeros(2, 2, 1, 18)[..., ::2]], "pixels in a row"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            _C.prompt_maps(**{**good, name: bad})
 
 
 def test_prompts_of_single_images_are_those_of_the_batch():
@@ -174,6 +246,7 @@ def test_the_kernel_is_given_what_it_reads(monkeypatch):
     nested = [[DOCTOR, SHORT], [DOCTOR, NURSE], [DOCTOR, NURSE]]
     with bm.attribute(pipe, nested) as expected:
         draw()
+    monkeypatch.setattr(groups, "fused_prompts", lambda *args: False)
     monkeypatch.setattr(groups, "fused_attention", lambda *args: True)
     monkeypatch.setattr(groups, "add_concept_map", add)
     with bm.attribute(pipe, nested) as found:

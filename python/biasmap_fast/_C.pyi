@@ -5,6 +5,7 @@ Outputs are allocated by the caller (see ops.py). All tensors of a call are on o
 ``pairs`` may be on the CPU. Maps and queries are float32, on a GPU also float16 or bfloat16.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -68,4 +69,11 @@ def concept_map_backward(
     keys: Tensor,  # [heads, T', d]
     weights: Tensor,  # [K, T']
     grad_query: Tensor,  # like `query`, out
+) -> None: ...
+def prompt_maps(
+    query: Tensor,  # [B, heads, n, d], any strides, on the CPU
+    keys: Tensor,  # [heads, U, d], of the different tokens
+    members: Tensor,  # [P, U], how often a prompt has each
+    weights: Tensor,  # [P, K, U]
+    maps: Sequence[Tensor],  # [P, B, K, n] each, pixels in a row; the same is added to all
 ) -> None: ...

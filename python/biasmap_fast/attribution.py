@@ -45,6 +45,8 @@ Branch = Literal["cond", "uncond"]
 By = Literal["total", "block", "layer", "step", "head"]
 _BY = get_args(By)
 _Place = tuple[int, By, str]
+# number of a group, places of its images in the pass now running, and in its sums
+_Located = tuple[int, slice | list[int], slice | list[int]]
 _T = TypeVar("_T")
 
 
@@ -319,6 +321,7 @@ class Recorder:
         self._other_branch = False  # a guider's call that is not of the attributed branch
         # (layer, image) of this call: recomputation under checkpointing must not count twice
         self._seen: set[tuple[str, int]] = set()
+        self._located: dict[tuple[tuple[int, int], ...], list[_Located]] = {}
         self._resolutions: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
@@ -413,7 +416,6 @@ class Recorder:
         """Bytes held now: ``"maps"`` (per image, independent of steps unless by step), ``"keys"``.
 
         The keys depend on the prompts and the model alone and are freed at the end of the block.
-        (On a CPU there is a working memory of 1 MiB a thread at most beside them.)
         """
         sums = [t for run in self._runs for part in run.sums.values() for t in part.values()]
         keys = [key for own in self._keys for key in own.tensors()]
@@ -482,17 +484,10 @@ class Recorder:
         """Adds one layer's concept maps of the attributed branch: query ``[rows, n, C]``."""
         size = layer.resolution(query, self._resolutions)
         run = self._runs[-1]
-        fresh = self._fresh(layer.name, query.shape[0])
-        if not fresh:
-            return
         rows = layer.split_heads(query)  # [rows, heads, n, d]
-        for number, (group, attributed) in enumerate(zip(self._groups, self._keys, strict=True)):
-            mine = group.mine(fresh)
-            if not mine:
-                continue
-            taken, images = (list(part) for part in zip(*mine, strict=True))
-            query, place = rows[as_slice(taken)], as_slice(images)
-            weights = attributed.weights
+        for number, taken, place in self._fresh(layer.name, query.shape[0]):
+            group, attributed = self._groups[number], self._keys[number]
+            query, weights = rows[taken], attributed.weights
             if self._by == ("head",):
                 keys = attributed.by_layer[layer.name]
                 for index in range(len(group.prompts)):
@@ -500,21 +495,17 @@ class Recorder:
                     for head in range(layer.heads):
                         part: _Place = (number, "head", f"{layer.name}:{head}")
                         target = self._sum(run, part, size, weights)
-                        target[index, place] += found[:, head].view(len(images), -1, *size)
+                        target[index, place] += found[:, head].view(len(found), -1, *size)
                 continue
-            targets = [self._sum(run, part, size, weights) for part in self._parts(number, layer)]
-            # [P, b, K, h, w]; of one target and consecutive images a view of it
-            sums = (
-                targets[0][:, place]
-                if len(targets) == 1
-                else torch.zeros_like(targets[0][:, place])
-            )
-            self._adding.add(sums.flatten(3), query, attributed, layer.name)
-            if len(targets) > 1:
-                for target in targets:
-                    target[:, place] += sums
-            elif not isinstance(place, slice):
-                targets[0][:, place] = sums
+            sums = [self._sum(run, part, size, weights) for part in self._parts(number, layer)]
+            if isinstance(place, slice):  # [P, b, K, n], views
+                views = [each[:, place].flatten(3) for each in sums]
+                self._adding.add(views, query, attributed, layer.name)
+            else:
+                found = torch.zeros_like(sums[0][:, place]).flatten(3)
+                self._adding.add([found], query, attributed, layer.name)
+                for each in sums:
+                    each[:, place] += found.view(*found.shape[:3], *size)
 
     @torch.no_grad()
     def _add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
@@ -523,27 +514,26 @@ class Recorder:
             return
         run = self._runs[-1]
         for part in self._layers:
-            fresh = self._fresh(part.name, found[part][0].shape[0])
-            if not fresh:
-                continue
-            for number, group in enumerate(self._groups):
-                mine = group.mine(fresh)
-                if not mine:
-                    continue
-                taken, images = (list(each) for each in zip(*mine, strict=True))
-                for index, prompt in enumerate(group.prompts):
+            for number, taken, place in self._fresh(part.name, found[part][0].shape[0]):
+                for index, prompt in enumerate(self._groups[number].prompts):
                     maps = found[part][prompt]
                     size = (maps.shape[-2], maps.shape[-1])
                     for key in self._parts(number, part):
-                        self._sum(run, key, size, maps)[index, images] += maps[taken]
+                        self._sum(run, key, size, maps)[index, place] += maps[taken]
 
-    def _fresh(self, name: str, seen: int) -> list[tuple[int, int]]:
-        """(place in the pass now running, image) of the images not yet counted for a layer."""
+    def _fresh(self, name: str, seen: int) -> list[_Located]:
+        """Of every group, its images that were not yet counted for a layer."""
         places, images = rows_here(self._rows, self._batch, seen)
         found_here = zip(places, images, strict=True)
-        fresh = [(place, image) for place, image in found_here if (name, image) not in self._seen]
+        fresh = tuple(each for each in found_here if (name, each[1]) not in self._seen)
         self._seen.update((name, image) for _, image in fresh)
-        return fresh
+        if fresh not in self._located:
+            self._located[fresh] = [
+                (number, as_slice([place for place, _ in own]), as_slice([row for _, row in own]))
+                for number, group in enumerate(self._groups)
+                if (own := group.mine(fresh))
+            ]
+        return self._located[fresh]
 
     def _parts(self, group: int, layer: Any) -> list[_Place]:
         """The sums that one layer's maps of a group belong to, of everything kept apart."""

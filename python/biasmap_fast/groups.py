@@ -1,10 +1,10 @@
 """Concept maps of many attribution prompts from the same queries.
 
-Prompts with as many tokens and as many concepts, on the same images, are a group: one matrix
-product and one softmax serve all of them. Behind a causal text encoder prompts that begin alike
-have the same keys there, and what is the same is computed once: of "a photo of a doctor and" with
-seven last words, a third of the tokens. On a CPU the scores are computed in tiles that stay in its
-cache, in memory that is kept.
+Prompts with as many tokens and as many concepts, on the same images, are a group, and read the
+queries together. Behind a causal text encoder prompts that begin alike have the same keys there:
+on a CPU one kernel computes what is the same once (of "a photo of a doctor and" with seven last
+words, a third of the tokens). A GPU's kernel takes prompt by prompt. Elsewhere one matrix product
+and one softmax serve all of them, in tiles of bounded memory.
 """
 
 from __future__ import annotations
@@ -14,16 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .ops import add_concept_map, fused_attention
-from .reference import concept_map
+from .ops import add_concept_map, add_prompt_maps, fused_attention, fused_prompts
 
 # Numbers in a tile: 1 MiB of float32 for every thread of a CPU; elsewhere it only bounds memory.
 _CACHED, _HELD = 2**18, 2**26
-_SMALL_TILE = 2**15  # numbers for which memory of one's own is not worth the slicing
 _PIXELS = 128  # of a tile, before it has more prompts
-# Smallest sum of exponentials that is divided by: its largest terms are then far above float32's
-# smallest normal number, 2 ** -126, and those that are not do not count beside them.
-_SMALL = 2.0**-60
 
 
 @dataclass(frozen=True)
@@ -53,16 +48,17 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """The U different tokens of a group's prompts.
+class Distinct:
+    """The U different tokens of a group's prompts, for the CPU's kernel.
 
     Attributes:
-        rows: ``[P * (1 + K), U]``, first how often each prompt has a token, then the weights of
-            each prompt's concepts.
+        members: ``[P, U]``, how often each prompt has a token.
+        weights: ``[P, K, U]``, the weights of each prompt's concepts.
         by_layer: layer -> keys ``[heads, U, d]``.
     """
 
-    rows: torch.Tensor
+    members: torch.Tensor
+    weights: torch.Tensor
     by_layer: Mapping[str, torch.Tensor]
 
 
@@ -72,12 +68,12 @@ class GroupKeys:
 
     weights: torch.Tensor  # [P, K, T']
     by_layer: Mapping[str, torch.Tensor]  # [P, heads, T', d]
-    shared: Shared | None  # where enough of the tokens are the same
+    distinct: Distinct | None  # where the CPU's kernel takes them
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every layer's keys, of the prompts and of what they share."""
-        shared = [] if self.shared is None else list(self.shared.by_layer.values())
-        return [*self.by_layer.values(), *shared]
+        """Every layer's keys, prompt by prompt and without repetition."""
+        distinct = [] if self.distinct is None else list(self.distinct.by_layer.values())
+        return [*self.by_layer.values(), *distinct]
 
 
 def grouped(
@@ -116,31 +112,28 @@ def stacked(
         else:  # the order in which one product reads them
             layers[name] = torch.stack(keys, dim=1).transpose(0, 1)
     found = torch.stack(list(weights))
-    return GroupKeys(found, layers, _shared(found, layers, torch.stack(list(states))))
+    own = _distinct(found, layers, torch.stack(list(states))) if fused_prompts(found) else None
+    return GroupKeys(found, layers, own)
 
 
-def _shared(
+def _distinct(
     weights: torch.Tensor,  # [P, K, T']
     by_layer: Mapping[str, torch.Tensor],  # [P, heads, T', d]
     states: torch.Tensor,  # [P, T', D]
-) -> Shared | None:
-    if states.device.type != "cpu" or len(states) == 1:
-        return None
+) -> Distinct:
     _, which = torch.unique(states.flatten(0, 1), dim=0, return_inverse=True)  # [P * T']
     count = int(which.max()) + 1
-    prompts, concepts, tokens = weights.shape
-    # what they save must pay for dividing concept by concept
-    if count + prompts * concepts > 0.7 * prompts * tokens:
-        return None
+    prompts, _, tokens = weights.shape
     member = torch.nn.functional.one_hot(which, count).to(weights.dtype)  # [P * T', U]
-    member = member.view(prompts, tokens, count)  # [P, T', U]
-    rows = torch.cat([member.sum(1), (weights @ member).flatten(0, 1)])
-    first = torch.empty(count, dtype=torch.long).scatter_(0, which, torch.arange(len(which)))
+    member = member.view(prompts, tokens, count)
+    first = torch.full((count,), len(which)).scatter_reduce(
+        0, which, torch.arange(len(which)), "amin"
+    )
     keys = {
         name: own.transpose(0, 1).flatten(1, 2)[:, first].contiguous()  # [heads, U, d]
         for name, own in by_layer.items()
     }
-    return Shared(rows, keys)
+    return Distinct(member.sum(1), weights @ member, keys)
 
 
 class ConceptMaps:
@@ -150,31 +143,41 @@ class ConceptMaps:
         self._space = torch.empty(0)
 
     @torch.no_grad()
-    def add(self, maps: torch.Tensor, query: torch.Tensor, group: GroupKeys, layer: str) -> None:
-        """Adds `reference.concept_map` of every prompt.
+    def add(
+        self, maps: Sequence[torch.Tensor], query: torch.Tensor, group: GroupKeys, layer: str
+    ) -> None:
+        """Adds `reference.concept_map` of every prompt to each of ``maps``.
 
         Args:
-            maps: ``[P, B, K, n]``, contiguous but for the first dimension.
+            maps: ``[P, B, K, n]`` each, contiguous but for the first dimension.
             query: ``[B, heads, n, d]`` of the layer, any floating dtype, any strides.
             group: the prompts.
             layer: the layer's name.
         """
-        if group.shared is not None and self._add_shared(maps, query, group.shared, layer):
+        if group.distinct is not None:
+            own = group.distinct
+            add_prompt_maps(maps, query, own.by_layer[layer], own.members, own.weights)
             return
+        if len(maps) > 1:
+            sums = torch.zeros_like(maps[0], memory_format=torch.contiguous_format)
+            self._add(sums, query, group, layer)
+            for each in maps:
+                each += sums
+        else:
+            self._add(maps[0], query, group, layer)
+
+    def _add(self, maps: torch.Tensor, query: torch.Tensor, group: GroupKeys, layer: str) -> None:
+        """Without the CPU's kernel."""
         keys, weights = group.by_layer[layer], group.weights
         if fused_attention(query, keys):
-            for own, one, pieces in zip(maps, keys, weights, strict=True):
-                add_concept_map(own, query, one, pieces)
+            for each, one, pieces in zip(maps, keys, weights, strict=True):
+                add_concept_map(each, query, one, pieces)
             return
         prompts, heads, tokens, _ = keys.shape
         batch, _, pixels, _ = query.shape
-        if prompts == 1 and batch * heads * tokens * pixels <= _SMALL_TILE:
-            maps[0] += concept_map(query, keys[0], weights[0])
-            return
         columns = query.to(keys.dtype).transpose(-1, -2)  # [B, heads, d, n]
         merged = keys.transpose(0, 1).flatten(1, 2)  # [heads, P * T', d]
-        on_cpu = query.device.type == "cpu"
-        most = _CACHED * torch.get_num_threads() if on_cpu else _HELD
+        most = _CACHED * torch.get_num_threads() if query.device.type == "cpu" else _HELD
         column = heads * tokens  # scores of one prompt at one pixel
         p_step = _within(most // (column * min(pixels, _PIXELS)), prompts)
         n_step = _within(most // (column * p_step) // 64 * 64, pixels, 64)
@@ -185,50 +188,13 @@ class ConceptMaps:
                 rows = merged[:, p * tokens : (p + p_step) * tokens]
                 pieces = weights[p : p + p_step]
                 for n in range(0, pixels, n_step):
-                    own = columns[b : b + b_step, :, :, n : n + n_step]
-                    shape = (own.shape[0], heads, len(pieces), tokens, own.shape[-1])
+                    part = columns[b : b + b_step, :, :, n : n + n_step]
+                    shape = (part.shape[0], heads, len(pieces), tokens, part.shape[-1])
                     scores = space[: torch.Size(shape).numel()].view(shape)
-                    torch.matmul(rows, own, out=scores.flatten(2, 3))
+                    torch.matmul(rows, part, out=scores.flatten(2, 3))
                     torch.softmax(scores, dim=3, out=scores)
                     found = pieces @ scores.sum(1)  # [b, p, K, n]
                     maps[p : p + p_step, b : b + b_step, :, n : n + n_step] += found.transpose(0, 1)
-
-    def _add_shared(
-        self, maps: torch.Tensor, query: torch.Tensor, shared: Shared, layer: str
-    ) -> bool:
-        """The same from tokens that are computed once; False, and nothing added, if it cannot be.
-
-        Exponentials are taken of the difference to the largest score of all prompts. Where a
-        prompt's own are all far below it, theirs would lose their digits.
-        """
-        keys, rows = shared.by_layer[layer], shared.rows
-        heads, tokens, _ = keys.shape
-        prompts, batch, concepts, pixels = maps.shape
-        columns = query.to(keys.dtype).transpose(-1, -2)  # [B, heads, d, n]
-        column = heads * (tokens + len(rows))
-        most = _CACHED * torch.get_num_threads()
-        n_step = _within(most // column // 64 * 64, pixels, 64)
-        b_step = _within(most // (column * n_step), batch)
-        space = self._memory(b_step * column * n_step, keys)
-        total = torch.empty(prompts, batch, concepts, pixels, dtype=keys.dtype)
-        for b in range(0, batch, b_step):
-            for n in range(0, pixels, n_step):
-                own = columns[b : b + b_step, :, :, n : n + n_step]
-                shape = torch.Size((own.shape[0], heads, tokens, own.shape[-1]))
-                scores = space[: shape.numel()].view(shape)
-                torch.matmul(keys, own, out=scores)
-                scores.sub_(scores.amax(2, keepdim=True)).exp_()
-                out = torch.Size((*shape[:2], len(rows), shape[3]))
-                sums = space[shape.numel() :][: out.numel()].view(out)
-                torch.matmul(rows, scores, out=sums)
-                over = sums[:, :, :prompts]  # [b, heads, P, n]
-                if not float(over.min()) >= _SMALL:  # not of a NaN either, which hides others
-                    return False
-                parts = sums[:, :, prompts:].view(*shape[:2], prompts, concepts, shape[3])
-                parts /= over.unsqueeze(3)  # [b, heads, P, K, n]
-                total[:, b : b + b_step, :, n : n + n_step] = parts.sum(1).transpose(0, 1)
-        maps += total
-        return True
 
     def _memory(self, count: int, like: torch.Tensor) -> torch.Tensor:
         space = self._space

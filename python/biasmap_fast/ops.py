@@ -5,7 +5,7 @@ the native kernels: on the CPU, and on a GPU if the package was built with CUDA 
 env``). Float64 and other devices take the reference. Half types are computed, and returned, in
 float32.
 
-On the CPU `concept_map` is the reference's: a fused kernel was no faster there (docs/cuda.md).
+On the CPU `concept_map` is the reference's, and `add_prompt_maps` what records: it has no gradient.
 
 On a GPU nothing waits for it. Pairs of concepts may stay on the CPU, where they are checked: up to
 1024 of them travel with the launch. Those on the GPU are not checked: a pair of concepts that there
@@ -25,7 +25,7 @@ import torch
 from . import _C, reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _BACKENDS = ("reference", "native")
 
@@ -108,6 +108,30 @@ def add_concept_map(
         torch.ops.biasmap.add_concept_map(maps, query, keys, weights)
     else:
         maps += reference.concept_map(query, keys, weights)
+
+
+def add_prompt_maps(
+    maps: Sequence[torch.Tensor],
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    members: torch.Tensor,
+    weights: torch.Tensor,
+) -> None:
+    """Adds the maps of P prompts with U different tokens among them; where `fused_prompts` says so.
+
+    Args:
+        maps: ``[P, B, K, n]`` float32 each, a map's pixels in a row; the same is added to all.
+        query: ``[B, heads, n, d]``, any floating dtype, any strides.
+        keys: ``[heads, U, d]`` float32 attribution keys, already divided by sqrt(d).
+        members: ``[P, U]`` float32, how often each prompt has a token.
+        weights: ``[P, K, U]`` float32, the pieces of each concept.
+    """
+    _C.prompt_maps(query.detach().float(), keys, members, weights, maps)
+
+
+def fused_prompts(keys: torch.Tensor) -> bool:
+    """Whether `add_prompt_maps` takes prompts whose keys are where, and of the type, of these."""
+    return keys.device.type == "cpu" and keys.dtype == torch.float32 and _forced() != "reference"
 
 
 def fused_attention(query: torch.Tensor, keys: torch.Tensor | None = None) -> bool:
