@@ -27,7 +27,7 @@ import torch
 from .. import presets
 from ..attribution import AttributionCache, attribute
 from ..concepts import AttributionPrompt
-from .masks import contained, containment_maps, hard_iou, map_fault, map_of, packed
+from .masks import contained, containment_maps, hard_iou, map_faults, map_of, packed
 from .records import OK
 
 if TYPE_CHECKING:
@@ -245,24 +245,35 @@ class _Batch:
         self.parts.append(parts)
 
     def rows(self, plan: AuditPlan, percentiles: Sequence[float]) -> list[dict[str, Any]]:
-        faults = [
-            map_fault(a, key["semantic"]) or map_fault(b, key["word"])
-            for key, a, b in zip(self.keys, self.a, self.b, strict=True)
-        ]
-        rows = [
-            {**key, "percentile": float(q), "status": fault[0], "reason": fault[1]}
-            for key, fault in zip(self.keys, faults, strict=True)
-            if fault is not None
-            for q in percentiles
-        ]
+        rows: list[dict[str, Any]] = []
         # layers and parts differ in size
         groups: dict[torch.Size, list[int]] = defaultdict(list)
-        for index, fault in enumerate(faults):
-            if fault is None:
-                groups[self.a[index].shape].append(index)
-        for members in groups.values():
-            a = torch.stack([self.a[i] for i in members]).float().cpu()  # [R, H, W]
-            b = torch.stack([self.b[i] for i in members]).float().cpu()
+        for index, a in enumerate(self.a):
+            groups[a.shape].append(index)
+        for everyone in groups.values():
+            keys = [self.keys[index] for index in everyone]
+            sides = [
+                torch.stack([side[i] for i in everyone]).float().cpu() for side in (self.a, self.b)
+            ]  # [R, H, W]
+            faults = [
+                one or other
+                for one, other in zip(
+                    map_faults(sides[0], [key["semantic"] for key in keys]),
+                    map_faults(sides[1], [key["word"] for key in keys]),
+                    strict=True,
+                )
+            ]
+            rows += [
+                {**key, "percentile": float(q), "status": fault[0], "reason": fault[1]}
+                for key, fault in zip(keys, faults, strict=True)
+                if fault is not None
+                for q in percentiles
+            ]
+            good = [place for place, fault in enumerate(faults) if fault is None]
+            if not good:
+                continue
+            members = [everyone[place] for place in good]
+            a, b = (side[good] for side in sides)
             inside = self._contained(plan, members)
             for q in percentiles:
                 found, empty = hard_iou(plan, a, b, float(q))

@@ -16,7 +16,7 @@ from .. import entanglement
 from ..maps import resize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -81,6 +81,16 @@ def map_fault(values: torch.Tensor, concept: str) -> tuple[str, str] | None:
     if bool(values.max() == values.min()):
         return "constant_map", f"every value of the map of {concept!r} is {float(values.max()):g}"
     return None
+
+
+def map_faults(maps: torch.Tensor, concepts: Sequence[str]) -> list[tuple[str, str] | None]:
+    """`map_fault` of R maps ``[R, H, W]`` and their concepts."""
+    flat = maps.flatten(1)
+    good = flat.isfinite().all(1) & (flat.amax(1) != flat.amin(1))
+    return [
+        None if fine else map_fault(each, concept)
+        for fine, each, concept in zip(good.tolist(), maps, concepts, strict=True)
+    ]
 
 
 def packed(plan: AuditPlan, maps: torch.Tensor, percentile: float) -> dict[str, Any]:
