@@ -287,9 +287,9 @@ def groups(settings: Settings) -> list[Group]:
         )
     )
     series = {
-        "pictures": (4, 8, 16) if quick else (4, 8, 16, 32),
-        "concepts": (2, 4, 8) if quick else (2, 4, 8, 12),
-        "steps": (2, 4, 8) if quick else (4, 8, 16, 32),
+        "pictures": (4, 8, 16),
+        "concepts": (2, 4, 8),
+        "steps": (2, 4, 8) if quick else (4, 8, 16),
     }
     found += [
         Group(
@@ -299,7 +299,7 @@ def groups(settings: Settings) -> list[Group]:
             "time of a whole audit",
             lambda over=over, values=values: scaling(settings, over, values),  # type: ignore[misc]
             settings.rounds(3),
-            40.0,
+            22.0,
             threads=1,
             warm_up=f"{values[0]} {over}",
             slope=over,

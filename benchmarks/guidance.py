@@ -185,7 +185,7 @@ def entries(width: int, chunks: int, settings: Settings) -> list[Entry]:
 def groups(settings: Settings) -> list[Group]:
     """Two chunks at full width, then four (on a CPU, at less of it)."""
     widths = {2: 32, 4: 32} if settings.quick else {2: 320, 4: 320 if settings.gpu else 64}
-    seconds = {2: 210.0, 4: 75.0}
+    seconds = {2: 225.0, 4: 75.0}
     dtype = str(settings.dtype).removeprefix("torch.")
     return [
         Group(

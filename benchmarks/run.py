@@ -111,15 +111,17 @@ def peak_in_process(row: Row, options: argparse.Namespace) -> None:
     sender.close()
     try:
         found = receiver.recv() if receiver.poll(PEAK_SECONDS) else f"{PEAK_SECONDS} s passed"
+        process.join(10)
     except EOFError:
-        process.join()
+        process.join(10)
         found = f"exit status {process.exitcode}"
+    if process.is_alive():
+        process.kill()
+        process.join()
     if isinstance(found, float):
         row.peak_mib = found
     else:
         row.note += f"; peak failed: {found}"
-    process.kill()
-    process.join()
 
 
 def send_peak(sender: Any, options: argparse.Namespace, part: str, group: str, name: str) -> None:
