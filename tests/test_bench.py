@@ -286,6 +286,18 @@ def test_slopes_leave_out_what_was_not_measured():
     assert slopes([one], rows) == []  # two sizes are no line
 
 
+def test_peaks_come_from_processes_of_their_own():
+    options = run.parser().parse_args(["--set", "cpu", "--quick"])
+    name = "testbed, 1 image(s), 10 steps"
+    plain, absent = (Row("recorder", name, each, "", "ok", 1) for each in ("plain", "nobody"))
+    run.peak_in_process(plain, options)
+    assert 0.0 <= plain.peak_mib < 2000.0
+    assert not plain.note
+    run.peak_in_process(absent, options)
+    assert absent.peak_mib is None
+    assert absent.note.startswith("; peak failed: failed: ValueError")
+
+
 def test_peak_is_of_the_call():
     kept = []
     before = peak_mib(lambda: kept.append(bytearray(b"x") * (64 << 20)), torch.device("cpu"))

@@ -137,6 +137,53 @@ def test_guidance_moves_the_latents_of_an_inpainting_unet(make_sd):
         assert one.applied
 
 
+@pytest.fixture
+def editing(make_sd):
+    """InstructPix2Pix with a UNet that does not look at the picture."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    plain, wide = make_sd(), make_sd(unet_config={"in_channels": 8})
+    weights = dict(plain.unet.state_dict())
+    weights["conv_in.weight"] = torch.cat(
+        (weights["conv_in.weight"], torch.zeros(16, 4, 3, 3)), dim=1
+    )
+    wide.unet.load_state_dict(weights)
+    pipe = build(StableDiffusionInstructPix2PixPipeline, wide)
+    options = {"image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+
+    def run(**more):
+        settings = {"num_inference_steps": 3, "output_type": "latent"} | options | more
+        return pipe(DRAWN, generator=torch.Generator().manual_seed(0), **settings)[0]
+
+    return plain, pipe, run
+
+
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+def test_editing_by_instructions_has_three_chunks(editing, branch):
+    plain, pipe, run = editing
+    with bm.attribute(plain, PROMPT, branch=branch) as expected:
+        latents = draw(plain, guidance_scale=7.5)
+    with bm.attribute(pipe, PROMPT, branch=branch) as found:
+        torch.testing.assert_close(run(guidance_scale=7.5), latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.maps().values, expected.maps().values)
+    with bm.attribute(pipe, PROMPT, branch=branch, chunks=3) as told:
+        run(guidance_scale=7.5)
+    assert torch.equal(told.maps().values, found.maps().values)
+    if branch == "cond":
+        with bm.attribute(pipe, PROMPT) as alone:
+            run(guidance_scale=1.0)
+        assert alone.maps().values.shape == found.maps().values.shape
+
+
+def test_editing_by_instructions_is_guided(editing):
+    plain, pipe, run = editing
+    with bm.guide(plain, PROMPT, scale=30.0):
+        target = draw(plain, guidance_scale=7.5)
+    with bm.guide(pipe, PROMPT, scale=30.0):
+        torch.testing.assert_close(run(guidance_scale=7.5), target, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(run(guidance_scale=7.5), target, rtol=1e-2)
+
+
 def test_every_inner_step_has_the_features_of_a_t2i_adapter(sd_pipe):
     from diffusers import StableDiffusionAdapterPipeline, T2IAdapter
 

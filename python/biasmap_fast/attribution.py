@@ -67,8 +67,9 @@ def attribute(
 
     Args:
         pipe: any diffusers pipeline for pictures with a UNet and CLIP text encoders (Stable
-            Diffusion 1.x, 2.x, SDXL, and their img2img, inpainting and ControlNet forms): the one
-            that draws, for it says how its UNet's batch is laid out.
+            Diffusion 1.x, 2.x, SDXL, and their img2img, inpainting, ControlNet and
+            InstructPix2Pix forms): the one that draws, for it says how its UNet's batch is laid
+            out.
         prompts: one attribution prompt, or several; several share the UNet's queries, so each
             more costs little. They need not be the prompts that draw the pictures. Or a sequence
             of prompts for each image of the batch, in batch order, which then are measured on
@@ -437,7 +438,8 @@ class Recorder:
         if begins or sample.shape[0] != self._batch:
             check_text(self._pipe, kwargs)
             layout = batch_layout(self._pipe, self._chunks)
-            self._rows = branch_rows(sample, layout, self._branch, separate=guider is not None)
+            latents = sample[:, : unet.config.out_channels]
+            self._rows = branch_rows(latents, layout, self._branch, separate=guider is not None)
             self._batch = sample.shape[0]
         images = self._rows.stop - self._rows.start
         if self._expected not in (None, images):

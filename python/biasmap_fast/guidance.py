@@ -354,7 +354,8 @@ class Guidance:
                 "chunks cannot run apart as guidance needs them to: set pag_scale=0"
             )
         layout = batch_layout(self._pipe, self._settings.chunks)
-        rows = branch_rows(sample, layout, self._settings.branch)
+        latents = sample[:, : self._pipe.unet.config.out_channels]
+        rows = branch_rows(latents, layout, self._settings.branch)
         if len(self._targets) not in (1, rows.stop - rows.start):
             raise ValueError(
                 f"expected one attribution prompt or one an image ({rows.stop - rows.start}), got "

@@ -175,6 +175,10 @@ def guider_of(pipe: Any) -> Any | None:
     return guider
 
 
+# InstructPix2Pix: the text with the picture, the picture alone, neither.
+_EDITING = ("cond", "picture", "uncond")
+
+
 def batch_layout(pipe: Any, chunks: int | None = None) -> tuple[str, ...]:
     """What the copies of the latents are that the pipeline puts into one UNet batch, in order.
 
@@ -188,6 +192,9 @@ def batch_layout(pipe: Any, chunks: int | None = None) -> tuple[str, ...]:
     Raises:
         ValueError: the pipeline does not say.
     """
+    edits = any(kind.__name__.endswith("InstructPix2PixPipeline") for kind in type(pipe).__mro__)
+    if edits and chunks == 3:
+        return _EDITING
     if chunks is not None:
         return ("cond",) if chunks == 1 else ("uncond", "cond", *("other",) * (chunks - 2))
     if guider_of(pipe) is not None:
@@ -197,8 +204,11 @@ def batch_layout(pipe: Any, chunks: int | None = None) -> tuple[str, ...]:
     except AttributeError:
         raise ValueError(
             f"{type(pipe).__name__} does not say whether its UNet batch is guided (unconditional "
-            "chunk first); pass attribute(..., chunks=1) without guidance, 2 with it"
+            f"chunk first); pass attribute(..., chunks=1) without guidance, {3 if edits else 2} "
+            "with it"
         ) from None
+    if edits and guided:
+        return _EDITING
     return ("uncond",) * bool(guided) + ("cond",) + ("perturbed",) * is_perturbed(pipe)
 
 
@@ -238,7 +248,7 @@ def branch_rows(
     """Rows of the branch in a UNet batch.
 
     Args:
-        sample: the latents.
+        sample: the latents, without the channels that a UNet of editing is given beside them.
         layout: `batch_layout`.
         branch: ``"cond"`` or ``"uncond"``.
         separate: whether this UNet call is one of the branch alone.
