@@ -2,9 +2,10 @@
 
 Every entry of a group has its turn once a round, in one process, after a warm-up: a slow minute of
 the machine then falls on all of them, and the ratio to the group's first entry is taken round by
-round. A turn is one call, or as many of a short one as fill 20 ms. Medians with quartiles; error
-and least time possible stand in the same row. An entry that raises is a row that says so, and one
-that was not run says why: neither is a number.
+round. Every other round goes backwards, so that no entry always comes after the same. A turn is one
+call, or as many of a short one as fill 20 ms. Medians with quartiles; error and least time possible
+stand in the same row. An entry that raises is a row that says so, and one that was not run says
+why: neither is a number.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def measure(
     for done in range(group.rounds):
         if done >= 2 and time.monotonic() > deadline:
             break
-        for entry in entries:
+        for entry in entries if done % 2 == 0 else reversed(entries):
             times[entry.name].append(attempt(entry) / entry.calls)
 
     rows = []

@@ -223,12 +223,14 @@ def groups(settings: Settings) -> list[Group]:
     if settings.quick or settings.gpu:  # where time is short
         sizes = [(1, 10)] if settings.quick else [(1, 25), (8, 25)]
     for images, steps in sizes:
+        rounds = settings.rounds(7 if images * steps <= 25 else 3)
+        drawing = (rounds + 1) * 5 * steps * 0.009 * (1 + images)
         add(
             f"testbed, {images} image(s), {steps} steps",
             workload.format(images, steps),
             lambda images=images, steps=steps: testbed(images, steps),  # type: ignore[misc]
-            rounds=settings.rounds(3),
-            seconds=15.0 if settings.gpu else 5.0 + images * steps * 0.12 + 15 * (steps == 50),
+            rounds=rounds,
+            seconds=15.0 if settings.gpu else drawing + 20 * (steps == 50),
             peaks=steps == 50,
         )
     width, steps = (32, 1) if settings.quick else (320, 25 if settings.gpu else 1)
