@@ -113,7 +113,7 @@ def test_soft_ops_check_their_arguments():
         )
 
 
-def test_concept_maps_have_no_kernel_on_the_cpu():
+def test_concept_maps_of_one_prompt_have_no_kernel_on_the_cpu():
     query, keys, weights = torch.rand(1, 2, 16, 8), torch.rand(2, 5, 8), torch.rand(3, 5)
     with pytest.raises(ValueError, match="kernels for GPUs only, got tensors on the CPU"):
         _C.concept_map(query, keys, weights, torch.empty(1, 3, 16), False)
@@ -144,7 +144,7 @@ def test_build_info():
 
 def test_every_function_is_documented_with_named_arguments():
     functions = [value for value in vars(_C).values() if inspect.isroutine(value)]
-    assert len(functions) == 9
+    assert len(functions) == 10
     for function in functions:
         assert "arg0" not in function.__doc__
         assert function.__doc__.strip().endswith(".")
