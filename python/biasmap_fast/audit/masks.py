@@ -107,7 +107,7 @@ def packed(plan: AuditPlan, maps: torch.Tensor, percentile: float) -> dict[str, 
     """
     sized = _evaluated(plan, maps[:, None])
     flat = sized.flatten(1).numpy()  # [R, N]
-    # Of large maps three times as fast as `reference.percentile`, and the same bits.
+    # Of large maps three times as fast as `reference.percentile`, and the same bits (of numpy 2).
     mask = flat > np.percentile(flat, percentile, axis=1, keepdims=True)
     bits = np.packbits(mask, axis=1)  # [R, ceil(N / 8)]
     return {
