@@ -55,15 +55,14 @@ std::vector<Sum> sums_of(const float *weights, int64_t rows, int64_t tokens) {
 // The queries of `count` pixels, all heads: one row for each of a head's d columns. In a last tile
 // that is not full, the last pixel is repeated. Pixels in the outer loops: what lies together in
 // memory is read together.
-void transpose(const float *query, const int64_t *strides, const PromptMapsParams &p, int64_t count,
-               Row *columns) {
-    const int64_t pixel = strides[2], column = strides[3];
+void transpose(const PromptMapsParams &p, const float *query, int64_t count, Row *columns) {
+    const int64_t head = p.strides[1], pixel = p.strides[2], column = p.strides[3];
 #if defined(__SSE__)
     if (column == 1 && count == kTile && p.depth % 4 == 0) {
         for (int64_t r = 0; r < kTile; r += 4)
             for (int64_t h = 0; h < p.heads; ++h)
                 for (int64_t c = 0; c < p.depth; c += 4) {
-                    const float *at = query + h * strides[1] + r * pixel + c;
+                    const float *at = query + h * head + r * pixel + c;
                     Row *to = columns + h * p.depth + c;
                     __m128 w = _mm_loadu_ps(at), x = _mm_loadu_ps(at + pixel),
                            y = _mm_loadu_ps(at + 2 * pixel), z = _mm_loadu_ps(at + 3 * pixel);
@@ -78,7 +77,7 @@ void transpose(const float *query, const int64_t *strides, const PromptMapsParam
 #endif
     for (int64_t r = 0; r < kTile; ++r)
         for (int64_t h = 0; h < p.heads; ++h) {
-            const float *at = query + h * strides[1] + std::min(r, count - 1) * pixel;
+            const float *at = query + h * head + std::min(r, count - 1) * pixel;
             for (int64_t c = 0; c < p.depth; ++c)
                 columns[h * p.depth + c].at[r] = at[c * column];
         }
@@ -221,7 +220,7 @@ void prompt_maps_cpu(const PromptMapsParams &p) {
             Space &space = spaces[static_cast<size_t>(omp_get_thread_num())];
             const int64_t first = tile * kTile, count = std::min(kTile, p.pixels - first);
             std::fill(space.found.begin(), space.found.end(), Row{});
-            transpose(p.query + b * p.strides[0] + first * p.strides[2], p.strides, p, count,
+            transpose(p, p.query + b * p.strides[0] + first * p.strides[2], count,
                       space.columns.data());
             for (int64_t h = 0; h < p.heads; ++h)
                 add_head(p, h, members, weights, space);

@@ -24,6 +24,16 @@ def build(kind, pipe, **more):
     return made
 
 
+def widened(make_sd, channels):
+    """A tiny pipeline whose UNet takes more channels and looks at the latents alone."""
+    wide = make_sd(unet_config={"in_channels": channels})
+    weights = dict(make_sd().unet.state_dict())
+    more = torch.zeros(16, channels - 4, 3, 3)
+    weights["conv_in.weight"] = torch.cat((weights["conv_in.weight"], more), dim=1)
+    wide.unet.load_state_dict(weights)
+    return wide
+
+
 def draw(pipe, **options):
     settings = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
     generator = torch.Generator().manual_seed(0)
@@ -118,13 +128,8 @@ def test_guidance_moves_the_latents_of_an_inpainting_unet(make_sd):
     """One that does not look at mask and picture is guided as it is without them."""
     from diffusers import StableDiffusionInpaintPipeline
 
-    plain, wide = make_sd(), make_sd(unet_config={"in_channels": 9})
-    weights = dict(plain.unet.state_dict())
-    weights["conv_in.weight"] = torch.cat(
-        (weights["conv_in.weight"], torch.zeros(16, 5, 3, 3)), dim=1
-    )
-    wide.unet.load_state_dict(weights)
-    pipe = build(StableDiffusionInpaintPipeline, wide)
+    plain = make_sd()
+    pipe = build(StableDiffusionInpaintPipeline, widened(make_sd, 9))
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     inpainting = {"image": picture, "mask_image": (picture[:, :1] > 0.5).float(), "strength": 1.0}
     with bm.guide(plain, PROMPT, scale=30.0, inner_steps=2) as expected:
@@ -142,13 +147,8 @@ def editing(make_sd):
     """InstructPix2Pix with a UNet that does not look at the picture."""
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    plain, wide = make_sd(), make_sd(unet_config={"in_channels": 8})
-    weights = dict(plain.unet.state_dict())
-    weights["conv_in.weight"] = torch.cat(
-        (weights["conv_in.weight"], torch.zeros(16, 4, 3, 3)), dim=1
-    )
-    wide.unet.load_state_dict(weights)
-    pipe = build(StableDiffusionInstructPix2PixPipeline, wide)
+    plain = make_sd()
+    pipe = build(StableDiffusionInstructPix2PixPipeline, widened(make_sd, 8))
     options = {"image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
 
     def run(**more):
