@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import biasmap_fast as bm
+from biasmap_fast.unet import batch_layout, branch_rows
 
 PROMPT = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
 DRAWN = "a photo of a doctor"
@@ -173,6 +174,16 @@ def test_editing_by_instructions_has_three_chunks(editing, branch):
         with bm.attribute(pipe, PROMPT) as alone:
             run(guidance_scale=1.0)
         assert alone.maps().values.shape == found.maps().values.shape
+
+
+@pytest.mark.parametrize(("branch", "has_picture"), [("cond", True), ("uncond", False)])
+def test_editing_by_instructions_takes_the_chunk_of_the_branch(editing, branch, has_picture):
+    _, pipe, run = editing
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    run(guidance_scale=7.5)
+    rows = branch_rows(seen[0][:, :4], batch_layout(pipe), branch)
+    assert bool(seen[0][rows, 4:].any()) == has_picture
 
 
 def test_editing_by_instructions_is_guided(editing):
