@@ -542,6 +542,12 @@ def export(
             "for each demographic word.",
         ),
     ] = 2,
+    convolutions: Annotated[
+        str,
+        typer.Option(
+            help="direct, or winograd for fewer products: for ONNX Runtime on a CPU, float32."
+        ),
+    ] = "direct",
     output_format: Annotated[
         str, typer.Option("--format", help="onnx, or tensorrt to build a plan as well.")
     ] = "onnx",
@@ -576,6 +582,7 @@ def export(
             layers=layer,
             gradients=gradient or [],
             gradient_prompts=gradient_prompts,
+            convolutions=convolutions,
             kind=output_format,
             verify=verify,
             dry_run=dry_run,

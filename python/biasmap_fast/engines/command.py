@@ -23,6 +23,7 @@ def run_export(
     layers: Sequence[str] | None,
     gradients: Sequence[str],
     gradient_prompts: int,
+    convolutions: str,
     kind: str,
     verify: bool,
     dry_run: bool,
@@ -40,6 +41,7 @@ def run_export(
         layers: as in `export_unet`.
         gradients: ``"64x64"``, sizes of latents.
         gradient_prompts: most attribution prompts of one image in their graphs.
+        convolutions: as in `export_unet`.
         kind: ``"onnx"`` or ``"tensorrt"``.
         verify: as in `export_unet`.
         dry_run: write nothing.
@@ -81,6 +83,7 @@ def run_export(
         shapes=preset,
         layers=layers,
         gradients=graphs,
+        convolutions=convolutions,  # type: ignore[arg-type]
         verify=verify,
         progress=step,
     )

@@ -25,6 +25,7 @@ from .errors import UnsupportedUNetError
 from .shapes import Tensor, area, halved
 
 Maps = Literal["reduced", "probabilities", "none"]
+Convolutions = Literal["direct", "winograd"]
 
 # Added to the scores of padding: exp(-1e4) is 0 in float32, and no infinity meets a subtraction.
 _PADDING = 1e4
@@ -72,7 +73,7 @@ class AttributionGraph(torch.nn.Module):
         """The attributed layers, in the order of their maps."""
         count = len(self.unet.config.down_block_types)
         return tuple(
-            Layer(layer.name, layer.block, _level(layer.block, count), layer.heads)
+            Layer(layer.name, layer.block, level_of(layer.block, count), layer.heads)
             for layer in self._layers
         )
 
@@ -355,11 +356,21 @@ class _Holder:
     unet: Any
 
 
-def _level(block: str, count: int) -> int:
-    kind, _, index = block.partition(".")
+def level_of(name: str, count: int) -> int:
+    """How often the latents are halved where a block or module of a UNet of ``count`` levels is.
+
+    Example:
+        >>> level_of("up_blocks.1", 4), level_of("up_blocks.1.upsamplers.0.conv", 4)
+        (2, 1)
+    """
+    kind, *rest = name.split(".")
     if kind == "mid_block":
         return count - 1
-    return int(index) if kind == "down_blocks" else count - 1 - int(index)
+    if kind == "down_blocks":
+        return int(rest[0])
+    if kind == "up_blocks":
+        return max(count - 1 - int(rest[0]) - ("upsamplers" in rest), 0)
+    return 0
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .errors import ManifestError, WrongModelError
-from .graph import Layer, Maps
+from .graph import Convolutions, Layer, Maps
 from .shapes import Shapes, Tensor
 
 FORMAT = 1
@@ -87,6 +87,7 @@ class Manifest:
         weights_sha256: of the weights in ``dtype``.
         graph: the forward graph.
         gradients: gradient graphs, one a shape.
+        convolutions: how the forward graph computes those of 3 x 3.
         versions: of the libraries that exported.
         created: UTC time.
         format: of this file.
@@ -103,6 +104,7 @@ class Manifest:
     graph: GraphFile
     created: str
     gradients: tuple[GradientFile, ...] = ()
+    convolutions: Convolutions = "direct"
     versions: Mapping[str, str | None] = field(default_factory=lambda: library_versions())
     format: int = FORMAT
 

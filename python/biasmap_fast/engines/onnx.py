@@ -14,17 +14,24 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from .decompositions import table
 from .errors import EngineError, ExportError, MissingExtraError, ParityError
-from .graph import AttributionGraph, EnergyGraph, Maps, attributed_layers, prepared
+from .graph import (
+    AttributionGraph,
+    Convolutions,
+    EnergyGraph,
+    Maps,
+    attributed_layers,
+    prepared,
+)
 from .manifest import (
     GradientFile,
     GraphFile,
@@ -37,6 +44,7 @@ from .manifest import (
     weights_hash,
 )
 from .shapes import PRESETS, Shapes, Tensor, preset_of
+from .winograd import winograd
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +97,7 @@ def export_unet(
     shapes: Shapes | str | None = None,
     layers: Sequence[str] | None = None,
     gradients: Sequence[Gradient] = (),
+    convolutions: Convolutions = "direct",
     verify: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Manifest:
@@ -109,6 +118,9 @@ def export_unet(
             for the UNet's own size.
         layers: as in `attribute`.
         gradients: shapes of gradient graphs, which `guide` needs; each holds the weights again.
+        convolutions: ``"winograd"`` for 3 x 3 convolutions in fewer products, see
+            `engines.winograd`: for ONNX Runtime on a CPU, float32. Gradient graphs keep
+            ``"direct"`` ones.
         verify: compare every graph with torch on ONNX Runtime before the folder gets its name.
         progress: called with the name of each step before it begins.
 
@@ -120,7 +132,7 @@ def export_unet(
         UnsupportedUNetError: the UNet has a part that the graph does not have.
         ExportError: ``out`` exists, or a step failed.
         ParityError: the graph does not compute what torch computes.
-        ValueError: an unknown option.
+        ValueError: an unknown option, or Winograd's convolutions for what they are not for.
 
     Example:
         >>> import biasmap_fast as bm
@@ -131,7 +143,7 @@ def export_unet(
     unet = getattr(model, "unet", model)
     unet = getattr(unet, "_orig_mod", unet)
     kind = dtype or str(unet.dtype).removeprefix("torch.")
-    _check(format, kind, maps, opset, gradients)
+    _check(format, kind, maps, opset, convolutions, gradients)
     if shapes is None:
         attributed_layers(unet, layers)  # refuses what has no size to choose a preset by
         shapes = preset_of(unet)
@@ -155,12 +167,13 @@ def export_unet(
                     f"{gradient.height} x {gradient.width}"
                 )
         writer = _Writer(folder, kind, opset, verify, say)
-        forward = writer.forward(graph, bounds)
+        forward = writer.forward(graph, bounds, convolutions)
         backward = tuple(writer.gradient(graph, each) for each in gradients)
         say("manifest")
         manifest = Manifest(
             dtype=kind,
             maps=maps,
+            convolutions=convolutions,
             layers=graph.layers,
             blocks=graph.blocks,
             shapes=bounds,
@@ -208,17 +221,25 @@ def sizes(model: Any, *, dtype: str, shapes: Shapes | str, concepts: int = 2) ->
     }
 
 
-def _check(kind: str, dtype: str, maps: str, opset: int, gradients: Sequence[Any]) -> None:
+def _check(
+    kind: str, dtype: str, maps: str, opset: int, convolutions: str, gradients: Sequence[Any]
+) -> None:
     for name, value, known in (
         ("format", kind, ("onnx", "tensorrt")),
         ("dtype", dtype, DTYPES),
         ("maps", maps, ("reduced", "probabilities", "none")),
         ("opset", opset, OPSETS),
+        ("convolutions", convolutions, get_args(Convolutions)),
     ):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}")
     if gradients and maps != "reduced":
         raise ValueError(f"gradient graphs need maps='reduced', got {maps!r}")
+    if convolutions == "winograd" and (kind, dtype) != ("onnx", "float32"):
+        raise ValueError(
+            "convolutions='winograd' is for format='onnx' and dtype='float32', got "
+            f"format={kind!r} and dtype={dtype!r}"
+        )
 
 
 def _bounds(shapes: Shapes | str) -> Shapes:
@@ -273,11 +294,15 @@ class _Writer:
         self._verify = verify
         self._say = say
 
-    def forward(self, graph: AttributionGraph, bounds: Shapes) -> GraphFile:
+    def forward(
+        self, graph: AttributionGraph, bounds: Shapes, convolutions: Convolutions
+    ) -> GraphFile:
         """The graph with dynamic shapes."""
         self._say("trace")
         example = example_inputs(graph.inputs, _example_sizes(bounds), self._dtype)
-        with _step("torch.export of the UNet"), torch.no_grad(), _quiet():
+        pixels = bounds.height.best * bounds.width.best
+        replaced = winograd(graph.unet, pixels) if convolutions == "winograd" else nullcontext()
+        with _step("torch.export of the UNet"), torch.no_grad(), _quiet(), replaced:
             program = torch.export.export(
                 graph, example, dynamic_shapes={"given": _dynamic(graph.inputs, bounds)}
             )
