@@ -194,7 +194,7 @@ def draw(pipe: Any, classifier: Classifier, cell: Cell, profession: str) -> dict
     arrays = pipe.image_processor.postprocess(decoded, output_type="np")
     pictures = (arrays * 255).round().astype(np.uint8)
     readings = classifier(pictures)
-    labels = classifier.label(pictures).reshape(len(seeds), 64, 64).numpy()
+    labels = classifier.label(pictures).reshape(len(seeds), 64, 64)
     coloured = labels == MARKER + classifier.nouns.index(profession)  # [S, 64, 64]
     true = [
         float((own & reading.regions["demographic"]).sum() / own.sum()) if own.any() else None

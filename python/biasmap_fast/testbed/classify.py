@@ -76,6 +76,7 @@ class Classifier:
     def __init__(self, world: World) -> None:
         self.world = world
         self.nouns = list(world.markers)
+        self._kinds = _UNKNOWN + 1 + len(self.nouns)
         reach_x, reach_y = world.geometry.jitter
         self.places = [
             (dx, dy) for dx in range(-reach_x, reach_x + 1) for dy in range(-reach_y, reach_y + 1)
@@ -87,39 +88,41 @@ class Classifier:
         for index, noun in enumerate(self.nouns):
             colours.append((world.markers[noun].colour, _UNKNOWN + 1 + index))
         self._colours = torch.tensor([c for c, _ in colours], dtype=torch.float32)  # [C, 3]
-        self._labels = torch.tensor([label for _, label in colours])  # [C]
+        self._labels = torch.tensor([label for _, label in colours], dtype=torch.uint8)  # [C]
         self._templates = self._draw_templates()  # [P, 2, 64 * 64] uint8
-        marker = np.zeros((len(self.places), len(self.nouns), SIZE * SIZE), np.float32)
+        self._markers = np.zeros((len(self.places), len(self.nouns), SIZE * SIZE), np.bool_)
         for p, (dx, dy) in enumerate(self.places):
             for k, noun in enumerate(self.nouns):
-                marker[p, k] = world.masks(Person(noun, world.words[0], dx, dy)).marker.ravel()
-        self._markers = torch.from_numpy(marker)  # [P, K, 64 * 64]
+                masks = world.masks(Person(noun, world.words[0], dx, dy))
+                self._markers[p, k] = masks.marker.ravel()
+        self._marker_bits = _bits(self._markers)  # [P, K, 64] uint64
+        self._demographic = [base_masks(world.geometry, *at).demographic for at in self.places]
 
-    def _draw_templates(self) -> torch.Tensor:
+    def _draw_templates(self) -> NDArray[np.uint8]:
         """Labels of every picture without a profession: `[places, 2, 4096]` uint8."""
         pictures = [
             self.world.render(Person(None, word, dx, dy))
             for dx, dy in self.places
             for word in self.world.words
         ]
-        labels = self.label(np.stack(pictures)).to(torch.uint8)
+        labels = self.label(np.stack(pictures))
         return labels.reshape(len(self.places), len(self.world.words), SIZE * SIZE)
 
-    def label(self, pictures: NDArray[np.uint8]) -> torch.Tensor:
+    def label(self, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Labels every pixel by its nearest palette colour.
 
         Args:
             pictures: [N, 64, 64, 3] uint8.
 
         Returns:
-            [N, 64 * 64] int64: 0 background, 1 skin, 2 hair, 3 coat, 4 unknown, 5 + k marker k.
+            [N, 64 * 64] uint8: 0 background, 1 skin, 2 hair, 3 coat, 4 unknown, 5 + k marker k.
         """
         flat = torch.from_numpy(np.ascontiguousarray(pictures)).reshape(len(pictures), -1, 3)
         distance = torch.cdist(flat.float(), self._colours)  # [N, 4096, C]
         nearest, index = distance.min(-1)
         labels = self._labels[index]
         labels[nearest > _FAR] = _UNKNOWN
-        return labels
+        return labels.numpy()
 
     def __call__(self, images: Any) -> list[Reading]:
         """Reads pictures.
@@ -141,42 +144,47 @@ class Classifier:
             for labels in self.label(pictures[first : first + 64])
         ]
 
-    def _read(self, labels: torch.Tensor) -> Reading:
+    def _read(self, labels: NDArray[np.uint8]) -> Reading:
         # agreement with (place, demographic, profession) = with the person without a marker,
         # less what the marker hides of it, plus what has the marker's colour
-        equal = (self._templates == labels.to(torch.uint8)).float()  # [P, 2, 4096]
-        drawn = labels == torch.arange(len(self.nouns))[:, None] + _UNKNOWN + 1  # [K, 4096]
-        least = _MARKER_SEEN * self._markers[0].sum(-1)  # [K]
+        equal = _bits(self._templates == labels)  # [P, 2, 64]
+        drawn = labels == np.arange(_UNKNOWN + 1, self._kinds)[:, None]  # [K, 4096]
+        drawn_bits = _bits(drawn)  # [K, 64]
+        least = _MARKER_SEEN * _count(self._marker_bits[0])  # [K]
+        plain = _count(equal)  # [P, 2]
+        score = np.full((*plain.shape, 1 + len(self.nouns)), -1)  # [P, 2, 1 + K]
+        score[..., 0] = plain
         # a marker cannot show where there is too little of its colour: two or three may
-        seen = (drawn.sum(-1) >= least).nonzero()[:, 0]  # [k]
-        markers = self._markers[:, seen]  # [P, k, 4096]
-        hidden = equal @ markers.transpose(1, 2)  # [P, 2, k]
-        shown = markers.mul(drawn[seen]).sum(-1)  # [P, k]
-        plain = equal.sum(-1)  # [P, 2]
-        fits = plain[..., None] - hidden + shown[:, None]  # [P, 2, k]
-        fits[(shown < least[seen])[:, None].expand_as(fits)] = -1.0
-        score = torch.full((*plain.shape, 1 + len(self.nouns)), -1.0)  # [P, 2, 1 + K]
-        score[..., 0], score[..., 1 + seen] = plain, fits
-        place, rest = divmod(int(score.argmax()), score.shape[1] * score.shape[2])
-        word, choice = divmod(rest, score.shape[2])
-        return self._report(labels, place, word, choice - 1, drawn)
+        for k in np.nonzero(_count(drawn_bits) >= least)[0]:
+            marker = self._marker_bits[:, k]  # [P, 64]
+            shown = _count(marker & drawn_bits[k])  # [P]
+            fits = plain - _count(equal & marker[:, None]) + shown[:, None]  # [P, 2]
+            score[..., 1 + k] = np.where(shown[:, None] >= least[k], fits, -1)
+        place, word, choice = np.unravel_index(score.argmax(), score.shape)
+        return self._report(labels, int(place), int(word), int(choice) - 1, drawn)
 
     def _report(
-        self, labels: torch.Tensor, place: int, word: int, noun: int, drawn: torch.Tensor
+        self,
+        labels: NDArray[np.uint8],
+        place: int,
+        word: int,
+        noun: int,
+        drawn: NDArray[np.bool_],
     ) -> Reading:
         marker = np.zeros((SIZE, SIZE), np.bool_)
         if noun >= 0:
             marker = self._find_marker(
-                self._markers[place, noun].bool().reshape(SIZE, SIZE).numpy(),
-                drawn[noun].reshape(SIZE, SIZE).numpy(),
+                self._markers[place, noun].reshape(SIZE, SIZE), drawn[noun].reshape(SIZE, SIZE)
             )
-        expected = self._templates[place, word].long().clone()
-        expected[torch.from_numpy(marker).ravel()] = _UNKNOWN + 1 + noun
+        expected = self._templates[place, word].copy()
+        expected[marker.ravel()] = _UNKNOWN + 1 + noun
+        both, have, want = (
+            np.bincount(each, minlength=self._kinds)
+            for each in (labels[labels == expected], labels, expected)
+        )
+        either = have + want - both
         parts = [*range(_PARTS), *([_UNKNOWN + 1 + noun] if noun >= 0 else [])]
-        agreement = []
-        for part in parts:
-            have, want = labels == part, expected == part
-            agreement.append(float((have & want).sum() / (have | want).sum().clamp(min=1)))
+        agreement = both[parts] / np.maximum(either[parts], 1)
         plausibility = float(np.mean(agreement))
         if plausibility < PLAUSIBLE:
             noun, marker = -1, np.zeros_like(marker)
@@ -186,29 +194,34 @@ class Classifier:
             plausibility=plausibility,
             regions={
                 "marker": marker,
-                "demographic": base_masks(self.world.geometry, *self.places[place]).demographic,
+                "demographic": self._demographic[place].copy(),
             },
         )
 
     @staticmethod
     def _find_marker(expected: Mask, drawn: Mask) -> Mask:
         """Moves the expected marker by a pixel or two to where its colour really is."""
-        best, place = int((expected & drawn).sum()), expected
-        for dy in range(-_SHIFT, _SHIFT + 1):
-            for dx in range(-_SHIFT, _SHIFT + 1):
-                moved = np.zeros_like(expected)
-                rows, columns = np.nonzero(expected)
-                keep = (
-                    (rows + dy >= 0)
-                    & (rows + dy < SIZE)
-                    & (columns + dx >= 0)
-                    & (columns + dx < SIZE)
-                )
-                moved[rows[keep] + dy, columns[keep] + dx] = True
-                hits = int((moved & drawn).sum())
-                if hits > best:
-                    best, place = hits, moved
-        return place
+        rows, columns = np.nonzero(expected)
+        shifts = np.mgrid[-_SHIFT : _SHIFT + 1, -_SHIFT : _SHIFT + 1].reshape(2, -1, 1)
+        framed = np.pad(drawn, _SHIFT)
+        hits = framed[rows + shifts[0] + _SHIFT, columns + shifts[1] + _SHIFT].sum(axis=1)
+        best = int(hits.argmax())
+        if hits[best] <= hits[len(hits) // 2]:  # the place itself, in the middle
+            return expected
+        moved = np.zeros_like(framed)
+        moved[rows + shifts[0, best] + _SHIFT, columns + shifts[1, best] + _SHIFT] = True
+        return moved[_SHIFT:-_SHIFT, _SHIFT:-_SHIFT]
+
+
+def _bits(masks: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """``[..., 64 * n]`` as ``[..., n]`` words of bits."""
+    return np.packbits(masks, axis=-1).view(np.uint64)
+
+
+def _count(bits: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """How many pixels of the last axis are set."""
+    counts: NDArray[np.int64] = np.bitwise_count(bits).sum(axis=-1, dtype=np.int64)
+    return counts
 
 
 def as_pictures(images: Any) -> NDArray[np.uint8]:
