@@ -17,8 +17,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache as memoised
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, get_args
 
@@ -126,6 +125,7 @@ class _Run:
 
     images: int  # B
     calls: int = 0
+    largest: tuple[int, int] = (0, 0)  # of the resolutions in ``sums``
     # (number of the group, by, part) -> (h, w) -> sum [P, b, K, h, w], float32
     sums: dict[_Place, dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
 
@@ -144,7 +144,7 @@ def attribution_keys(
     pipe: Any,
     layers: Sequence[CrossAttention],
     tokenized: Sequence[TokenizedPrompt],
-    where: Callable[[], torch.device] | None = None,
+    placement: Placement | None = None,
 ) -> AttributionKeys:
     """Attribution keys of every layer, k' = to_k(X') / sqrt(d): needed once, whatever the steps.
 
@@ -152,12 +152,12 @@ def attribution_keys(
         pipe: the pipeline whose text encoders and UNet are used.
         layers: the layers wanted.
         tokenized: the prompt as each of the pipeline's tokenizers sees it.
-        where: says where the pipeline's modules run; default asks the pipeline.
+        placement: of the pipeline; default asks it.
 
     Raises:
         ValueError: the tokenizers split the prompt differently.
     """
-    states, weights = attribution_states(pipe, tokenized, where)
+    states, weights = attribution_states(pipe, tokenized, placement)
     by_layer = {layer.name: layer.keys(states[None])[0] for layer in layers}
     return AttributionKeys(weights, states, by_layer)
 
@@ -166,7 +166,7 @@ def attribution_keys(
 def attribution_states(
     pipe: Any,
     tokenized: Sequence[TokenizedPrompt],
-    where: Callable[[], torch.device] | None = None,
+    placement: Placement | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states ``[T', D]`` of one prompt and its concept weights ``[K, T']``.
 
@@ -177,18 +177,42 @@ def attribution_states(
     if any(not torch.equal(weights, other.weights) for other in tokenized[1:]):
         pieces = [list(tokens.pieces) for tokens in tokenized]
         raise ValueError(f"the pipeline's tokenizers split the prompt differently: {pieces}")
-    device = (where or asked_once(pipe))()
-    states = encode(tokenized, pipe, device).to(pipe.unet.dtype)[0]
+    placement = placement or Placement(pipe)
+    states = encode(tokenized, pipe, placement.device).to(placement.dtype)[0]
     precision = torch.promote_types(states.dtype, torch.float32)
-    return states, weights.to(device, precision)
+    return states, weights.to(placement.device, precision)
+
+
+class Placement:
+    """Where a pipeline's networks run, and in what type.
+
+    diffusers looks at every module to say either: it is asked once, if at all.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Of the networks that run, wherever their weights wait."""
+        found: torch.device = getattr(self._pipe, "_execution_device", None) or (
+            self._pipe.unet.device
+        )
+        return found
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the UNet."""
+        found: torch.dtype = self._pipe.unet.dtype
+        return found
 
 
 class AttributionCache:
     """Attribution keys and states of prompts, made once for many recorders and guidances.
 
-    Of one pipeline, whose weights and adapters do not change meanwhile. The least recently used
-    goes when there are more than ``limit`` entries (two a prompt); at the shapes of SD 1.5 a
-    prompt's keys take about 0.7 MB.
+    Of one pipeline, whose weights and adapters do not change or move meanwhile. What was used
+    least recently goes when there are more than ``limit`` entries (two a prompt); at the shapes of
+    SD 1.5 a prompt's keys take about 0.7 MB.
 
     Args:
         limit: how many entries are kept.
@@ -207,6 +231,7 @@ class AttributionCache:
     def __init__(self, limit: int = 1024) -> None:
         self._limit = limit
         self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self._of_pipe: dict[Any, Any] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -222,6 +247,13 @@ class AttributionCache:
         found: _T = self._kept[key]
         return found
 
+    def of_pipe(self, what: Any, make: Callable[[], _T]) -> _T:
+        """What was found of the pipeline before, or ``make()``; stays, and is not counted."""
+        if what not in self._of_pipe:
+            self._of_pipe[what] = make()
+        found: _T = self._of_pipe[what]
+        return found
+
 
 def tokens_of(
     cache: AttributionCache | None, prompt: AttributionPrompt, pipe: Any
@@ -232,15 +264,30 @@ def tokens_of(
     return cache.get(prompt, "tokens", lambda: tokenize_all(prompt, pipe))
 
 
+def placement_of(cache: AttributionCache | None, pipe: Any) -> Placement:
+    """Of the pipeline, from the cache where there is one."""
+    return Placement(pipe) if cache is None else cache.of_pipe("placement", lambda: Placement(pipe))
+
+
+def layers_of(
+    cache: AttributionCache | None, pipe: Any, selection: Sequence[str] | None
+) -> list[CrossAttention]:
+    """`cross_attention_layers`, from the cache where there is one."""
+    make = partial(cross_attention_layers, pipe, selection)
+    if cache is None:
+        return make()
+    return cache.of_pipe(("layers", selection if selection is None else tuple(selection)), make)
+
+
 def cached_keys(
     cache: AttributionCache | None,
     pipe: Any,
     layers: Sequence[CrossAttention],
     tokenized: Sequence[TokenizedPrompt],
-    where: Callable[[], torch.device],
+    placement: Placement,
 ) -> AttributionKeys:
     """`attribution_keys`, from the cache where there is one."""
-    make = partial(attribution_keys, pipe, layers, tokenized, where)
+    make = partial(attribution_keys, pipe, layers, tokenized, placement)
     if cache is None:
         return make()
     return cache.get(tokenized[0].prompt, tuple(layer.name for layer in layers), make)
@@ -250,22 +297,11 @@ def cached_states(
     cache: AttributionCache | None,
     pipe: Any,
     tokenized: Sequence[TokenizedPrompt],
-    where: Callable[[], torch.device],
+    placement: Placement,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attribution_states`, from the cache where there is one."""
-    make = partial(attribution_states, pipe, tokenized, where)
+    make = partial(attribution_states, pipe, tokenized, placement)
     return make() if cache is None else cache.get(tokenized[0].prompt, "states", make)
-
-
-def asked_once(pipe: Any) -> Callable[[], torch.device]:
-    """Where the pipeline's modules run. diffusers looks at all of them: at most once, if asked."""
-
-    @memoised
-    def where() -> torch.device:
-        found: torch.device = getattr(pipe, "_execution_device", None) or pipe.unet.device
-        return found
-
-    return where
 
 
 class Recorder:
@@ -300,7 +336,7 @@ class Recorder:
         self._engine = engine_of(pipe)
         # an engine's parts are named blocks or layers, and need no queries
         self._layers: list[Any] = (
-            cross_attention_layers(pipe, layers)
+            layers_of(cache, pipe, layers)
             if self._engine is None
             else self._engine.attribution_parts(layers, self._by)
         )
@@ -329,15 +365,16 @@ class Recorder:
         if self._handles:
             raise RuntimeError("this recorder is already recording; make another to nest them")
         self._runs, self._interrupted, self._timesteps = [], None, None
-        unet, where = self._pipe.unet, asked_once(self._pipe)
+        unet, placement = self._pipe.unet, placement_of(self._cache, self._pipe)
         if self._engine is not None:
             prompts = [
-                cached_states(self._cache, self._pipe, tokens, where) for tokens in self._tokenized
+                cached_states(self._cache, self._pipe, tokens, placement)
+                for tokens in self._tokenized
             ]
             self._handles.append(self._engine.register_attribution_hook(prompts, self._add_parts))
         else:
             attributed = [
-                cached_keys(self._cache, self._pipe, self._layers, tokens, where)
+                cached_keys(self._cache, self._pipe, self._layers, tokens, placement)
                 for tokens in self._tokenized
             ]
             for group in self._groups:
@@ -556,10 +593,11 @@ class Recorder:
             group = self._groups[part[0]]
             shape = (len(group.prompts), group.rows(run.images), group.concepts, *resolution)
             by_resolution[resolution] = torch.zeros(shape, device=like.device)
+            run.largest = max(run.largest, resolution)
         return by_resolution[resolution]
 
     def _result(self, index: int, by: By) -> AttributionMaps:
-        sizes = {self._map_size(run) for run in self._runs}
+        sizes = {run.largest for run in self._runs}
         if len(sizes) > 1 and self._size is None:
             raise ValueError(
                 f"the recorded pipeline calls have maps of different sizes {sorted(sizes)}; "
@@ -597,9 +635,6 @@ class Recorder:
         starts = [0, *ends[:-1]]
         return tuple(start + image for start in starts for image in group.images)
 
-    def _map_size(self, run: _Run) -> tuple[int, int]:
-        return max(size for part in run.sums.values() for size in part)
-
     def _resized(self, run: _Run, part: _Place, place: int) -> torch.Tensor:
         """One prompt's sum over resolutions, resized to the largest, then to ``size``."""
         if part not in run.sums:
@@ -607,10 +642,9 @@ class Recorder:
                 f"pipeline calls with different numbers of steps have no common part {part[2]!r}; "
                 "record them separately to keep steps apart"
             )
-        largest = self._map_size(run)
-        found = [resize(sums[place], largest) for sums in run.sums[part].values()]
+        found = [resize(sums[place], run.largest) for sums in run.sums[part].values()]
         total = torch.stack(found).sum(0)  # [b, K, H, W]
-        return resize(total, self._size or largest)
+        return resize(total, self._size or run.largest)
 
 
 def _prompts_and_images(

@@ -23,9 +23,10 @@ from .attribution import (
     AttributionCache,
     AttributionKeys,
     Branch,
-    asked_once,
     cached_keys,
     cached_states,
+    layers_of,
+    placement_of,
     tokens_of,
 )
 from .concepts import AttributionPrompt
@@ -48,7 +49,6 @@ from .unet import (
     batch_layout,
     branch_rows,
     check_text,
-    cross_attention_layers,
     engine_of,
     guider_of,
     is_perturbed,
@@ -226,7 +226,7 @@ class Guidance:
         self._engine = engine_of(pipe)
         self._layers: list[CrossAttention] = []
         if self._engine is None:
-            self._layers = cross_attention_layers(pipe, layers)
+            self._layers = layers_of(cache, pipe, layers)
         else:
             _check_engine(self._engine, layers, settings)
         self._targets = make_targets(prompt, pairs, weights)
@@ -262,15 +262,15 @@ class Guidance:
                 "prediction before the unconditional branch is run"
             )
         self._entries, self._timesteps, self._calls = [], None, 0
-        concept_weights, where = {}, asked_once(self._pipe)
+        concept_weights, placement = {}, placement_of(self._cache, self._pipe)
         for prompt, tokens in self._tokenized.items():
             if self._engine is None:
                 self._keys[prompt] = cached_keys(
-                    self._cache, self._pipe, self._layers, tokens, where
+                    self._cache, self._pipe, self._layers, tokens, placement
                 )
                 concept_weights[prompt] = self._keys[prompt].weights
             else:
-                self._states[prompt] = cached_states(self._cache, self._pipe, tokens, where)
+                self._states[prompt] = cached_states(self._cache, self._pipe, tokens, placement)
                 concept_weights[prompt] = self._states[prompt][1]
         # Moved once: a list that goes to the GPU in every call waits for it.
         self._weights = {

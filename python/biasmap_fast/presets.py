@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -120,6 +121,7 @@ _SOUNDS = {
 _LETTERS_SPOKEN_WITH_VOWEL = "AEFHILMNORSX"  # an F, an MRI; but a U, a CEO
 
 
+@lru_cache(maxsize=4096)
 def with_article(noun: str) -> str:
     """The noun with the indefinite article that its first sound wants.
 

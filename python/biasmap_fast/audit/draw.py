@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..attribution import AttributionCache, attribute, tokens_of
+from ..attribution import AttributionCache, attribute, placement_of, tokens_of
 from ..guidance import Guidance, guide
 from ..unet import engine_of
 from .controls import Swept, sweeping
@@ -216,20 +216,23 @@ def _words(pipe: Any, plan: AuditPlan, units: Sequence[Unit], cache: Cache) -> d
         return words
     for text in texts:
         if text not in cache.embeddings:
-            cache.embeddings[text] = _embedded(pipe, plan, text)
+            device = placement_of(cache.attribution, pipe).device
+            cache.embeddings[text] = _embedded(pipe, plan, text, device)
     found = [cache.embeddings[text] for text in texts]
     return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
 
 @torch.no_grad()
-def _embedded(pipe: Any, plan: AuditPlan, text: str) -> dict[str, torch.Tensor]:
+def _embedded(
+    pipe: Any, plan: AuditPlan, text: str, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Text embeddings ``[1, T, D]`` by the name of the pipeline's argument."""
     guided = plan.guidance_scale > 1 and pipe.unet.config.time_cond_proj_dim is None
     names = ["prompt_embeds", "negative_prompt_embeds"]
     names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]  # of SDXL
     embedded = pipe.encode_prompt(
         prompt=[text],
-        device=getattr(pipe, "_execution_device", pipe.unet.device),
+        device=device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=guided,
         negative_prompt=None if plan.negative_prompt is None else [plan.negative_prompt],
