@@ -46,6 +46,7 @@ _BY = get_args(By)
 _Place = tuple[int, By, str]
 # number of a group, places of its images in the pass now running, and in its sums
 _Located = tuple[int, slice | list[int], slice | list[int]]
+_ALL = slice(None)
 _T = TypeVar("_T")
 
 
@@ -126,7 +127,7 @@ class _Run:
     images: int  # B
     calls: int = 0
     largest: tuple[int, int] = (0, 0)  # of the resolutions in ``sums``
-    # (number of the group, by, part) -> (h, w) -> sum [P, b, K, h, w], float32
+    # (number of the group, by, part) -> (h, w) -> sum [P, b, K, h * w], float32
     sums: dict[_Place, dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
 
 
@@ -356,9 +357,9 @@ class Recorder:
         self._batch = 0
         self._rows = slice(0, 0)
         self._other_branch = False  # a guider's call that is not of the attributed branch
-        # (layer, image) of this call: recomputation under checkpointing must not count twice
-        self._seen: set[tuple[str, int]] = set()
-        self._located: dict[tuple[tuple[int, int], ...], list[_Located]] = {}
+        # layer -> images of this call: recomputation under checkpointing must not count twice
+        self._seen: dict[str, frozenset[int]] = {}
+        self._located: dict[tuple[tuple[tuple[int, int], ...], int], list[_Located]] = {}
         self._resolutions: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
@@ -501,9 +502,8 @@ class Recorder:
         """Refuses a UNet call in which a layer did not show its queries: its maps would lack it."""
         if not self._runs:
             return
-        images = range(self._runs[-1].images)
         for layer in self._layers:
-            if any((layer.name, image) not in self._seen for image in images):
+            if len(self._seen.get(layer.name, ())) < self._runs[-1].images:
                 raise RuntimeError(
                     f"layer {layer.name} was not seen in UNet call {self._runs[-1].calls - 1}: it "
                     "was skipped, or the UNet was compiled and run before recording began (then "
@@ -526,25 +526,28 @@ class Recorder:
         rows = layer.split_heads(query)  # [rows, heads, n, d]
         for number, taken, place in self._fresh(layer.name, query.shape[0]):
             group, attributed = self._groups[number], self._keys[number]
-            query, weights = rows[taken], attributed.weights
+            own = rows if taken is _ALL else rows[taken]
             if self._by == ("head",):
-                keys = attributed.by_layer[layer.name]
+                keys, weights = attributed.by_layer[layer.name], attributed.weights
                 for index in range(len(group.prompts)):
-                    found = concept_map(query, keys[index], weights[index], per_head=True)
+                    found = concept_map(own, keys[index], weights[index], per_head=True)
                     for head in range(layer.heads):
                         part: _Place = (number, "head", f"{layer.name}:{head}")
                         target = self._sum(run, part, size, weights)
-                        target[index, place] += found[:, head].view(len(found), -1, *size)
+                        target[index, place] += found[:, head]
                 continue
-            sums = [self._sum(run, part, size, weights) for part in self._parts(number, layer)]
-            if isinstance(place, slice):  # [P, b, K, n], views
-                views = [each[:, place].flatten(3) for each in sums]
-                self._adding.add(views, query, attributed, layer.name)
+            like = attributed.weights
+            sums = [self._sum(run, part, size, like) for part in self._parts(number, layer)]
+            if place is _ALL:
+                self._adding.add(sums, own, attributed, layer.name)
+            elif isinstance(place, slice):
+                views = [each[:, place] for each in sums]
+                self._adding.add(views, own, attributed, layer.name)
             else:
-                found = torch.zeros_like(sums[0][:, place]).flatten(3)
-                self._adding.add([found], query, attributed, layer.name)
+                found = torch.zeros_like(sums[0][:, place])
+                self._adding.add([found], own, attributed, layer.name)
                 for each in sums:
-                    each[:, place] += found.view(*found.shape[:3], *size)
+                    each[:, place] += found
 
     @torch.no_grad()
     def _add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
@@ -558,21 +561,26 @@ class Recorder:
                     maps = found[part][prompt]
                     size = (maps.shape[-2], maps.shape[-1])
                     for key in self._parts(number, part):
-                        self._sum(run, key, size, maps)[index, place] += maps[taken]
+                        self._sum(run, key, size, maps)[index, place] += maps[taken].flatten(-2)
 
     def _fresh(self, name: str, seen: int) -> list[_Located]:
         """Of every group, its images that were not yet counted for a layer."""
-        places, images = rows_here(self._rows, self._batch, seen)
-        found_here = zip(places, images, strict=True)
-        fresh = tuple(each for each in found_here if (name, each[1]) not in self._seen)
-        self._seen.update((name, image) for _, image in fresh)
-        if fresh not in self._located:
-            self._located[fresh] = [
-                (number, as_slice([place for place, _ in own]), as_slice([row for _, row in own]))
+        here = rows_here(self._rows, self._batch, seen)
+        counted = self._seen.get(name, frozenset())
+        fresh = tuple(each for each in here if each[1] not in counted) if counted else here
+        self._seen[name] = counted.union(image for _, image in fresh)
+        images = self._runs[-1].images
+        if (fresh, images) not in self._located:
+            self._located[fresh, images] = [
+                (
+                    number,
+                    _indices([place for place, _ in own], seen),
+                    _indices([row for _, row in own], group.rows(images)),
+                )
                 for number, group in enumerate(self._groups)
                 if (own := group.mine(fresh))
             ]
-        return self._located[fresh]
+        return self._located[fresh, images]
 
     def _parts(self, group: int, layer: Any) -> list[_Place]:
         """The sums that one layer's maps of a group belong to, of everything kept apart."""
@@ -587,12 +595,13 @@ class Recorder:
     def _sum(
         self, run: _Run, part: _Place, resolution: tuple[int, int], like: torch.Tensor
     ) -> torch.Tensor:
-        """The sum of one group's part at one resolution, ``[P, b, K, h, w]``, where ``like`` is."""
+        """The sum of one group's part at one resolution, ``[P, b, K, n]``, where ``like`` is."""
         by_resolution = run.sums.setdefault(part, {})
         if resolution not in by_resolution:
             group = self._groups[part[0]]
-            shape = (len(group.prompts), group.rows(run.images), group.concepts, *resolution)
-            by_resolution[resolution] = torch.zeros(shape, device=like.device)
+            shape = (len(group.prompts), group.rows(run.images), group.concepts)
+            pixels = resolution[0] * resolution[1]
+            by_resolution[resolution] = torch.zeros((*shape, pixels), device=like.device)
             run.largest = max(run.largest, resolution)
         return by_resolution[resolution]
 
@@ -642,7 +651,10 @@ class Recorder:
                 f"pipeline calls with different numbers of steps have no common part {part[2]!r}; "
                 "record them separately to keep steps apart"
             )
-        found = [resize(sums[place], run.largest) for sums in run.sums[part].values()]
+        found = [
+            resize(sums[place].unflatten(-1, size), run.largest)  # type: ignore[no-untyped-call]
+            for size, sums in run.sums[part].items()
+        ]
         total = torch.stack(found).sum(0)  # [b, K, H, W]
         return resize(total, self._size or run.largest)
 
@@ -692,6 +704,12 @@ def _prompts_and_images(
     if not nested:
         return prompts, [None] * len(prompts), None
     return prompts, [tuple(images[prompt]) for prompt in prompts], len(nested)
+
+
+def _indices(places: list[int], count: int) -> slice | list[int]:
+    """Places among ``count``, `_ALL` where it is all of them in order."""
+    found = as_slice(places)
+    return _ALL if found == slice(0, count) else found
 
 
 def _checked_by(by: By | Sequence[By]) -> tuple[By, ...]:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 # Rows of the pipeline's UNet batch that the forward pass now running holds; None is all of them.
-_PRESENT: ContextVar[Sequence[int] | None] = ContextVar("present_rows", default=None)
+_PRESENT: ContextVar[tuple[int, ...] | None] = ContextVar("present_rows", default=None)
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def resolutions(height: int, width: int) -> dict[int, tuple[int, int]]:
 @contextmanager
 def present_rows(rows: Sequence[int]) -> Iterator[None]:
     """Says that forward passes inside the block hold only these rows of the pipeline's batch."""
-    token = _PRESENT.set(rows)
+    token = _PRESENT.set(tuple(rows))
     try:
         yield
     finally:
@@ -305,7 +306,7 @@ def as_slice(places: list[int]) -> slice | list[int]:
     return slice(places[0], places[-1] + 1) if places and consecutive else places
 
 
-def rows_here(wanted: slice, batch: int, seen: int) -> tuple[list[int], list[int]]:
+def rows_here(wanted: slice, batch: int, seen: int) -> tuple[tuple[int, int], ...]:
     """Where the wanted rows of a batch are in the forward pass now running.
 
     Args:
@@ -314,17 +315,21 @@ def rows_here(wanted: slice, batch: int, seen: int) -> tuple[list[int], list[int
         seen: rows that a layer shows.
 
     Returns:
-        Positions in the running pass, and the same rows' positions within ``wanted``.
+        Of each, its position in the running pass and its position within ``wanted``.
 
     Raises:
         RuntimeError: the layer shows another number of rows than the pass has.
     """
     present = _PRESENT.get()
-    everyone: Sequence[int] = range(batch) if present is None else present
-    if seen != len(everyone):
+    count = batch if present is None else len(present)
+    if seen != count:
         raise RuntimeError(
-            f"a layer saw a batch of {seen} in a UNet call of {len(everyone)}: its rows cannot be "
-            "told apart"
+            f"a layer saw a batch of {seen} in a UNet call of {count}: its rows cannot be told "
+            "apart"
         )
-    inside = [place for place, row in enumerate(everyone) if wanted.start <= row < wanted.stop]
-    return inside, [everyone[place] - wanted.start for place in inside]
+    return _rows_here(wanted.start, wanted.stop, range(batch) if present is None else present)
+
+
+@lru_cache(maxsize=256)  # asked by every layer
+def _rows_here(start: int, stop: int, present: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((place, row - start) for place, row in enumerate(present) if start <= row < stop)
