@@ -305,6 +305,12 @@ def controls() -> str:
     return more if isinstance(more, str) else f"{100 * more:.0f}"
 
 
+def sd15_gain(name: str) -> str:
+    """How many times as fast as eager torch."""
+    gain = stored("engines-sd15.json", "torch") / stored("engines-sd15.json", name)
+    return f"{gain:.2f}"
+
+
 QUERIES = 5 * (4096 + 1024 + 256)  # of the default layers of SD 1.5 at 64 x 64
 # Numbers inside sentences: name -> what stands between <!-- = name --> and <!-- /= -->
 INLINE: dict[str, Callable[[], str]] = {
@@ -315,9 +321,8 @@ INLINE: dict[str, Callable[[], str]] = {
     "two workers": lambda: f"{read(DEVICE / 'audit-cluster.json')['speed_up']:.2f}",
     "sd15 torch": lambda: f"{stored('engines-sd15.json', 'torch') / 1e3:.1f}",
     "sd15 onnx": lambda: f"{stored('engines-sd15.json', 'onnx 23, reduced maps') / 1e3:.1f}",
-    "sd15 gain": lambda: "{:.2f}".format(
-        stored("engines-sd15.json", "torch") / stored("engines-sd15.json", "onnx 23, reduced maps")
-    ),
+    "sd15 gain": lambda: sd15_gain("onnx 23, reduced maps"),
+    "sd15 winograd": lambda: sd15_gain("onnx 23, reduced maps, Winograd"),
     "sd15 maps": lambda: "{:.1f}".format(
         100
         * stored("engines-sd15.json", "onnx 23, reduced maps")
