@@ -124,29 +124,39 @@ BIASMAP_CLONES void exponentials(int64_t tokens, Row *scores) {
     }
 }
 
-BIASMAP_CLONES Row add_up(const Sum &sum, const Row *rows) {
-    Lanes total[kVectors] = {};
+inline void add_up(const Sum &sum, const Row *rows, Lanes (&total)[kVectors]) {
     for (const Term &term : sum)
 #pragma GCC unroll 4
         for (int64_t v = 0; v < kVectors; ++v)
             total[v] += term.weight * rows[term.token].lanes[v];
-    Row found;
-    std::copy_n(total, kVectors, found.lanes);
-    return found;
 }
 
 // Whether all are large enough to divide by: a NaN is not.
-BIASMAP_CLONES bool divisible(const Row &sums) {
+inline bool divisible(const Lanes (&sums)[kVectors]) {
+    alignas(64) float at[kTile];
+    std::copy_n(sums, kVectors, reinterpret_cast<Lanes *>(at));
     int small = 0;
 #pragma omp simd reduction(+ : small)
     for (int64_t r = 0; r < kTile; ++r)
-        small += !(sums.at[r] >= kSmall);
+        small += !(at[r] >= kSmall);
     return small == 0;
 }
 
-BIASMAP_CLONES void add_quotient(const Row &part, const Row &sums, Row &total) {
-    for (int64_t v = 0; v < kVectors; ++v)
-        total.lanes[v] += part.lanes[v] / sums.lanes[v];
+// Adds one prompt's softmax, summed over the tokens of each of its concepts, from exponentials.
+// Adds nothing and returns false where `checked` finds their sum too small to divide by.
+BIASMAP_CLONES bool add_prompt(const Sum &tokens, const Sum *weights, int64_t concepts,
+                               const Row *rows, bool checked, Row *found) {
+    Lanes sums[kVectors] = {};
+    add_up(tokens, rows, sums);
+    if (checked && !divisible(sums))
+        return false;
+    for (int64_t k = 0; k < concepts; ++k) {
+        Lanes part[kVectors] = {};
+        add_up(weights[k], rows, part);
+        for (int64_t v = 0; v < kVectors; ++v)
+            found[k].lanes[v] += part[v] / sums[v];
+    }
+    return true;
 }
 
 // Scores of one prompt to exponentials of the differences from its own largest.
@@ -177,18 +187,14 @@ void add_head(const PromptMapsParams &p, int64_t head, const std::vector<Sum> &m
     exponentials(p.tokens, space.all.data());
     for (int64_t prompt = 0; prompt < p.prompts; ++prompt) {
         const Sum &tokens = members[static_cast<size_t>(prompt)];
-        const Row *from = space.all.data();
-        Row sums = add_up(tokens, from);
-        if (!divisible(sums)) { // all of its scores are far below another prompt's
-            multiply(keys, p.tokens, p.depth, columns, space.own.data());
-            exponentials_of(tokens, space.own.data());
-            from = space.own.data();
-            sums = add_up(tokens, from);
-        }
-        for (int64_t k = 0; k < p.concepts; ++k) {
-            const auto row = static_cast<size_t>(prompt * p.concepts + k);
-            add_quotient(add_up(weights[row], from), sums, space.found[row]);
-        }
+        const Sum *own = weights.data() + prompt * p.concepts;
+        Row *found = space.found.data() + prompt * p.concepts;
+        if (add_prompt(tokens, own, p.concepts, space.all.data(), true, found))
+            continue;
+        // All of its scores are far below another prompt's.
+        multiply(keys, p.tokens, p.depth, columns, space.own.data());
+        exponentials_of(tokens, space.own.data());
+        add_prompt(tokens, own, p.concepts, space.own.data(), false, found);
     }
 }
 
