@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from ..attribution import By, Recorder
     from ..maps import AttributionMaps
-    from .plan import AuditPlan, Pair, Unit
+    from .plan import AuditPlan, Unit
 
 CURVE = tuple(range(50, 100, 5))
 """Percentiles of the threshold curve."""
@@ -165,30 +165,32 @@ def control_rows(
     rows: list[dict[str, Any]] = []
     batches: dict[tuple[float, ...], _Batch] = defaultdict(_Batch)
     other = "uncond" if plan.branch == "cond" else "cond"
-    sweeps = {by: swept.maps(by) for by in plan.sweeps}
+    blocks = {
+        name: replace(own, values=containment_maps(plan, own.by_block), by="total", parts={})
+        for name, own in maps.items()
+        if plan.measure == "containment"
+    }
+    sweeps = {by: _stacked(swept.maps(by), by, other) for by in plan.sweeps}
     for image, unit in enumerate(units):
         if faults[image] is not None:
             continue
         start = {"condition": unit.condition, "semantic": unit.profession, "seed": unit.seed}
         for control in control_pairs(plan, unit.profession):
-            a = map_of(maps, control.semantic, unit.profession, image)  # [H, W]
-            b = map_of(maps, control.other, control.word, image)
+            a, b = _sides(maps, control, unit, image)
+            inside = _sides(blocks, control, unit, image) if blocks else None
             row = {**start, "kind": control.kind, "axis": control.axis, "word": control.word}
-            inside = _containment_parts(plan, maps, control, unit, image)
-            batches[plan.percentiles].add(row, a, b, inside)
+            batches[plan.percentiles].add([row], a[None], b[None], inside)
         for pair in plan.pairs(unit.profession):
             row = {**start, "axis": pair.axis, "word": pair.demographic}
-            main = _sides(maps, pair, unit, image)
             if plan.curve:
-                batches[CURVE].add({**row, "kind": "threshold"}, *main)
+                a = map_of(maps, pair.semantic_prompt, unit.profession, image)
+                b = map_of(maps, pair.demographic_prompt, pair.demographic, image)
+                batches[CURVE].add([{**row, "kind": "threshold"}], a[None], b[None])
             for by, found in sweeps.items():
-                parts = (
-                    {other: _sides(found, pair, unit, image)}
-                    if by == "branch"
-                    else _parts(found, pair, unit, image)
-                )
-                for part, sides in parts.items():
-                    batches[plan.percentiles[:1]].add({**row, "kind": by, "variant": part}, *sides)
+                one, two = found[pair.semantic_prompt.name], found[pair.demographic_prompt.name]
+                keys = [{**row, "kind": by, "variant": variant} for variant in one.variants]
+                a, b = one.of(unit.profession, image), two.of(pair.demographic, image)
+                batches[plan.percentiles[:1]].add(keys, a, b)
     for percentiles, batch in batches.items():
         rows += batch.rows(plan, percentiles)
     return rows
@@ -222,44 +224,66 @@ def mask_rows(
     return rows
 
 
+@dataclass(frozen=True)
+class _Stacked:
+    """One prompt's maps of everything that is swept over."""
+
+    maps: AttributionMaps
+    variants: tuple[str, ...]  # UNet calls, layers, or the branch
+    values: torch.Tensor  # [S, B, K, H, W]
+
+    def of(self, concept: str, image: int) -> torch.Tensor:
+        """``[S, H, W]`` of one concept on one picture."""
+        return self.values[:, self.maps.row(image), self.maps.index(concept)]
+
+
+def _stacked(found: Mapping[str, AttributionMaps], by: str, other: str) -> dict[str, _Stacked]:
+    made = {}
+    for name, maps in found.items():
+        parts = {other: maps.values} if by == "branch" else maps.parts
+        made[name] = _Stacked(maps, tuple(parts), torch.stack(list(parts.values())))
+    return made
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Rows that come together, with their maps ``[S, H, W]``."""
+
+    keys: list[dict[str, Any]]
+    a: torch.Tensor
+    b: torch.Tensor
+    # those on which containment is measured, if it is: [H, W], of a single row
+    parts: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class _Batch:
     """Map pairs that are masked at the same percentiles."""
 
     def __init__(self) -> None:
-        self.keys: list[dict[str, Any]] = []
-        self.a: list[torch.Tensor] = []
-        self.b: list[torch.Tensor] = []
-        self.parts: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        self._by_size: dict[torch.Size, list[_Entry]] = defaultdict(list)
 
     def add(
         self,
-        key: dict[str, Any],
+        keys: list[dict[str, Any]],
         a: torch.Tensor,
         b: torch.Tensor,
         parts: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Takes a pair of maps, and those on which its containment is measured, if it is."""
-        self.keys.append(key)
-        self.a.append(a)
-        self.b.append(b)
-        self.parts.append(parts)
+        """Takes S pairs of maps ``[S, H, W]``, and what a single one's containment is of."""
+        self._by_size[a.shape[1:]].append(_Entry(keys, a, b, parts))
 
     def rows(self, plan: AuditPlan, percentiles: Sequence[float]) -> list[dict[str, Any]]:
+        """One row a pair and percentile."""
         rows: list[dict[str, Any]] = []
-        # layers and parts differ in size
-        groups: dict[torch.Size, list[int]] = defaultdict(list)
-        for index, a in enumerate(self.a):
-            groups[a.shape].append(index)
-        for everyone in groups.values():
-            keys = [self.keys[index] for index in everyone]
-            sides = [
-                torch.stack([side[i] for i in everyone]).float().cpu() for side in (self.a, self.b)
-            ]  # [R, H, W]
+        for entries in self._by_size.values():
+            keys = [key for entry in entries for key in entry.keys]
+            a = torch.cat([entry.a for entry in entries]).float().cpu()  # [R, H, W]
+            b = torch.cat([entry.b for entry in entries]).float().cpu()
             faults = [
                 one or other
                 for one, other in zip(
-                    map_faults(sides[0], [key["semantic"] for key in keys]),
-                    map_faults(sides[1], [key["word"] for key in keys]),
+                    map_faults(a, [key["semantic"] for key in keys]),
+                    map_faults(b, [key["word"] for key in keys]),
                     strict=True,
                 )
             ]
@@ -272,68 +296,44 @@ class _Batch:
             good = [place for place, fault in enumerate(faults) if fault is None]
             if not good:
                 continue
-            members = [everyone[place] for place in good]
-            a, b = (side[good] for side in sides)
-            inside = self._contained(plan, members)
+            if len(good) < len(keys):
+                a, b = a[good], b[good]
+            inside = _contained(plan, entries, good)
             for q in percentiles:
                 found, empty = hard_iou(plan, a, b, float(q))
                 rows += [
                     {
-                        **self.keys[index],
+                        **keys[place],
                         "percentile": float(q),
                         "iou": value,
                         "empty_union": no_union,
-                        "containment": inside.get(index),
+                        "containment": inside.get(place),
                         "status": OK,
                     }
-                    for index, value, no_union in zip(members, found, empty, strict=True)
+                    for place, value, no_union in zip(good, found, empty, strict=True)
                 ]
         return rows
 
-    def _contained(self, plan: AuditPlan, members: Sequence[int]) -> dict[int, float]:
-        found = {i: parts for i in members if (parts := self.parts[i]) is not None}
-        if not found:
-            return {}
-        a, b = (torch.stack(side).float().cpu() for side in zip(*found.values(), strict=True))
-        return dict(zip(found, contained(plan, a, b), strict=True))
 
-
-def _containment_parts(
-    plan: AuditPlan,
-    maps: Mapping[str, AttributionMaps],
-    control: Control,
-    unit: Unit,
-    image: int,
-) -> tuple[torch.Tensor, torch.Tensor] | None:  # [H, W], [H, W]
-    """The maps on which a control's containment is measured; None where the plan measures none."""
-    if plan.measure != "containment":
-        return None
-    sides = []
-    for prompt, word in ((control.semantic, unit.profession), (control.other, control.word)):
-        own = maps[prompt.name]
-        row, column = own.row(image), own.index(word)
-        blocks = {name: part[row, column] for name, part in own.by_block.items()}
-        sides.append(containment_maps(plan, blocks))
-    return sides[0], sides[1]
+def _contained(
+    plan: AuditPlan, entries: Sequence[_Entry], places: Sequence[int]
+) -> dict[int, float]:
+    """Containment of those of the rows that have parts for it."""
+    parts = [entry.parts for entry in entries for _ in entry.keys]
+    found = {place: own for place in places if (own := parts[place]) is not None}
+    if not found:
+        return {}
+    a, b = (torch.stack(side).float().cpu() for side in zip(*found.values(), strict=True))
+    return dict(zip(found, contained(plan, a, b), strict=True))
 
 
 def _sides(
-    maps: Mapping[str, AttributionMaps], pair: Pair, unit: Unit, image: int
+    maps: Mapping[str, AttributionMaps], control: Control, unit: Unit, image: int
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [H, W], [H, W]
     return (
-        map_of(maps, pair.semantic_prompt, unit.profession, image),
-        map_of(maps, pair.demographic_prompt, pair.demographic, image),
+        map_of(maps, control.semantic, unit.profession, image),
+        map_of(maps, control.other, control.word, image),
     )
-
-
-def _parts(
-    maps: Mapping[str, AttributionMaps], pair: Pair, unit: Unit, image: int
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Part (UNet call, layer) -> both maps."""
-    one, other = maps[pair.semantic_prompt.name], maps[pair.demographic_prompt.name]
-    a = one.row(image), one.index(unit.profession)
-    b = other.row(image), other.index(pair.demographic)
-    return {part: (one.parts[part][a], other.parts[part][b]) for part in one.parts}
 
 
 def _swapped(template: str, profession: str, demographic: str) -> AttributionPrompt:
