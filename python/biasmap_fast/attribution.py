@@ -619,10 +619,10 @@ class Recorder:
         names: dict[str, None] = {}
         for run in self._runs:
             names.update({part: None for *own, part in run.sums if own == [number, by]})
-        parts = {
-            name: torch.cat([self._resized(run, (number, by, name), place) for run in self._runs])
-            for name in names
-        }
+        by_run = [
+            self._resized(run, [(number, by, name) for name in names], place) for run in self._runs
+        ]
+        parts = {name: torch.cat([own[number, by, name] for own in by_run]) for name in names}
         total = torch.stack(list(parts.values())).sum(0)  # [B, K, H, W]
         prompt = self._prompts[index]
         return AttributionMaps(
@@ -644,19 +644,28 @@ class Recorder:
         starts = [0, *ends[:-1]]
         return tuple(start + image for start in starts for image in group.images)
 
-    def _resized(self, run: _Run, part: _Place, place: int) -> torch.Tensor:
-        """One prompt's sum over resolutions, resized to the largest, then to ``size``."""
-        if part not in run.sums:
-            raise ValueError(
-                f"pipeline calls with different numbers of steps have no common part {part[2]!r}; "
-                "record them separately to keep steps apart"
-            )
-        found = [
-            resize(sums[place].unflatten(-1, size), run.largest)  # type: ignore[no-untyped-call]
-            for size, sums in run.sums[part].items()
-        ]
-        total = torch.stack(found).sum(0)  # [b, K, H, W]
-        return resize(total, self._size or run.largest)
+    def _resized(
+        self, run: _Run, parts: Sequence[_Place], place: int
+    ) -> dict[_Place, torch.Tensor]:
+        """One prompt's parts ``[b, K, H, W]``: sums at the largest resolution, then at ``size``."""
+        alike: dict[tuple[tuple[int, int], ...], list[_Place]] = {}
+        for part in parts:
+            if part not in run.sums:
+                raise ValueError(
+                    f"pipeline calls with different numbers of steps have no common part "
+                    f"{part[2]!r}; record them separately to keep steps apart"
+                )
+            alike.setdefault(tuple(run.sums[part]), []).append(part)
+        resized: dict[_Place, torch.Tensor] = {}
+        for sizes, own in alike.items():
+            found = []
+            for size in sizes:
+                sums = torch.cat([run.sums[part][size][place] for part in own])  # [S * b, K, n]
+                maps = sums.view(*sums.shape[:2], *size)
+                found.append(resize(maps, run.largest))
+            total = resize(torch.stack(found).sum(0), self._size or run.largest)
+            resized.update(zip(own, total.chunk(len(own)), strict=True))
+        return resized
 
 
 def _prompts_and_images(
