@@ -223,11 +223,20 @@ def test_sdxl(sdxl_pipe, tmp_path):
         assert_near(torch.as_tensor(draw(sdxl_pipe, num_inference_steps=1)), pictures, 1e-2)
     for name, maps in recorder.maps().items():
         assert_near(maps.values, expected[name].values)
-    sizes = {"batch": 3, "height": 20, "width": 8, "tokens": 5, "prompts": 2, "concepts": 4}
-    found, right = run(sdxl_pipe.unet, graph_of(unet), {**sizes, "attribution_tokens": 9}, 0)
-    assert found["maps"].shape == (3, 2, 2, 4, 10, 4)  # the largest attention is halved once
-    for name, values in right.items():
-        assert_near(found[name], values)
+    names = ("batch", "height", "width", "tokens", "prompts", "attribution_tokens", "concepts")
+    grid = [
+        (3, 20, 8, 5, 2, 9, 4), (1, 4, 4, 1, 1, 3, 1), (2, 16, 64, 77, 3, 77, 2),
+        (5, 12, 12, 20, 1, 12, 5), (1, 64, 64, 9, 2, 7, 3),
+    ]  # fmt: skip
+    for seed, values in enumerate(grid):
+        sizes = dict(zip(names, values, strict=True))
+        found, right = run(sdxl_pipe.unet, graph_of(unet), sizes, seed)
+        batch, height, width, _, prompts, _, concepts = values
+        # the largest attention is halved once
+        expected_shape = (batch, prompts, 2, concepts, height // 2, width // 2)
+        assert found["maps"].shape == expected_shape
+        for name, tensor in right.items():
+            assert_near(found[name], tensor)
     with pytest.raises(errors.WrongModelError, match=r"added_cond_kwargs\['text_embeds'\]"):
         sdxl_pipe.unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 5, 80))
 
