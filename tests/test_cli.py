@@ -350,3 +350,20 @@ print(faults())
     assert int(found.stdout) < 100  # 2048 pages an allocation, were it given back
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert not keep_freed_memory()
+
+
+def test_only_the_package_reports_what_it_does():
+    """In a process of its own: pytest's has handlers of its own."""
+    script = """
+import logging
+from biasmap_fast.cli import _clear_errors
+with _clear_errors(verbose=False):
+    logging.getLogger("onnxscript.optimizer").info("no word")
+    logging.getLogger("onnxscript.optimizer").warning("a warning")
+    logging.getLogger("biasmap_fast.audit").info("a step")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("biasmap: ")]
+    assert said == ["biasmap: a warning", "biasmap: a step"]

@@ -812,13 +812,9 @@ def _clear_errors(
     verbose: bool, interrupted: str = "the same command goes on where it stopped"
 ) -> Iterator[None]:
     """Errors that a user can mend become one line on stderr and exit status 1."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        stream=sys.stderr,
-        format="biasmap: %(message)s",
-    )
-    for noisy in ("matplotlib", "PIL", "urllib3", "httpx", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # What libraries have to say is theirs, short of a warning: an export's would be 500 lines.
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="biasmap: %(message)s")
+    logging.getLogger("biasmap_fast").setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
         yield
     except KeyboardInterrupt:
