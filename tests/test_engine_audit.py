@@ -152,10 +152,12 @@ def test_dry_run_writes_nothing(tmp_path):
         (["--shapes", "sd9"], "`shapes` must be a Shapes or one of"),
         (["--maps", "all"], "`maps` must be one of"),
         (["--format", "openvino"], "`format` must be one of"),
+        (["--convolutions", "fft"], "`convolutions` must be one of"),
     ],
 )
-def test_bad_flags(tmp_path, flags, message):
-    done = run_cli("export", "--out", tmp_path / "e", *flags)
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_bad_flags(tmp_path, flags, message, dry_run):
+    done = run_cli("export", "--out", tmp_path / "e", *flags, *dry_run)
     assert done.exit_code == 1
     assert message in done.output
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .onnx import Gradient, export_unet, sizes
+from .onnx import Gradient, check_options, export_unet, sizes
 from .shapes import preset_of
 
 
@@ -57,6 +57,7 @@ def run_export(
     chosen = dtype or str(pipe.unet.dtype).removeprefix("torch.")
     graphs = [_gradient(text, pipe, gradient_prompts) for text in gradients]
     if dry_run:
+        check_options(kind, chosen, maps, opset, convolutions, graphs)
         found = sizes(pipe, dtype=chosen, shapes=preset)
         files = found["weights"] * (1 + len(graphs))
         return {

@@ -143,7 +143,7 @@ def export_unet(
     unet = getattr(model, "unet", model)
     unet = getattr(unet, "_orig_mod", unet)
     kind = dtype or str(unet.dtype).removeprefix("torch.")
-    _check(format, kind, maps, opset, convolutions, gradients)
+    check_options(format, kind, maps, opset, convolutions, gradients)
     if shapes is None:
         attributed_layers(unet, layers)  # refuses what has no size to choose a preset by
         shapes = preset_of(unet)
@@ -221,9 +221,14 @@ def sizes(model: Any, *, dtype: str, shapes: Shapes | str, concepts: int = 2) ->
     }
 
 
-def _check(
+def check_options(
     kind: str, dtype: str, maps: str, opset: int, convolutions: str, gradients: Sequence[Any]
 ) -> None:
+    """Refuses what no export has, before anything is written.
+
+    Raises:
+        ValueError: an unknown option, or two that do not go together.
+    """
     for name, value, known in (
         ("format", kind, ("onnx", "tensorrt")),
         ("dtype", dtype, DTYPES),
