@@ -192,7 +192,8 @@ def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...])
 
     def recorded() -> None:
         for (query, *_), group in zip(inputs, given, strict=True):
-            adding.add([sums[query.shape[2]]], query, group, "layer")
+            rows = query.transpose(1, 2).flatten(2)  # as `to_q` leaves them: a view
+            adding.add([sums[query.shape[2]]], rows, group, "layer")
 
     tokens = sum(query.shape[1] * query.shape[2] * TOKENS for query, *_ in inputs)
     depths = sum(query.numel() * TOKENS for query, *_ in inputs)

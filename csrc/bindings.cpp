@@ -255,11 +255,14 @@ void prompt_maps(const TensorView &query, const TensorView &keys, const TensorVi
     biasmap::PromptMapsParams p{};
     Float type{};
     p.query = static_cast<const float *>(query.strided_floats(
-        "query", "[B, heads, n, d]", {kAny, kAny, kAny, kAny}, place, type, p.strides));
-    p.batch = query.size(0), p.heads = query.size(1);
-    p.pixels = query.size(2), p.depth = query.size(3);
-    p.keys = keys.data<float>("keys", "[heads, U, d]", {p.heads, kAny, p.depth}, place);
-    p.tokens = keys.size(1);
+        "query", "[B, n, heads * d]", {kAny, kAny, kAny}, place, type, p.strides));
+    p.batch = query.size(0), p.pixels = query.size(1);
+    p.keys = keys.data<float>("keys", "[heads, U, d]", {kAny, kAny, kAny}, place);
+    p.heads = keys.size(0), p.tokens = keys.size(1), p.depth = keys.size(2);
+    require(query.size(2) == p.heads * p.depth,
+            "`query` must have the heads * d = " + std::to_string(p.heads) + " * " +
+                std::to_string(p.depth) + " columns of `keys`, got " +
+                std::to_string(query.size(2)));
     p.members = members.data<float>("members", "[P, U]", {kAny, p.tokens}, place);
     p.prompts = members.size(0);
     p.weights = weights.data<float>("weights", "[P, K, U]", {p.prompts, kAny, p.tokens}, place);
@@ -268,8 +271,12 @@ void prompt_maps(const TensorView &query, const TensorView &keys, const TensorVi
     for (const TensorView &each : maps) {
         biasmap::PromptMaps target{};
         target.data = static_cast<float *>(
-            each.strided_floats("maps", "[P, B, K, n]", {p.prompts, p.batch, p.concepts, p.pixels},
+            each.strided_floats("maps", "[P', B, K, n]", {kAny, p.batch, p.concepts, p.pixels},
                                 place, type, target.strides));
+        target.prompts = each.size(0);
+        require(target.prompts <= p.prompts, "`maps` must be of " + std::to_string(p.prompts) +
+                                                 " prompts at most, got " +
+                                                 std::to_string(target.prompts));
         require(p.pixels == 1 || target.strides[3] == 1, "`maps` must have pixels in a row");
         targets.push_back(target);
     }

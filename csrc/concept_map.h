@@ -31,20 +31,21 @@ struct ConceptMapBackwardParams {
     int64_t batch, heads, pixels, depth, tokens, concepts;
 };
 
-// Maps [P, B, K, n] that are added to, a map's pixels in a row.
+// Maps [P', B, K, n] that those of the first P' prompts are added to, a map's pixels in a row.
 struct PromptMaps {
     float *data;
     int64_t strides[4]; // in elements
+    int64_t prompts;
 };
 
 // The same for P prompts at once, from the U different tokens that they have among them.
 struct PromptMapsParams {
-    const float *query;     // [B, heads, n, d]
-    int64_t strides[4];     // of it, in elements
+    const float *query;     // [B, n, heads * d]
+    int64_t strides[3];     // of it, in elements
     const float *keys;      // [heads, U, d], already times 1 / sqrt(d)
     const float *members;   // [P, U]: how often a prompt has a token
     const float *weights;   // [P, K, U]
-    const PromptMaps *maps; // [targets] out: the same is added to each
+    const PromptMaps *maps; // [targets] out
     int64_t targets;
     int64_t batch, heads, pixels, depth, tokens, prompts, concepts;
 };

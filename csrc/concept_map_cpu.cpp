@@ -4,6 +4,8 @@
 #include "concept_map.h"
 
 #include <algorithm>
+#include <cmath>
+#include <memory>
 #include <vector>
 
 #include <omp.h>
@@ -12,198 +14,301 @@
 #    include <xmmintrin.h>
 #endif
 
-#include "cpu_clones.h"
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#    define BIASMAP_FOR(isa) __attribute__((target(isa)))
+#endif
+#define BIASMAP_INLINE inline __attribute__((always_inline))
 
 namespace biasmap {
 namespace {
 
-// Sixteen floats: one register of AVX-512, two of AVX2.
-using Lanes = float __attribute__((vector_size(64), may_alias));
-constexpr int64_t kLanes = 16, kTile = 64, kVectors = kTile / kLanes;
-// Tokens in one inner loop: with more, their sums do not fit AVX2's registers.
+constexpr int64_t kTile = 64;
+// Tokens whose scores are summed side by side: as many as AVX2's registers hold.
 constexpr int64_t kTokens = 6;
 // Below this many products, starting threads costs more than it saves.
 constexpr int64_t kParallelProducts = 1 << 18;
-// Smallest sum of exponentials that is divided by: its largest terms are then far above the
-// smallest of `exp_minus`, and those that are not do not count beside them.
+// Smallest sum of powers that is divided by: its largest terms are then far above the smallest of
+// `powers_of_two`, and those that are not do not count beside them.
 constexpr float kSmall = 0x1p-60f;
 
 // One number of every pixel of a tile.
 struct alignas(64) Row {
-    union {
-        float at[kTile];
-        Lanes lanes[kVectors];
-    };
+    float at[kTile];
+};
+
+// A row in vectors of a processor's own width: wider ones are taken apart through memory.
+template <int64_t bytes> struct Vectors {
+    typedef float Lanes __attribute__((vector_size(bytes), may_alias));
+    typedef int32_t Bits __attribute__((vector_size(bytes), may_alias));
+    static constexpr int64_t kCount = kTile * sizeof(float) / bytes;
+
+    static BIASMAP_INLINE const Lanes *of(const Row &row) {
+        return reinterpret_cast<const Lanes *>(row.at);
+    }
+    static BIASMAP_INLINE Lanes *of(Row &row) { return reinterpret_cast<Lanes *>(row.at); }
 };
 
 struct Term {
     int64_t token;
     float weight;
 };
+
 // A weighted sum over tokens, without those of no weight.
-using Sum = std::vector<Term>;
+struct Sum {
+    const Term *first, *last;
+    const Term *begin() const { return first; }
+    const Term *end() const { return last; }
+};
 
-std::vector<Sum> sums_of(const float *weights, int64_t rows, int64_t tokens) {
-    std::vector<Sum> found(static_cast<size_t>(rows));
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t t = 0; t < tokens; ++t)
-            if (const float weight = weights[row * tokens + t]; weight != 0.0f)
-                found[static_cast<size_t>(row)].push_back({t, weight});
-    return found;
-}
+class Sums {
+public:
+    Sums(const float *weights, int64_t rows, int64_t tokens) {
+        ends_.reserve(static_cast<size_t>(rows + 1));
+        ends_.push_back(0);
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t t = 0; t < tokens; ++t)
+                if (const float weight = weights[row * tokens + t]; weight != 0.0f)
+                    terms_.push_back({t, weight});
+            ends_.push_back(terms_.size());
+        }
+    }
+    Sum operator[](int64_t row) const {
+        const size_t *ends = ends_.data() + row;
+        return {terms_.data() + ends[0], terms_.data() + ends[1]};
+    }
 
-// The queries of `count` pixels, all heads: one row for each of a head's d columns. In a last tile
-// that is not full, the last pixel is repeated. Pixels in the outer loops: what lies together in
-// memory is read together.
+private:
+    std::vector<Term> terms_;
+    std::vector<size_t> ends_;
+};
+
+// What a thread works in; nothing of it is read before it is written.
+struct Space {
+    explicit Space(const PromptMapsParams &p) {
+        const int64_t depths = p.heads * p.depth, concepts = p.prompts * p.concepts;
+        rows.reset(new Row[static_cast<size_t>(depths + 2 * p.tokens + concepts)]);
+        columns = rows.get(), found = columns + depths;
+        powers = found + concepts, own = powers + p.tokens;
+    }
+    std::unique_ptr<Row[]> rows;
+    Row *columns; // of the queries: [heads * d]
+    Row *found;   // maps: [P * K]
+    Row *powers;  // of one head: [U]
+    Row *own;     // the same of one prompt alone
+};
+
+// The queries of `count` pixels: one row for each of their columns. In a last tile that is not
+// full, the last pixel is repeated. Pixels in the outer loop: what lies together in memory is read
+// together.
 void transpose(const PromptMapsParams &p, const float *query, int64_t count, Row *columns) {
-    const int64_t head = p.strides[1], pixel = p.strides[2], column = p.strides[3];
+    const int64_t pixel = p.strides[1], column = p.strides[2], depths = p.heads * p.depth;
 #if defined(__SSE__)
-    if (column == 1 && count == kTile && p.depth % 4 == 0) {
+    if (column == 1 && count == kTile && depths % 4 == 0) {
         for (int64_t r = 0; r < kTile; r += 4)
-            for (int64_t h = 0; h < p.heads; ++h)
-                for (int64_t c = 0; c < p.depth; c += 4) {
-                    const float *at = query + h * head + r * pixel + c;
-                    Row *to = columns + h * p.depth + c;
-                    __m128 w = _mm_loadu_ps(at), x = _mm_loadu_ps(at + pixel),
-                           y = _mm_loadu_ps(at + 2 * pixel), z = _mm_loadu_ps(at + 3 * pixel);
-                    _MM_TRANSPOSE4_PS(w, x, y, z);
-                    _mm_store_ps(to[0].at + r, w);
-                    _mm_store_ps(to[1].at + r, x);
-                    _mm_store_ps(to[2].at + r, y);
-                    _mm_store_ps(to[3].at + r, z);
-                }
+            for (int64_t c = 0; c < depths; c += 4) {
+                const float *at = query + r * pixel + c;
+                __m128 w = _mm_loadu_ps(at), x = _mm_loadu_ps(at + pixel),
+                       y = _mm_loadu_ps(at + 2 * pixel), z = _mm_loadu_ps(at + 3 * pixel);
+                _MM_TRANSPOSE4_PS(w, x, y, z);
+                _mm_store_ps(columns[c].at + r, w);
+                _mm_store_ps(columns[c + 1].at + r, x);
+                _mm_store_ps(columns[c + 2].at + r, y);
+                _mm_store_ps(columns[c + 3].at + r, z);
+            }
         return;
     }
 #endif
-    for (int64_t r = 0; r < kTile; ++r)
-        for (int64_t h = 0; h < p.heads; ++h) {
-            const float *at = query + h * head + std::min(r, count - 1) * pixel;
-            for (int64_t c = 0; c < p.depth; ++c)
-                columns[h * p.depth + c].at[r] = at[c * column];
-        }
-}
-
-// scores[t] = sum over c of keys[t][c] * columns[c]
-BIASMAP_CLONES void multiply(const float *keys, int64_t tokens, int64_t depth, const Row *columns,
-                             Row *scores) {
-    for (int64_t first = 0; first < tokens; first += kTokens) {
-        const float *key[kTokens];
-        for (int64_t i = 0; i < kTokens; ++i) // beyond the last, that one again
-            key[i] = keys + std::min(first + i, tokens - 1) * depth;
-        const int64_t count = std::min(kTokens, tokens - first);
-        for (int64_t v = 0; v < kVectors; ++v) {
-            Lanes sums[kTokens] = {};
-            for (int64_t c = 0; c < depth; ++c) {
-                const Lanes column = columns[c].lanes[v];
-#pragma GCC unroll 6
-                for (int64_t i = 0; i < kTokens; ++i)
-                    sums[i] += key[i][c] * column;
-            }
-            for (int64_t i = 0; i < count; ++i)
-                scores[first + i].lanes[v] = sums[i];
-        }
+    for (int64_t r = 0; r < kTile; ++r) {
+        const float *at = query + std::min(r, count - 1) * pixel;
+        for (int64_t c = 0; c < depths; ++c)
+            columns[c].at[r] = at[c * column];
     }
 }
 
-// Scores to exponentials of their differences from each pixel's largest.
-BIASMAP_CLONES void exponentials(int64_t tokens, Row *scores) {
-    for (int64_t v = 0; v < kVectors; ++v) {
-        Lanes top = scores[0].lanes[v];
+// scores[t] = sum over c of keys[t][c] * columns[c], of `count` tokens
+template <int64_t bytes, int64_t count>
+BIASMAP_INLINE void multiply(const float *keys, int64_t depth, const Row *columns, Row *scores) {
+    using V = Vectors<bytes>;
+    for (int64_t v = 0; v < V::kCount; ++v) {
+        typename V::Lanes sums[count];
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < count; ++i)
+            sums[i] = typename V::Lanes{};
+        for (int64_t c = 0; c < depth; ++c) {
+            const auto column = V::of(columns[c])[v];
+#pragma GCC unroll 6
+            for (int64_t i = 0; i < count; ++i)
+                sums[i] += keys[i * depth + c] * column;
+        }
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < count; ++i)
+            V::of(scores[i])[v] = sums[i];
+    }
+}
+
+template <int64_t bytes>
+BIASMAP_INLINE void multiply(const float *keys, int64_t tokens, int64_t depth, const Row *columns,
+                             Row *scores) {
+    int64_t t = 0;
+    for (; t + kTokens <= tokens; t += kTokens)
+        multiply<bytes, kTokens>(keys + t * depth, depth, columns, scores + t);
+    keys += t * depth, scores += t;
+    switch (tokens - t) {
+    case 5:
+        return multiply<bytes, 5>(keys, depth, columns, scores);
+    case 4:
+        return multiply<bytes, 4>(keys, depth, columns, scores);
+    case 3:
+        return multiply<bytes, 3>(keys, depth, columns, scores);
+    case 2:
+        return multiply<bytes, 2>(keys, depth, columns, scores);
+    case 1:
+        return multiply<bytes, 1>(keys, depth, columns, scores);
+    }
+}
+
+// Scores to 2^(score - the pixel's largest): relative error 2e-7, 2^-126 instead of less.
+template <int64_t bytes> BIASMAP_INLINE void powers_of_two(int64_t tokens, Row *scores) {
+    using V = Vectors<bytes>;
+    using Lanes = typename V::Lanes;
+    constexpr float kLeast = -126.0f;
+    // 1.5 * 2^23: adding it rounds to an integer; 127: that, in the lowest bits, is an exponent.
+    constexpr float kRound = 12582912.0f + 127.0f;
+    for (int64_t v = 0; v < V::kCount; ++v) {
+        Lanes top = V::of(scores[0])[v];
         for (int64_t t = 1; t < tokens; ++t) {
-            const Lanes score = scores[t].lanes[v];
+            const Lanes score = V::of(scores[t])[v];
             top = score > top ? score : top;
         }
-        alignas(64) float tops[kLanes];
-        *reinterpret_cast<Lanes *>(tops) = top;
         for (int64_t t = 0; t < tokens; ++t) {
-            float *score = scores[t].at + v * kLanes;
-#pragma omp simd
-            for (int64_t r = 0; r < kLanes; ++r)
-                score[r] = exp_minus(tops[r] - score[r]);
+            Lanes x = V::of(scores[t])[v] - top;
+            x = x < kLeast ? Lanes{} + kLeast : x; // a NaN stays
+            const Lanes rounded = x + kRound;
+            const Lanes r = x - (rounded - kRound);
+            Lanes p = r * 1.3264727e-3f + 9.6715126e-3f; // minimax with p(0) = 1, |r| <= 1/2
+            p = p * r + 5.5507337e-2f;
+            p = p * r + 2.4022242e-1f;
+            p = p * r + 6.9314698e-1f;
+            p = p * r + 1.0f;
+            V::of(scores[t])[v] =
+                p * reinterpret_cast<Lanes>(reinterpret_cast<typename V::Bits>(rounded) << 23);
         }
     }
 }
 
-inline void add_up(const Sum &sum, const Row *rows, Lanes (&total)[kVectors]) {
+template <int64_t bytes>
+BIASMAP_INLINE void add_up(Sum sum, const Row *rows,
+                           typename Vectors<bytes>::Lanes (&total)[Vectors<bytes>::kCount]) {
     for (const Term &term : sum)
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < kVectors; ++v)
-            total[v] += term.weight * rows[term.token].lanes[v];
+#pragma GCC unroll 16
+        for (int64_t v = 0; v < Vectors<bytes>::kCount; ++v)
+            total[v] += term.weight * Vectors<bytes>::of(rows[term.token])[v];
 }
 
 // Whether all are large enough to divide by: a NaN is not.
-inline bool divisible(const Lanes (&sums)[kVectors]) {
-    alignas(64) float at[kTile];
-    std::copy_n(sums, kVectors, reinterpret_cast<Lanes *>(at));
+BIASMAP_INLINE bool divisible(const Row &sums) {
     int small = 0;
 #pragma omp simd reduction(+ : small)
     for (int64_t r = 0; r < kTile; ++r)
-        small += !(at[r] >= kSmall);
+        small += !(sums.at[r] >= kSmall);
     return small == 0;
 }
 
-// Adds one prompt's softmax, summed over the tokens of each of its concepts, from exponentials.
-// Adds nothing and returns false where `checked` finds their sum too small to divide by.
-BIASMAP_CLONES bool add_prompt(const Sum &tokens, const Sum *weights, int64_t concepts,
-                               const Row *rows, bool checked, Row *found) {
-    Lanes sums[kVectors] = {};
-    add_up(tokens, rows, sums);
-    if (checked && !divisible(sums))
-        return false;
-    for (int64_t k = 0; k < concepts; ++k) {
-        Lanes part[kVectors] = {};
-        add_up(weights[k], rows, part);
-        for (int64_t v = 0; v < kVectors; ++v)
-            found[k].lanes[v] += part[v] / sums[v];
+// Adds one prompt's softmax, summed over the tokens of each of its concepts, from powers. Adds
+// nothing and returns false where `checked` finds their sum too small to divide by.
+template <int64_t bytes>
+BIASMAP_INLINE bool add_prompt(Sum tokens, const Sums &weights, int64_t prompt, int64_t concepts,
+                               const Row *powers, bool checked, Row *found) {
+    using V = Vectors<bytes>;
+    typename V::Lanes sums[V::kCount] = {};
+    add_up<bytes>(tokens, powers, sums);
+    if (checked) {
+        Row copy;
+        std::copy_n(sums, V::kCount, V::of(copy));
+        if (!divisible(copy))
+            return false;
+    }
+    for (int64_t k = prompt * concepts; k < (prompt + 1) * concepts; ++k) {
+        typename V::Lanes part[V::kCount] = {};
+        add_up<bytes>(weights[k], powers, part);
+        for (int64_t v = 0; v < V::kCount; ++v)
+            V::of(found[k])[v] += part[v] / sums[v];
     }
     return true;
 }
 
-// Scores of one prompt to exponentials of the differences from its own largest.
-void exponentials_of(const Sum &tokens, Row *scores) {
+// Scores of one prompt to powers of their differences from its own largest.
+void own_powers(Sum tokens, Row *scores) {
     for (int64_t r = 0; r < kTile; ++r) {
-        float top = scores[tokens.front().token].at[r];
+        float top = scores[tokens.first->token].at[r];
         for (const Term &term : tokens)
             top = std::max(top, scores[term.token].at[r]);
         for (const Term &term : tokens)
-            scores[term.token].at[r] = std::exp(scores[term.token].at[r] - top);
+            scores[term.token].at[r] = std::exp2(scores[term.token].at[r] - top);
     }
 }
 
-// What a thread works in.
-struct Space {
-    std::vector<Row> columns, all, own, found;
-    explicit Space(const PromptMapsParams &p)
-        : columns(static_cast<size_t>(p.heads * p.depth)), all(static_cast<size_t>(p.tokens)),
-          own(all.size()), found(static_cast<size_t>(p.prompts * p.concepts)) {}
+// What one call has of its prompts.
+struct Prompts {
+    std::vector<float> keys; // times log2(e): scores are exponents of two
+    Sums members, weights;
+    explicit Prompts(const PromptMapsParams &p)
+        : keys(p.keys, p.keys + p.heads * p.tokens * p.depth),
+          members(p.members, p.prompts, p.tokens),
+          weights(p.weights, p.prompts * p.concepts, p.tokens) {
+        for (float &key : keys)
+            key *= 1.44269504f;
+    }
 };
 
-// Adds the maps of one head to `space.found`, from the tile's columns.
-void add_head(const PromptMapsParams &p, int64_t head, const std::vector<Sum> &members,
-              const std::vector<Sum> &weights, Space &space) {
-    const float *keys = p.keys + head * p.tokens * p.depth;
-    const Row *columns = space.columns.data() + head * p.depth;
-    multiply(keys, p.tokens, p.depth, columns, space.all.data());
-    exponentials(p.tokens, space.all.data());
-    for (int64_t prompt = 0; prompt < p.prompts; ++prompt) {
-        const Sum &tokens = members[static_cast<size_t>(prompt)];
-        const Sum *own = weights.data() + prompt * p.concepts;
-        Row *found = space.found.data() + prompt * p.concepts;
-        if (add_prompt(tokens, own, p.concepts, space.all.data(), true, found))
-            continue;
-        // All of its scores are far below another prompt's.
-        multiply(keys, p.tokens, p.depth, columns, space.own.data());
-        exponentials_of(tokens, space.own.data());
-        add_prompt(tokens, own, p.concepts, space.own.data(), false, found);
+// The maps of a tile, of all heads, to `space.found`, from its columns.
+template <int64_t bytes>
+BIASMAP_INLINE void map_tile_in(const PromptMapsParams &p, const Prompts &prompts,
+                                const Space &space) {
+    std::fill_n(space.found, p.prompts * p.concepts, Row{});
+    for (int64_t head = 0; head < p.heads; ++head) {
+        const float *keys = prompts.keys.data() + head * p.tokens * p.depth;
+        const Row *columns = space.columns + head * p.depth;
+        multiply<bytes>(keys, p.tokens, p.depth, columns, space.powers);
+        powers_of_two<bytes>(p.tokens, space.powers);
+        for (int64_t prompt = 0; prompt < p.prompts; ++prompt) {
+            const Sum tokens = prompts.members[prompt];
+            if (add_prompt<bytes>(tokens, prompts.weights, prompt, p.concepts, space.powers, true,
+                                  space.found))
+                continue;
+            // All of its scores are far below another prompt's.
+            multiply<bytes>(keys, p.tokens, p.depth, columns, space.own);
+            own_powers(tokens, space.own);
+            add_prompt<bytes>(tokens, prompts.weights, prompt, p.concepts, space.own, false,
+                              space.found);
+        }
     }
+}
+
+// Which of them runs is chosen when the module loads.
+#if defined(BIASMAP_FOR)
+BIASMAP_FOR("arch=x86-64-v4")
+void map_tile(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
+    map_tile_in<64>(p, prompts, space);
+}
+
+BIASMAP_FOR("arch=x86-64-v3")
+void map_tile(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
+    map_tile_in<32>(p, prompts, space);
+}
+
+BIASMAP_FOR("default")
+#endif
+void map_tile(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
+    map_tile_in<16>(p, prompts, space);
 }
 
 // Adds the tile's maps of image `b` to a target.
 void add_tile(const PromptMapsParams &p, const PromptMaps &maps, int64_t b, int64_t first,
               int64_t count, const Space &space) {
-    for (int64_t prompt = 0; prompt < p.prompts; ++prompt)
+    for (int64_t prompt = 0; prompt < maps.prompts; ++prompt)
         for (int64_t k = 0; k < p.concepts; ++k) {
-            const Row &row = space.found[static_cast<size_t>(prompt * p.concepts + k)];
+            const Row &row = space.found[prompt * p.concepts + k];
             float *map = maps.data + prompt * maps.strides[0] + b * maps.strides[1] +
                          k * maps.strides[2] + first;
             for (int64_t r = 0; r < count; ++r)
@@ -214,22 +319,20 @@ void add_tile(const PromptMapsParams &p, const PromptMaps &maps, int64_t b, int6
 } // namespace
 
 void prompt_maps_cpu(const PromptMapsParams &p) {
-    const std::vector<Sum> members = sums_of(p.members, p.prompts, p.tokens);
-    const std::vector<Sum> weights = sums_of(p.weights, p.prompts * p.concepts, p.tokens);
+    const Prompts prompts(p);
     const int64_t tiles = (p.pixels + kTile - 1) / kTile;
     const bool parallel = p.batch * p.heads * p.pixels * p.depth * p.tokens > kParallelProducts;
-    std::vector<Space> spaces(static_cast<size_t>(parallel ? omp_get_max_threads() : 1), Space(p));
+    std::vector<Space> spaces;
+    for (int thread = parallel ? omp_get_max_threads() : 1; thread > 0; --thread)
+        spaces.emplace_back(p);
 
 #pragma omp parallel for if (parallel) collapse(2) schedule(static)
     for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t tile = 0; tile < tiles; ++tile) {
-            Space &space = spaces[static_cast<size_t>(omp_get_thread_num())];
+            const Space &space = spaces[static_cast<size_t>(omp_get_thread_num())];
             const int64_t first = tile * kTile, count = std::min(kTile, p.pixels - first);
-            std::fill(space.found.begin(), space.found.end(), Row{});
-            transpose(p, p.query + b * p.strides[0] + first * p.strides[2], count,
-                      space.columns.data());
-            for (int64_t h = 0; h < p.heads; ++h)
-                add_head(p, h, members, weights, space);
+            transpose(p, p.query + b * p.strides[0] + first * p.strides[1], count, space.columns);
+            map_tile(p, prompts, space);
             for (int64_t target = 0; target < p.targets; ++target)
                 add_tile(p, p.maps[target], b, first, count, space);
         }

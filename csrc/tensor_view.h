@@ -2,6 +2,7 @@
 // The structs restate the ABI of the DLPack 1.3 specification (dmlc/dlpack, dlpack.h).
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -108,13 +109,13 @@ public:
         return address();
     }
 
-    // The same with any strides, in elements, for a tensor of four dimensions.
+    // The same with any strides, in elements.
+    template <size_t dims>
     void *strided_floats(const char *name, const char *layout, std::initializer_list<int64_t> shape,
-                         dlpack::Device device, Float &type, int64_t (&strides)[4]) const {
-        if (!(is_at(device) && has(shape) && has_float_type(device, type)))
+                         dlpack::Device device, Float &type, int64_t (&strides)[dims]) const {
+        if (!(shape.size() == dims && is_at(device) && has(shape) && has_float_type(device, type)))
             refuse(name, expected(layout, shape) + float_types(device), device);
-        for (int32_t d = 0; d < 4; ++d)
-            strides[d] = view_.strides[d];
+        std::copy_n(view_.strides, dims, strides);
         return address();
     }
 

@@ -153,6 +153,36 @@ def test_several_things_are_kept_apart_in_one_pass(sd_pipe, own_prompts):
         recorder.maps("step", ["nobody"])
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("own_prompts", [False, True])
+def test_parts_of_some_prompts_alone(sd_pipe, backend, own_prompts, monkeypatch):
+    monkeypatch.setenv("BIASMAP_BACKEND", backend)
+    prompts = [[DOCTOR, WOMAN], [DOCTOR, WOMAN]] if own_prompts else [DOCTOR, WOMAN]
+
+    def record(**options):
+        with bm.attribute(sd_pipe, prompts, by=("block", "step"), **options) as recorder:
+            draw(sd_pipe)
+        return recorder
+
+    everything, second = record(), record(detailed=[WOMAN.name])
+    for name, expected in everything.maps().items():
+        assert torch.equal(second.maps()[name].values, expected.values)
+    (found,) = second.maps("step").items()
+    expected = everything.maps("step")[WOMAN.name]
+    assert found[0] == WOMAN.name
+    assert list(found[1].parts) == list(expected.parts)
+    for part in expected.parts:
+        assert torch.equal(found[1].parts[part], expected.parts[part])
+    assert second.nbytes["maps"] < everything.nbytes["maps"]
+    assert record(detailed=[]).maps("step") == {}
+    with pytest.raises(
+        ValueError, match=r"maps by 'step' were recorded for \[.*\], not \[.*doctor"
+    ):
+        second.maps("step", [DOCTOR.name])
+    with pytest.raises(ValueError, match=r"no attribution prompt is called \['nobody'\]"):
+        record(detailed=["nobody"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_weights_are_summed_in_float32(sd_pipe, dtype, reference_of):
     sd_pipe.unet.to(dtype)

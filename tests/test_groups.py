@@ -8,6 +8,7 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast import _C, groups, reference
 from biasmap_fast.groups import ConceptMaps, GroupKeys, grouped, stacked
+from biasmap_fast.unet import split_heads
 
 DOCTOR = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
 NURSE = bm.AttributionPrompt("a photo of a nurse and woman", ("nurse", "woman"))
@@ -22,6 +23,11 @@ def test_groups_have_one_shape_and_one_set_of_images():
     assert [group.concepts for group in found] == [2, 2, 1, 2]
     assert found[3].mine([(0, 0), (1, 1), (2, 2)]) == [(1, 0)]
     assert found[0].mine([(1, 0), (2, 1)]) == [(1, 0), (2, 1)]
+    assert [group.detailed for group in found] == [2, 1, 1, 1]
+    found = grouped(shapes, images, [False, False, True, False, True])
+    assert [(group.prompts, group.detailed) for group in found] == [
+        ((2, 0), 1), ((1,), 0), ((3,), 0), ((4,), 1),
+    ]  # fmt: skip
 
 
 # one tile; tiles of pixels; of prompts; of images
@@ -34,14 +40,14 @@ def test_tiles_equal_prompt_by_prompt(prompts, images, heads, pixels, depth, tok
     torch.manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     rows = torch.randn(images, pixels, heads * depth).to(dtype)
-    query = rows.view(images, pixels, heads, depth).transpose(1, 2)
+    query = split_heads(rows, heads)
     keys = torch.randn(prompts, heads, tokens, depth, dtype=wide)
     weights = torch.rand(prompts, 2, tokens, dtype=wide)
     start = torch.rand(prompts, images, 2, pixels, dtype=wide)
     found, adding = start.clone(), ConceptMaps()
-    group = GroupKeys(weights, {"layer": keys}, None)
+    group = GroupKeys(weights, {"layer": keys})
     for _ in range(2):  # the memory of the tiles is used again
-        adding.add([found], query, group, "layer")
+        adding.add([found], rows, group, "layer")
     for index in range(prompts):
         exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
         torch.testing.assert_close(
@@ -49,10 +55,16 @@ def test_tiles_equal_prompt_by_prompt(prompts, images, heads, pixels, depth, tok
         )
 
 
+def exact_map(query, keys, weights):
+    """In float64: query ``[B, n, heads * d]``."""
+    heads = split_heads(query.double(), keys.shape[0])
+    return reference.concept_map(heads, keys.double(), weights.double())
+
+
 def prompts_case(images, heads, pixels, depth, scale):
     """Six prompts of nine tokens, of which the last two are their own."""
     torch.manual_seed(1)
-    query = torch.randn(images, pixels, heads, depth).transpose(1, 2)  # as `to_q` leaves it
+    query = torch.randn(images, pixels, heads * depth)
     common, own = torch.randn(7, 32), torch.randn(6, 2, 32)
     states = [torch.cat([common, end]) for end in own]
     project = scale * torch.randn(heads, 32, depth) / 32**0.5
@@ -69,13 +81,12 @@ def test_one_kernel_for_prompts_that_share_tokens(shape):
     query, group, keys, weights = prompts_case(*shape, scale=1.0)
     assert group.distinct.by_layer["layer"].shape[1] == 7 + 6 * 2
     start = torch.rand(6, shape[0], 2, shape[2])
-    for given in (query, query.contiguous(), query.transpose(2, 3).contiguous().transpose(2, 3)):
+    by_column = query.transpose(1, 2).contiguous().transpose(1, 2)
+    for given in (query, torch.cat([query, query], dim=2)[..., : query.shape[2]], by_column):
         found = start.clone()
         ConceptMaps().add([found], given, group, "layer")
         for index in range(6):
-            exact = reference.concept_map(
-                query.double(), keys[index].double(), weights[index].double()
-            )
+            exact = exact_map(query, keys[index], weights[index])
             torch.testing.assert_close(
                 (found[index] - start[index]).double(), exact, rtol=1e-5, atol=1e-5
             )
@@ -87,7 +98,8 @@ def test_half_queries_are_widened(dtype):
     found = torch.zeros(6, 2, 2, 64)
     ConceptMaps().add([found], query.to(dtype).requires_grad_(), group, "layer")
     for index in range(6):
-        exact = reference.concept_map(query.to(dtype), keys[index], weights[index])
+        heads = split_heads(query.to(dtype), 4)
+        exact = reference.concept_map(heads, keys[index], weights[index])
         torch.testing.assert_close(found[index], exact)
 
 
@@ -115,13 +127,14 @@ def test_prompts_far_apart():
     found = torch.zeros(6, 2, 2, 64)
     ConceptMaps().add([found], query, group, "layer")
     for index in range(6):
-        exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
+        exact = exact_map(query, keys[index], weights[index])
         torch.testing.assert_close(found[index].double(), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_not_finite_where_the_reference_is_not():
     query, group, keys, weights = prompts_case(2, 4, 64, 16, scale=1.0)
-    query[0, 1, 5], query[1, 2, 7] = float("nan"), float("inf")
+    heads = split_heads(query, 4)
+    heads[0, 1, 5], heads[1, 2, 7] = float("nan"), float("inf")
     own = group.distinct.by_layer["layer"]
     (token,) = (group.distinct.members[3] * (group.distinct.members.sum(0) == 1)).nonzero()[:1, 0]
     own[0, token] = float("nan")  # of the fourth prompt alone
@@ -129,7 +142,7 @@ def test_not_finite_where_the_reference_is_not():
     ConceptMaps().add([found], query, group, "layer")
     assert found[3].isnan().all()
     for index in (0, 1, 2, 4, 5):
-        exact = reference.concept_map(query, keys[index], weights[index])
+        exact = reference.concept_map(heads, keys[index], weights[index])
         assert exact.isnan().any()
         torch.testing.assert_close(found[index], exact, equal_nan=True, rtol=1e-4, atol=1e-5)
 
@@ -144,11 +157,27 @@ def test_a_repeated_token_counts_twice():
     weights = [torch.rand(1, 8) for _ in prompts]
     group = stacked(weights, [{"layer": each} for each in keys], prompts)
     assert group.distinct.by_layer["layer"].shape == (2, 8, 8)
-    query, found = torch.randn(1, 2, 5, 8), torch.zeros(9, 1, 1, 5)
+    query, found = torch.randn(1, 5, 16), torch.zeros(9, 1, 1, 5)
     ConceptMaps().add([found], query, group, "layer")
     for index, own in enumerate(keys):
-        exact = reference.concept_map(query, own, weights[index])
+        exact = reference.concept_map(split_heads(query, 2), own, weights[index])
         torch.testing.assert_close(found[index], exact)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_parts_of_the_first_prompts_alone(backend, monkeypatch):
+    monkeypatch.setenv("BIASMAP_BACKEND", backend)
+    query, group, keys, weights = prompts_case(2, 4, 100, 16, scale=1.0)
+    every, some, none = (
+        torch.zeros(6, 2, 2, 100),
+        torch.ones(2, 2, 2, 100),
+        torch.zeros(0, 2, 2, 100),
+    )
+    ConceptMaps().add([every, some, none], query, group, "layer")
+    for index in range(6):
+        exact = exact_map(query, keys[index], weights[index]).float()
+        torch.testing.assert_close(every[index], exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(some, 1 + every[:2])
 
 
 def test_the_reference_where_it_is_asked_for(monkeypatch):
@@ -157,17 +186,20 @@ def test_the_reference_where_it_is_asked_for(monkeypatch):
 
 
 def test_what_the_kernel_refuses():
-    query, keys = torch.rand(2, 3, 9, 4), torch.rand(3, 5, 4)
+    query, keys = torch.rand(2, 9, 12), torch.rand(3, 5, 4)
     members, weights, maps = torch.ones(2, 5), torch.rand(2, 1, 5), torch.zeros(2, 2, 1, 9)
     good = {"query": query, "keys": keys, "members": members, "weights": weights, "maps": [maps]}
     _C.prompt_maps(**good)
     for name, bad, said in (
         ("query", query.double(), r"`query` must be .* float32 on the CPU, got .* float64"),
+        ("query", query[0], r"`query` must be \[B, n, heads \* d\] float32"),
+        ("query", query[..., :11], r"the heads \* d = 3 \* 4 columns of `keys`, got 11"),
         ("keys", keys[:, :, :3], r"`keys` must be \[heads, U, d\] float32 contiguous"),
         ("members", members[:, :4].contiguous(), r"`members` must be \[P, U\]"),
         ("members", members * torch.tensor([[1.0], [0.0]]), r"members\[1\] names no token"),
         ("weights", weights[:1], r"`weights` must be \[P, K, U\]"),
-        ("maps", [maps, maps[..., :8]], r"`maps` must be \[P, B, K, n\] = \[2, 2, 1, 9\]"),
+        ("maps", [maps, maps[..., :8]], r"`maps` must be \[P', B, K, n\]"),
+        ("maps", [maps.repeat(2, 1, 1, 1)], "`maps` must be of 2 prompts at most, got 4"),
         ("maps", [torch.zeros(2, 2, 1, 18)[..., ::2]], "pixels in a row"),
     ):
         with pytest.raises(ValueError, match=said):

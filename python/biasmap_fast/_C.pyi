@@ -71,9 +71,9 @@ def concept_map_backward(
     grad_query: Tensor,  # like `query`, out
 ) -> None: ...
 def prompt_maps(
-    query: Tensor,  # [B, heads, n, d], any strides, on the CPU
+    query: Tensor,  # [B, n, heads * d], any strides, on the CPU
     keys: Tensor,  # [heads, U, d], of the different tokens
     members: Tensor,  # [P, U], how often a prompt has each
     weights: Tensor,  # [P, K, U]
-    maps: Sequence[Tensor],  # [P, B, K, n] each, pixels in a row; the same is added to all
+    maps: Sequence[Tensor],  # [P', B, K, n], pixels in a row: the first P' prompts' are added
 ) -> None: ...

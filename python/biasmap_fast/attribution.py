@@ -44,8 +44,6 @@ Branch = Literal["cond", "uncond"]
 By = Literal["total", "block", "layer", "step", "head"]
 _BY = get_args(By)
 _Place = tuple[int, By, str]
-# number of a group, places of its images in the pass now running, and in its sums
-_Located = tuple[int, slice | list[int], slice | list[int]]
 _ALL = slice(None)
 _T = TypeVar("_T")
 
@@ -61,6 +59,7 @@ def attribute(
     by: By | Sequence[By] = "total",
     size: int | tuple[int, int] | None = None,
     chunks: int | None = None,
+    detailed: Collection[str] | None = None,
     cache: AttributionCache | None = None,
 ) -> Recorder:
     """Records attribution maps of every picture drawn inside a ``with`` block.
@@ -87,6 +86,8 @@ def attribute(
         chunks: how many guidance chunks the UNet's batch has; default asks the pipeline. Needed
             where the pipeline does not say (semantic guidance), or where the UNet is called by
             hand.
+        detailed: names of the prompts of which everything in ``by`` is kept; of the others only
+            the first of it is. Default all.
         cache: keeps what prompts become, for further recorders of the same, unchanged model.
 
     Returns:
@@ -95,9 +96,9 @@ def attribute(
     Raises:
         TypeError: ``pipe`` has no UNet or no CLIP text encoder.
         ValueError: an unknown ``branch``, ``by`` or layer, a layer that cannot be handled, two
-            prompts of one name, a concept that is not in its prompt; at the first UNet call,
-            prompts for another number of images than are drawn, ``clip_skip``, a LoRA scaled by
-            ``cross_attention_kwargs``, a video's latents.
+            prompts of one name, a concept that is not in its prompt, a name in ``detailed`` that
+            no prompt has; at the first UNet call, prompts for another number of images than are
+            drawn, ``clip_skip``, a LoRA scaled by ``cross_attention_kwargs``, a video's latents.
 
     Example:
         >>> import torch, biasmap_fast as bm
@@ -116,6 +117,7 @@ def attribute(
         by=by,
         size=size,
         chunks=chunks,
+        detailed=detailed,
         cache=cache,
     )
 
@@ -127,8 +129,22 @@ class _Run:
     images: int  # B
     calls: int = 0
     largest: tuple[int, int] = (0, 0)  # of the resolutions in ``sums``
-    # (number of the group, by, part) -> (h, w) -> sum [P, b, K, h * w], float32
+    # (number of the group, by, part) -> (h, w) -> sum [P, b, K, h * w], float32; P' of what is
+    # kept of detailed prompts alone
     sums: dict[_Place, dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
+    # (number of the group, layer, (h, w)) -> those it adds to; None for one of the call alone
+    lasting: dict[tuple[int, str, tuple[int, int]], list[torch.Tensor | None]] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True)
+class _Located:
+    """Where a group's images are in the pass now running."""
+
+    group: int
+    taken: slice | list[int]  # places in the pass
+    rows: slice | list[int]  # of the group's sums
 
 
 @dataclass(frozen=True)
@@ -212,8 +228,8 @@ class AttributionCache:
     """Attribution keys and states of prompts, made once for many recorders and guidances.
 
     Of one pipeline, whose weights and adapters do not change or move meanwhile. What was used
-    least recently goes when there are more than ``limit`` entries (two a prompt); at the shapes of
-    SD 1.5 a prompt's keys take about 0.7 MB.
+    least recently goes when there are more than ``limit`` entries (two a prompt, one for prompts
+    that are recorded together); at the shapes of SD 1.5 a prompt's keys take about 0.7 MB.
 
     Args:
         limit: how many entries are kept.
@@ -225,8 +241,8 @@ class AttributionCache:
         >>> for seed in (0, 1):
         ...     with bm.attribute(pipe, prompt, cache=cache) as recorder:
         ...         images = pipe("a photo of a doctor", num_inference_steps=1).images
-        >>> len(cache)  # its tokens and its keys
-        2
+        >>> len(cache)  # its tokens, its keys, and those of all prompts together
+        3
     """
 
     def __init__(self, limit: int = 1024) -> None:
@@ -237,7 +253,12 @@ class AttributionCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, prompt: AttributionPrompt, what: Any, make: Callable[[], _T]) -> _T:
+    def get(
+        self,
+        prompt: AttributionPrompt | tuple[AttributionPrompt, ...],
+        what: Any,
+        make: Callable[[], _T],
+    ) -> _T:
         """What was made of a prompt before, or ``make()``; ``what`` says what it is."""
         key = (prompt, what)
         if key not in self._kept:
@@ -324,6 +345,7 @@ class Recorder:
         by: By | Sequence[By] = "total",
         size: int | tuple[int, int] | None = None,
         chunks: int | None = None,
+        detailed: Collection[str] | None = None,
         cache: AttributionCache | None = None,
     ) -> None:
         if branch not in ("cond", "uncond"):
@@ -347,7 +369,12 @@ class Recorder:
         self._cache = cache
         self._tokenized = [tokens_of(cache, prompt, pipe) for prompt in self._prompts]
         weights = [tokens[0].weights for tokens in self._tokenized]  # [K, T'] each
-        self._groups = grouped([(len(own), own.shape[1]) for own in weights], images)
+        self._detailed = self._known(detailed)
+        self._groups = grouped(
+            [(len(own), own.shape[1]) for own in weights],
+            images,
+            [prompt.name in self._detailed for prompt in self._prompts],
+        )
         self._keys: list[GroupKeys] = []
         self._adding = ConceptMaps()
         self._handles: list[Any] = []
@@ -359,7 +386,10 @@ class Recorder:
         self._other_branch = False  # a guider's call that is not of the attributed branch
         # layer -> images of this call: recomputation under checkpointing must not count twice
         self._seen: dict[str, frozenset[int]] = {}
-        self._located: dict[tuple[tuple[tuple[int, int], ...], int], list[_Located]] = {}
+        # (places in the pass and images, images of the run) -> those images, and the same by group
+        self._located: dict[
+            tuple[tuple[tuple[int, int], ...], int], tuple[frozenset[int], list[_Located]]
+        ] = {}
         self._resolutions: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
@@ -374,22 +404,40 @@ class Recorder:
             ]
             self._handles.append(self._engine.register_attribution_hook(prompts, self._add_parts))
         else:
-            attributed = [
-                cached_keys(self._cache, self._pipe, self._layers, tokens, placement)
-                for tokens in self._tokenized
-            ]
-            for group in self._groups:
-                own = [attributed[index] for index in group.prompts]
-                self._keys.append(
-                    stacked(
-                        [k.weights for k in own], [k.by_layer for k in own], [k.states for k in own]
-                    )
-                )
+            self._keys += [self._group_keys(group, placement) for group in self._groups]
             for layer in self._layers:
                 hook = self._query_hook(layer)
                 self._handles.append(layer.module.to_q.register_forward_hook(hook))
         self._handles.append(unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
         return self
+
+    def _group_keys(self, group: Group, placement: Placement) -> GroupKeys:
+        """A group's keys, from the cache where there is one."""
+
+        def make() -> GroupKeys:
+            own = [
+                cached_keys(self._cache, self._pipe, self._layers, tokens, placement)
+                for tokens in (self._tokenized[index] for index in group.prompts)
+            ]
+            return stacked(
+                [keys.weights for keys in own],
+                [keys.by_layer for keys in own],
+                [keys.states for keys in own],
+                apart=self._by == ("head",),
+            )
+
+        if self._cache is None:
+            return make()
+        prompts = tuple(self._prompts[index] for index in group.prompts)
+        layers = tuple(layer.name for layer in self._layers)
+        return self._cache.get(prompts, (layers, self._by == ("head",)), make)
+
+    def _known(self, names: Collection[str] | None) -> frozenset[str]:
+        """The names given, or those of all prompts."""
+        known = [prompt.name for prompt in self._prompts]
+        if unknown := sorted(set(names or ()).difference(known)):
+            raise ValueError(f"no attribution prompt is called {unknown}; there are: {known}")
+        return frozenset(known if names is None else names)
 
     def __exit__(
         self,
@@ -412,7 +460,7 @@ class Recorder:
 
         Args:
             by: what to keep apart, of what was recorded; default the first of it.
-            names: the prompts whose maps are wanted; default all.
+            names: the prompts whose maps are wanted; default all of which ``by`` was kept.
 
         Returns:
             One `AttributionMaps` where one prompt was given, else a dict keyed by prompt name.
@@ -428,9 +476,10 @@ class Recorder:
         wanted = self._by[0] if by is None else by
         if wanted not in self._by:
             raise ValueError(f"maps were recorded by {' and '.join(self._by)}, not by {by!r}")
-        known = [prompt.name for prompt in self._prompts]
-        if unknown := sorted(set(names or ()).difference(known)):
-            raise ValueError(f"no attribution prompt is called {unknown}; there are: {known}")
+        kept = self._known(None) if wanted == self._by[0] else self._detailed
+        chosen = kept if names is None else self._known(names)
+        if lacking := sorted(chosen - kept):
+            raise ValueError(f"maps by {wanted!r} were recorded for {sorted(kept)}, not {lacking}")
         if self._interrupted is not None:
             raise RuntimeError(
                 f"the block ended with {self._interrupted}: its maps are incomplete and not given"
@@ -439,11 +488,11 @@ class Recorder:
             raise RuntimeError("no UNet call was recorded: draw inside the `with` block first")
         self._check_complete()
         results = {
-            name: self._result(index, wanted)
-            for index, name in enumerate(known)
-            if self._single or names is None or name in names
+            prompt.name: self._result(index, wanted)
+            for index, prompt in enumerate(self._prompts)
+            if prompt.name in chosen
         }
-        return results[known[0]] if self._single else results
+        return results[self._prompts[0].name] if self._single else results
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -511,95 +560,121 @@ class Recorder:
                 )
 
     def _query_hook(self, layer: CrossAttention) -> Any:
+        # Opaque to torch.compile: the sums are state that a compiled graph must not bake in.
+        opaque = torch.compiler.disable(self._add)  # type: ignore[no-untyped-call]
+
         def hook(module: torch.nn.Module, args: Any, query: torch.Tensor) -> None:
-            if not self._other_branch:
+            if torch.compiler.is_compiling():
+                opaque(layer, query)
+            else:  # what makes it opaque takes as long as the rest of Python here
                 self._add(layer, query)
 
-        # Opaque to torch.compile: the sums are state that a compiled graph must not bake in.
-        return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+        return hook
 
-    @torch.no_grad()
     def _add(self, layer: CrossAttention, query: torch.Tensor) -> None:
         """Adds one layer's concept maps of the attributed branch: query ``[rows, n, C]``."""
+        if self._other_branch:
+            return
+        if query.requires_grad:
+            query = query.detach()
         size = layer.resolution(query, self._resolutions)
-        run = self._runs[-1]
-        rows = layer.split_heads(query)  # [rows, heads, n, d]
-        for number, taken, place in self._fresh(layer.name, query.shape[0]):
-            group, attributed = self._groups[number], self._keys[number]
-            own = rows if taken is _ALL else rows[taken]
+        for located in self._fresh(layer.name, query.shape[0]):
+            own = query if located.taken is _ALL else query[located.taken]
+            keys = self._keys[located.group]
             if self._by == ("head",):
-                keys, weights = attributed.by_layer[layer.name], attributed.weights
-                for index in range(len(group.prompts)):
-                    found = concept_map(own, keys[index], weights[index], per_head=True)
-                    for head in range(layer.heads):
-                        part: _Place = (number, "head", f"{layer.name}:{head}")
-                        target = self._sum(run, part, size, weights)
-                        target[index, place] += found[:, head]
+                self._add_heads(located, layer, own, size)
                 continue
-            like = attributed.weights
-            sums = [self._sum(run, part, size, like) for part in self._parts(number, layer)]
+            sums = self._sums(located.group, layer, size, keys.weights)
+            place = located.rows
             if place is _ALL:
-                self._adding.add(sums, own, attributed, layer.name)
+                self._adding.add(sums, own, keys, layer.name)
             elif isinstance(place, slice):
-                views = [each[:, place] for each in sums]
-                self._adding.add(views, own, attributed, layer.name)
+                self._adding.add([each[:, place] for each in sums], own, keys, layer.name)
             else:
                 found = torch.zeros_like(sums[0][:, place])
-                self._adding.add([found], own, attributed, layer.name)
+                self._adding.add([found], own, keys, layer.name)
                 for each in sums:
-                    each[:, place] += found
+                    each[:, place] += found[: len(each)]
+
+    def _add_heads(
+        self, located: _Located, layer: CrossAttention, own: torch.Tensor, size: tuple[int, int]
+    ) -> None:
+        run, attributed = self._runs[-1], self._keys[located.group]
+        rows = layer.split_heads(own)  # [b, heads, n, d]
+        for index, weights in enumerate(attributed.weights):
+            keys = attributed.by_layer[layer.name][index]
+            found = concept_map(rows, keys, weights, per_head=True)  # [b, heads, K, n]
+            for head in range(layer.heads):
+                part: _Place = (located.group, "head", f"{layer.name}:{head}")
+                self._sum(run, part, size, weights)[index, located.rows] += found[:, head]
 
     @torch.no_grad()
     def _add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
         """Adds an engine's maps: part -> for every prompt ``[rows, K, h, w]``."""
         if self._other_branch:
             return
-        run = self._runs[-1]
         for part in self._layers:
-            for number, taken, place in self._fresh(part.name, found[part][0].shape[0]):
-                for index, prompt in enumerate(self._groups[number].prompts):
+            for located in self._fresh(part.name, found[part][0].shape[0]):
+                for index, prompt in enumerate(self._groups[located.group].prompts):
                     maps = found[part][prompt]
                     size = (maps.shape[-2], maps.shape[-1])
-                    for key in self._parts(number, part):
-                        self._sum(run, key, size, maps)[index, place] += maps[taken].flatten(-2)
+                    for sums in self._sums(located.group, part, size, maps):
+                        if index < len(sums):
+                            sums[index, located.rows] += maps[located.taken].flatten(-2)
 
     def _fresh(self, name: str, seen: int) -> list[_Located]:
         """Of every group, its images that were not yet counted for a layer."""
-        here = rows_here(self._rows, self._batch, seen)
-        counted = self._seen.get(name, frozenset())
-        fresh = tuple(each for each in here if each[1] not in counted) if counted else here
-        self._seen[name] = counted.union(image for _, image in fresh)
+        fresh = rows_here(self._rows, self._batch, seen)
+        counted = self._seen.get(name)
+        if counted is not None:
+            fresh = tuple(each for each in fresh if each[1] not in counted)
         images = self._runs[-1].images
         if (fresh, images) not in self._located:
-            self._located[fresh, images] = [
-                (
-                    number,
-                    _indices([place for place, _ in own], seen),
-                    _indices([row for _, row in own], group.rows(images)),
-                )
-                for number, group in enumerate(self._groups)
-                if (own := group.mine(fresh))
-            ]
-        return self._located[fresh, images]
+            self._located[fresh, images] = (
+                frozenset(image for _, image in fresh),
+                [
+                    _Located(
+                        number,
+                        _indices([place for place, _ in own], seen),
+                        _indices([row for _, row in own], group.rows(images)),
+                    )
+                    for number, group in enumerate(self._groups)
+                    if (own := group.mine(fresh))
+                ],
+            )
+        now, located = self._located[fresh, images]
+        self._seen[name] = now if counted is None else counted | now
+        return located
 
-    def _parts(self, group: int, layer: Any) -> list[_Place]:
+    def _sums(
+        self, group: int, layer: Any, size: tuple[int, int], like: torch.Tensor
+    ) -> list[torch.Tensor]:
         """The sums that one layer's maps of a group belong to, of everything kept apart."""
-        names: dict[str, str] = {
-            "total": "",
-            "block": layer.block,
-            "layer": layer.name,
-            "step": str(self._runs[-1].calls - 1),
-        }
-        return [(group, by, names[by]) for by in self._by]
+        run = self._runs[-1]
+        key = (group, layer.name, size)
+        if key not in run.lasting:
+            names: dict[By, str] = {"total": "", "block": layer.block, "layer": layer.name}
+            run.lasting[key] = [
+                None if by == "step" else self._sum(run, (group, by, names[by]), size, like)
+                for by in (self._by if self._groups[group].detailed else self._by[:1])
+            ]
+        step: _Place = (group, "step", str(run.calls - 1))
+        return [
+            self._sum(run, step, size, like) if sums is None else sums for sums in run.lasting[key]
+        ]
 
     def _sum(
         self, run: _Run, part: _Place, resolution: tuple[int, int], like: torch.Tensor
     ) -> torch.Tensor:
-        """The sum of one group's part at one resolution, ``[P, b, K, n]``, where ``like`` is."""
+        """The sum of one group's part at one resolution, ``[P, b, K, n]``, where ``like`` is.
+
+        Of what is kept of detailed prompts alone, of those.
+        """
         by_resolution = run.sums.setdefault(part, {})
         if resolution not in by_resolution:
             group = self._groups[part[0]]
-            shape = (len(group.prompts), group.rows(run.images), group.concepts)
+            prompts = len(group.prompts) if part[1] == self._by[0] else group.detailed
+            shape = (prompts, group.rows(run.images), group.concepts)
             pixels = resolution[0] * resolution[1]
             by_resolution[resolution] = torch.zeros((*shape, pixels), device=like.device)
             run.largest = max(run.largest, resolution)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from .ops import add_concept_map, add_prompt_maps, fused_attention, fused_prompts
+from .unet import split_heads
 
 # Numbers in a tile: 1 MiB of float32 for every thread of a CPU; elsewhere it only bounds memory.
 _CACHED, _HELD = 2**18, 2**26
@@ -26,14 +27,16 @@ class Group:
     """Prompts that are measured together.
 
     Attributes:
-        prompts: the places of P prompts among all.
+        prompts: the places of P prompts among all, those that are detailed first.
         images: the images of the batch that they are measured on; ``None`` for all.
         concepts: how many each prompt has, K.
+        detailed: of how many prompts parts are kept apart.
     """
 
     prompts: tuple[int, ...]
     images: tuple[int, ...] | None
     concepts: int
+    detailed: int
 
     def rows(self, images: int) -> int:
         """How many of a batch of ``images`` it is measured on, b."""
@@ -64,46 +67,69 @@ class Distinct:
 
 @dataclass(frozen=True)
 class GroupKeys:
-    """A group's prompts, ready to meet the queries of a UNet."""
+    """A group's prompts, ready to meet the queries of a UNet.
 
-    weights: torch.Tensor  # [P, K, T']
-    by_layer: Mapping[str, torch.Tensor]  # [P, heads, T', d]
-    distinct: Distinct | None  # where the CPU's kernel takes them
+    Attributes:
+        weights: ``[P, K, T']``.
+        by_layer: layer -> keys ``[P, heads, T', d]``; empty where the CPU's kernel takes them.
+        distinct: what that kernel takes; ``None`` elsewhere.
+    """
+
+    weights: torch.Tensor
+    by_layer: Mapping[str, torch.Tensor]
+    distinct: Distinct | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every layer's keys, prompt by prompt and without repetition."""
-        distinct = [] if self.distinct is None else list(self.distinct.by_layer.values())
-        return [*self.by_layer.values(), *distinct]
+        """Every layer's keys."""
+        held = self.by_layer if self.distinct is None else self.distinct.by_layer
+        return list(held.values())
 
 
 def grouped(
-    shapes: Sequence[tuple[int, int]], images: Sequence[tuple[int, ...] | None]
+    shapes: Sequence[tuple[int, int]],
+    images: Sequence[tuple[int, ...] | None],
+    detailed: Sequence[bool] | None = None,
 ) -> list[Group]:
     """The groups of prompts, each in the order of its first.
 
     Args:
         shapes: number of concepts and tokens of every prompt.
         images: the images that each is measured on; ``None`` for all.
+        detailed: of which parts are kept apart; default all.
 
     Example:
         >>> [group.prompts for group in grouped([(2, 9), (2, 8), (2, 9)], [None] * 3)]
         [(0, 2), (1,)]
     """
+    detailed = [True] * len(shapes) if detailed is None else detailed
     found: dict[tuple[tuple[int, int], tuple[int, ...] | None], list[int]] = {}
     for number, key in enumerate(zip(shapes, images, strict=True)):
         found.setdefault(key, []).append(number)
-    return [Group(tuple(prompts), own, shape[0]) for (shape, own), prompts in found.items()]
+    return [
+        Group(
+            tuple(sorted(prompts, key=lambda number: not detailed[number])),
+            own,
+            shape[0],
+            sum(detailed[number] for number in prompts),
+        )
+        for (shape, own), prompts in found.items()
+    ]
 
 
 def stacked(
     weights: Sequence[torch.Tensor],
     by_layer: Sequence[Mapping[str, torch.Tensor]],
     states: Sequence[torch.Tensor],
+    *,
+    apart: bool = False,
 ) -> GroupKeys:
     """A group's keys from those of its prompts: ``[K, T']``, and ``[heads, T', d]`` a layer.
 
-    Tokens are the same whose hidden states ``[T', D]`` are.
+    Tokens are the same whose hidden states ``[T', D]`` are. ``apart`` keeps those of each prompt.
     """
+    found = torch.stack(list(weights))
+    if fused_prompts(found) and not apart:
+        return GroupKeys(found, {}, _distinct(found, by_layer, torch.cat(list(states))))
     layers = {}
     for name, first in by_layer[0].items():
         keys = [own[name] for own in by_layer]
@@ -111,17 +137,15 @@ def stacked(
             layers[name] = torch.stack(keys)
         else:  # the order in which one product reads them
             layers[name] = torch.stack(keys, dim=1).transpose(0, 1)
-    found = torch.stack(list(weights))
-    own = _distinct(found, layers, torch.stack(list(states))) if fused_prompts(found) else None
-    return GroupKeys(found, layers, own)
+    return GroupKeys(found, layers)
 
 
 def _distinct(
     weights: torch.Tensor,  # [P, K, T']
-    by_layer: Mapping[str, torch.Tensor],  # [P, heads, T', d]
-    states: torch.Tensor,  # [P, T', D]
+    by_layer: Sequence[Mapping[str, torch.Tensor]],  # [heads, T', d]
+    states: torch.Tensor,  # [P * T', D]
 ) -> Distinct:
-    _, which = torch.unique(states.flatten(0, 1), dim=0, return_inverse=True)  # [P * T']
+    _, which = torch.unique(states, dim=0, return_inverse=True)  # [P * T']
     count = int(which.max()) + 1
     prompts, _, tokens = weights.shape
     member = torch.nn.functional.one_hot(which, count).to(weights.dtype)  # [P * T', U]
@@ -130,8 +154,8 @@ def _distinct(
         0, which, torch.arange(len(which)), "amin"
     )
     keys = {
-        name: own.transpose(0, 1).flatten(1, 2)[:, first].contiguous()  # [heads, U, d]
-        for name, own in by_layer.items()
+        name: torch.cat([own[name] for own in by_layer], dim=1)[:, first]  # [heads, U, d]
+        for name in by_layer[0]
     }
     return Distinct(member.sum(1), weights @ member, keys)
 
@@ -142,33 +166,36 @@ class ConceptMaps:
     def __init__(self) -> None:
         self._space = torch.empty(0)
 
-    @torch.no_grad()
     def add(
         self, maps: Sequence[torch.Tensor], query: torch.Tensor, group: GroupKeys, layer: str
     ) -> None:
-        """Adds `reference.concept_map` of every prompt to each of ``maps``.
+        """Adds `reference.concept_map` of prompts to each of ``maps``.
 
         Args:
-            maps: ``[P, B, K, n]`` each, contiguous but for the first dimension.
-            query: ``[B, heads, n, d]`` of the layer, any floating dtype, any strides.
+            maps: ``[P', B, K, n]`` each, a map's pixels in a row: those of the first P' prompts are
+                added.
+            query: ``[B, n, heads * d]`` of the layer, any floating dtype, any strides.
             group: the prompts.
             layer: the layer's name.
         """
         if group.distinct is not None:
             own = group.distinct
             add_prompt_maps(maps, query, own.by_layer[layer], own.members, own.weights)
-            return
-        if len(maps) > 1:
-            sums = torch.zeros_like(maps[0], memory_format=torch.contiguous_format)
+        elif len(maps) > 1:
+            most = max(maps, key=len)
+            sums = torch.zeros_like(most, memory_format=torch.contiguous_format)
             self._add(sums, query, group, layer)
             for each in maps:
-                each += sums
+                each += sums[: len(each)]
         else:
             self._add(maps[0], query, group, layer)
 
+    @torch.no_grad()
     def _add(self, maps: torch.Tensor, query: torch.Tensor, group: GroupKeys, layer: str) -> None:
         """Without the CPU's kernel."""
-        keys, weights = group.by_layer[layer], group.weights
+        keys = group.by_layer[layer][: len(maps)]  # [P', heads, T', d]
+        weights = group.weights[: len(maps)]
+        query = split_heads(query, keys.shape[1])  # [B, heads, n, d]
         if fused_attention(query, keys):
             for each, one, pieces in zip(maps, keys, weights, strict=True):
                 add_concept_map(each, query, one, pieces)

@@ -120,13 +120,16 @@ def add_prompt_maps(
     """Adds the maps of P prompts with U different tokens among them; where `fused_prompts` says so.
 
     Args:
-        maps: ``[P, B, K, n]`` float32 each, a map's pixels in a row; the same is added to all.
-        query: ``[B, heads, n, d]``, any floating dtype, any strides.
+        maps: ``[P', B, K, n]`` float32 each, a map's pixels in a row; those of the first P' prompts
+            are added.
+        query: ``[B, n, heads * d]``, any floating dtype, any strides.
         keys: ``[heads, U, d]`` float32 attribution keys, already divided by sqrt(d).
         members: ``[P, U]`` float32, how often each prompt has a token.
         weights: ``[P, K, U]`` float32, the pieces of each concept.
     """
-    _C.prompt_maps(query.detach().float(), keys, members, weights, maps)
+    if query.requires_grad or query.dtype != torch.float32:
+        query = query.detach().float()
+    _C.prompt_maps(query, keys, members, weights, maps)
 
 
 def fused_prompts(keys: torch.Tensor) -> bool:

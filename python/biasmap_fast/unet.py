@@ -60,7 +60,7 @@ class CrossAttention:
 
     def split_heads(self, query: torch.Tensor) -> torch.Tensor:
         """``[rows, n, heads * d]`` as ``[rows, heads, n, d]``, a view."""
-        return query.view(*query.shape[:2], self.heads, -1).transpose(1, 2)
+        return split_heads(query, self.heads)
 
     def keys(self, states: torch.Tensor) -> torch.Tensor:
         """Attribution keys of encoded text.
@@ -76,8 +76,13 @@ class CrossAttention:
             states = self.module.norm_encoder_hidden_states(states)
         keys: torch.Tensor = self.module.to_k(states)  # [P, T', heads * d]
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        split = keys.view(*keys.shape[:2], self.heads, -1).transpose(1, 2)  # [P, heads, T', d]
+        split = split_heads(keys, self.heads)  # [P, heads, T', d]
         return (split * float(self.module.scale)).contiguous()
+
+
+def split_heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """``[rows, n, heads * d]`` as ``[rows, heads, n, d]``, a view."""
+    return rows.view(*rows.shape[:2], heads, -1).transpose(1, 2)
 
 
 def cross_attention_layers(pipe: Any, selection: Sequence[str] | None) -> list[CrossAttention]:

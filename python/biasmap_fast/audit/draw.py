@@ -77,7 +77,7 @@ def draw(
     """
     cache = cache or Cache()
     (guided,) = {unit.condition == GUIDED for unit in units}
-    recorder = _recorder(pipe, plan, prompts, cache)
+    recorder = _recorder(pipe, plan, prompts, cache, swept)
     guidance = _guidance(pipe, plan, units, cache) if guided else nullcontext()
     everyone = all(wanted) or not _leaves_latents(pipe, any(wanted))
     with recorder, sweeping(pipe, plan, swept, recorder, cache.attribution) as beside, guidance:
@@ -110,7 +110,11 @@ def draw(
 
 
 def _recorder(
-    pipe: Any, plan: AuditPlan, prompts: Sequence[Sequence[AttributionPrompt]], cache: Cache
+    pipe: Any,
+    plan: AuditPlan,
+    prompts: Sequence[Sequence[AttributionPrompt]],
+    cache: Cache,
+    swept: Sequence[Sequence[AttributionPrompt]] = (),
 ) -> Recorder:
     return attribute(
         pipe,
@@ -120,6 +124,7 @@ def _recorder(
         by=("block", *(by for by in plan.sweeps if by != "branch")),
         # a pipeline that does not say how many copies of the latents it guides may be told
         chunks=getattr(pipe, "attribution_chunks", None),
+        detailed={prompt.name for own in swept for prompt in own},
         cache=cache.attribution,
     )
 
