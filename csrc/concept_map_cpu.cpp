@@ -14,9 +14,6 @@
 #    include <xmmintrin.h>
 #endif
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
-#    define BIASMAP_FOR(isa) __attribute__((target(isa)))
-#endif
 #define BIASMAP_INLINE inline __attribute__((always_inline))
 
 namespace biasmap {
@@ -285,22 +282,33 @@ BIASMAP_INLINE void map_tile_in(const PromptMapsParams &p, const Prompts &prompt
     }
 }
 
-// Which of them runs is chosen when the module loads.
-#if defined(BIASMAP_FOR)
-BIASMAP_FOR("arch=x86-64-v4")
-void map_tile(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
-    map_tile_in<64>(p, prompts, space);
+void map_tile_baseline(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
+    map_tile_in<16>(p, prompts, space);
 }
 
-BIASMAP_FOR("arch=x86-64-v3")
-void map_tile(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+__attribute__((target("arch=x86-64-v3"))) void
+map_tile_v3(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
     map_tile_in<32>(p, prompts, space);
 }
 
-BIASMAP_FOR("default")
+__attribute__((target("arch=x86-64-v4"))) void
+map_tile_v4(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
+    map_tile_in<64>(p, prompts, space);
+}
 #endif
-void map_tile(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
-    map_tile_in<16>(p, prompts, space);
+
+using MapTile = void (*)(const PromptMapsParams &, const Prompts &, const Space &);
+
+// That of the widest vectors that this processor has.
+MapTile map_tile_here() {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+    if (__builtin_cpu_supports("x86-64-v4"))
+        return map_tile_v4;
+    if (__builtin_cpu_supports("x86-64-v3"))
+        return map_tile_v3;
+#endif
+    return map_tile_baseline;
 }
 
 // Adds the tile's maps of image `b` to a target.
@@ -319,6 +327,7 @@ void add_tile(const PromptMapsParams &p, const PromptMaps &maps, int64_t b, int6
 } // namespace
 
 void prompt_maps_cpu(const PromptMapsParams &p) {
+    static const MapTile map_tile = map_tile_here();
     const Prompts prompts(p);
     const int64_t tiles = (p.pixels + kTile - 1) / kTile;
     const bool parallel = p.batch * p.heads * p.pixels * p.depth * p.tokens > kParallelProducts;

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +15,7 @@ from biasmap_fast import _C, groups, reference
 from biasmap_fast.groups import ConceptMaps, GroupKeys, grouped, stacked
 from biasmap_fast.unet import split_heads
 
+ROOT = Path(__file__).resolve().parents[1]
 DOCTOR = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
 NURSE = bm.AttributionPrompt("a photo of a nurse and woman", ("nurse", "woman"))
 SHORT = bm.AttributionPrompt("a doctor", ("doctor",))
@@ -119,6 +125,43 @@ def test_maps_of_a_batch_are_those_of_its_images_whatever_the_threads():
             assert torch.equal(alone[:, 0], together[:, image])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tile_of_width(tmp_path_factory):
+    """The kernel's work on one tile, in vectors of so many bytes."""
+    if shutil.which("g++") is None:
+        pytest.skip("compiling the kernel for other processors needs g++")
+    target = tmp_path_factory.mktemp("widths") / "widths.so"
+    command = ["g++", "-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno"]
+    command += ["-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Icsrc"]
+    subprocess.run([*command, "tests/emulation/widths.cpp", "-o", target], check=True, cwd=ROOT)
+    function = ctypes.CDLL(str(target)).map_of_tile
+    function.restype = ctypes.c_bool
+
+    def tile(width, query, group):
+        own = group.distinct
+        keys, (prompts, concepts, tokens) = own.by_layer["layer"], own.weights.shape
+        maps = torch.full((prompts, concepts, 64), -1.0)
+        sizes = [ctypes.c_int64(n) for n in (*keys.shape[::2], tokens, prompts, concepts)]
+        given = (ctypes.c_void_p(t.data_ptr()) for t in (query, keys, own.members, own.weights))
+        if not function(ctypes.c_int64(width), *given, *sizes, ctypes.c_void_p(maps.data_ptr())):
+            pytest.skip("this processor has no vectors of 32 bytes")
+        return maps
+
+    return tile
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("depth", [4, 7, 40])
+@pytest.mark.parametrize("scale", [1.0, 200.0])
+def test_vectors_of_every_width(tile_of_width, width, depth, scale):
+    query, group, keys, weights = prompts_case(1, 3, 64, depth, scale=scale)
+    found = tile_of_width(width, query, group)
+    for index in range(6):
+        exact = exact_map(query, keys[index], weights[index])[0]
+        rough = 1e-5 if scale == 1.0 else 1e-3
+        torch.testing.assert_close(found[index].double(), exact, rtol=rough, atol=rough)
 
 
 def test_prompts_far_apart():
