@@ -487,10 +487,12 @@ class Recorder:
         if not self._runs:
             raise RuntimeError("no UNet call was recorded: draw inside the `with` block first")
         self._check_complete()
+        of_groups = [self._results(number, wanted, chosen) for number in range(len(self._groups))]
         results = {
-            prompt.name: self._result(index, wanted)
+            prompt.name: of_groups[number][index]
             for index, prompt in enumerate(self._prompts)
-            if prompt.name in chosen
+            for number, group in enumerate(self._groups)
+            if index in group.prompts and prompt.name in chosen
         }
         return results[self._prompts[0].name] if self._single else results
 
@@ -680,36 +682,43 @@ class Recorder:
             run.largest = max(run.largest, resolution)
         return by_resolution[resolution]
 
-    def _result(self, index: int, by: By) -> AttributionMaps:
+    def _results(self, number: int, by: By, chosen: Collection[str]) -> dict[int, AttributionMaps]:
+        """The maps of a group's chosen prompts, by their places."""
+        group = self._groups[number]
+        wanted = [
+            place
+            for place, index in enumerate(group.prompts)
+            if self._prompts[index].name in chosen
+        ]
+        if not wanted:
+            return {}
         sizes = {run.largest for run in self._runs}
         if len(sizes) > 1 and self._size is None:
             raise ValueError(
                 f"the recorded pipeline calls have maps of different sizes {sorted(sizes)}; "
                 "give attribute(..., size=) one to bring them to"
             )
-        number, group = next(
-            (number, group) for number, group in enumerate(self._groups) if index in group.prompts
-        )
-        place = group.prompts.index(index)
         names: dict[str, None] = {}
         for run in self._runs:
             names.update({part: None for *own, part in run.sums if own == [number, by]})
-        by_run = [
-            self._resized(run, [(number, by, name) for name in names], place) for run in self._runs
-        ]
-        parts = {name: torch.cat([own[number, by, name] for own in by_run]) for name in names}
-        total = torch.stack(list(parts.values())).sum(0)  # [B, K, H, W]
-        prompt = self._prompts[index]
-        return AttributionMaps(
-            values=total,
-            concepts=prompt.concepts,
-            prompt=prompt.text,
-            branch=self._branch,
-            layers=self.layers,
-            by=by,
-            parts={} if by == "total" else parts,
-            images=self._images(group),
-        )
+        places = [(number, by, name) for name in names]
+        runs = [self._resized(run, places, wanted) for run in self._runs]
+        whole = torch.cat(runs, dim=2)  # [S, p, B, K, H, W]
+        totals = whole.sum(0)
+        found = {}
+        for row, place in enumerate(wanted):
+            prompt = self._prompts[group.prompts[place]]
+            found[group.prompts[place]] = AttributionMaps(
+                values=totals[row],  # [B, K, H, W]
+                concepts=prompt.concepts,
+                prompt=prompt.text,
+                branch=self._branch,
+                layers=self.layers,
+                by=by,
+                parts={} if by == "total" else dict(zip(names, whole[:, row], strict=True)),
+                images=self._images(group),
+            )
+        return found
 
     def _images(self, group: Group) -> tuple[int, ...] | None:
         """The images of a group over all pipeline calls."""
@@ -719,28 +728,37 @@ class Recorder:
         starts = [0, *ends[:-1]]
         return tuple(start + image for start in starts for image in group.images)
 
-    def _resized(
-        self, run: _Run, parts: Sequence[_Place], place: int
-    ) -> dict[_Place, torch.Tensor]:
-        """One prompt's parts ``[b, K, H, W]``: sums at the largest resolution, then at ``size``."""
-        alike: dict[tuple[tuple[int, int], ...], list[_Place]] = {}
+    def _resized(self, run: _Run, parts: Sequence[_Place], prompts: Sequence[int]) -> torch.Tensor:
+        """Parts of a group's prompts, ``[S, p, b, K, H, W]``.
+
+        Sums are resized to the largest resolution, and what they add up to is brought to ``size``.
+        """
         for part in parts:
             if part not in run.sums:
                 raise ValueError(
                     f"pipeline calls with different numbers of steps have no common part "
                     f"{part[2]!r}; record them separately to keep steps apart"
                 )
-            alike.setdefault(tuple(run.sums[part]), []).append(part)
-        resized: dict[_Place, torch.Tensor] = {}
-        for sizes, own in alike.items():
+        alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for number, part in enumerate(parts):
+            alike.setdefault(tuple(run.sums[part]), []).append(number)
+        height, width = self._size or run.largest
+        like = next(iter(run.sums[parts[0]].values()))  # [P, b, K, n]
+        whole = like.new_empty(len(parts), len(prompts), *like.shape[1:3], height, width)
+        for sizes, numbers in alike.items():
             found = []
             for size in sizes:
-                sums = torch.cat([run.sums[part][size][place] for part in own])  # [S * b, K, n]
-                maps = sums.view(*sums.shape[:2], *size)
+                own = [run.sums[parts[number]][size] for number in numbers]
+                chosen = torch.stack([sums[_taken(prompts, len(sums))] for sums in own])
+                maps = chosen.view(-1, *chosen.shape[3:4], *size)  # [S * p * b, K, h, w]
                 found.append(resize(maps, run.largest))
-            total = resize(torch.stack(found).sum(0), self._size or run.largest)
-            resized.update(zip(own, total.chunk(len(own)), strict=True))
-        return resized
+            total = resize(torch.stack(found).sum(0), (height, width))  # [S * p * b, K, H, W]
+            whole[_taken(numbers, len(parts))] = total.view(len(numbers), *whole.shape[1:])
+        return whole
+
+
+def _taken(places: Sequence[int], count: int) -> slice | list[int]:
+    return _indices(list(places), count)
 
 
 def _prompts_and_images(

@@ -85,8 +85,8 @@ def map_fault(values: torch.Tensor, concept: str) -> tuple[str, str] | None:
 
 def map_faults(maps: torch.Tensor, concepts: Sequence[str]) -> list[tuple[str, str] | None]:
     """`map_fault` of R maps ``[R, H, W]`` and their concepts."""
-    flat = maps.flatten(1)
-    good = flat.isfinite().all(1) & (flat.amax(1) != flat.amin(1))
+    low, high = maps.flatten(1).amin(1), maps.flatten(1).amax(1)  # a NaN is in both
+    good = low.isfinite() & high.isfinite() & (low != high)
     return [
         None if fine else map_fault(each, concept)
         for fine, each, concept in zip(good.tolist(), maps, concepts, strict=True)

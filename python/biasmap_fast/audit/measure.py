@@ -16,7 +16,7 @@ import torch
 from .. import entanglement, presets
 from .controls import control_prompts, control_rows, mask_rows
 from .draw import Cache, Drawn, draw
-from .masks import contained, containment_maps, hard_iou, map_fault, map_of
+from .masks import contained, containment_maps, hard_iou, map_faults, map_of
 from .plan import GUIDED, PLAIN
 from .records import CONTROLS_SCHEMA, LEDGER_SCHEMA, MASKS_SCHEMA, OK, to_table
 
@@ -166,7 +166,7 @@ def measure_chunk(
     ]
     readings = _read(read, pictures)
     scores = _clip_scores(read, plan, units, pictures)
-    of_cells = [_fault(cell, drawn.maps, faults) for cell in cells]
+    of_cells = _faults(cells, drawn.maps, faults)
     rows: list[dict[str, Any]] = []
     for measured, cell in zip(_measured(plan, cells, drawn.maps, of_cells), cells, strict=True):
         common = _settings(pipe, plan, cell, drawn.size)
@@ -322,17 +322,22 @@ def _key(cell: _Cell) -> dict[str, Any]:
     }
 
 
-def _fault(
-    cell: _Cell, maps: dict[str, AttributionMaps], faults: Sequence[tuple[str, str] | None]
-) -> tuple[str, str] | None:
-    """What is wrong with a picture, or with one of a pair's maps on it."""
-    fault = faults[cell.image]
-    if fault is not None:
-        return fault
-    semantic, demographic = _pair_maps(cell, maps)  # [H, W]
-    return map_fault(semantic, cell.unit.profession) or map_fault(
-        demographic, cell.pair.demographic
-    )
+def _faults(
+    cells: Sequence[_Cell],
+    maps: dict[str, AttributionMaps],
+    faults: Sequence[tuple[str, str] | None],
+) -> list[tuple[str, str] | None]:
+    """What is wrong with each pair's picture, or with one of its maps on it."""
+    found = [faults[cell.image] for cell in cells]
+    good = [place for place, fault in enumerate(found) if fault is None]
+    if good:
+        sides = zip(*(_pair_maps(cells[place], maps) for place in good), strict=True)
+        semantic, demographic = (torch.stack(side) for side in sides)  # [R, H, W]
+        ones = map_faults(semantic, [cells[place].unit.profession for place in good])
+        others = map_faults(demographic, [cells[place].pair.demographic for place in good])
+        for place, one, other in zip(good, ones, others, strict=True):
+            found[place] = one or other
+    return found
 
 
 def _picture_fault(array: np.ndarray[Any, Any] | None, filtered: bool) -> tuple[str, str] | None:
