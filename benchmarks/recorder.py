@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast.attribution import attribution_keys
 from biasmap_fast.concepts import tokenize_all
-from biasmap_fast.groups import ConceptMaps, stacked
+from biasmap_fast.groups import ConceptMaps, group_keys
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers, resolutions
@@ -180,7 +181,10 @@ def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...])
     inputs = [attention_inputs(1, shape, settings.device)[0] for shape in shapes for _ in range(5)]
     sums = {shape[0]: torch.zeros(1, 1, MAPS, shape[0]) for shape in shapes}
     states = torch.eye(TOKENS)  # no two tokens are alike
-    given = [stacked([w], [{"layer": k}], [states]) for _, k, w in inputs]
+    given = []
+    for _, keys, weights in inputs:
+        made = {"layer": keys[None]}
+        given.append(group_keys(weights[None], states[None], partial(lambda made, _: made, made)))
     adding = ConceptMaps()
 
     def kept() -> list[torch.Tensor]:

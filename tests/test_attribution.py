@@ -424,7 +424,10 @@ def test_refused_layers_are_named(sd_pipe):
     attention.norm_q, attention.added_kv_proj_dim = None, 8
     with pytest.raises(ValueError, match=f"{first}: it attends to added keys"):
         bm.attribute(sd_pipe, DOCTOR)
-    attention.added_kv_proj_dim = None
+    attention.added_kv_proj_dim, attention.norm_cross = None, torch.nn.GroupNorm(4, 32)
+    with pytest.raises(ValueError, match=r"normalises the text's states over all tokens"):
+        bm.attribute(sd_pipe, DOCTOR)
+    attention.norm_cross = None
     attention.processor.to_k_custom_diffusion = torch.nn.Linear(8, 8)
     with pytest.raises(ValueError, match=r"its processor AttnProcessor2_0 has keys of its own"):
         bm.attribute(sd_pipe, DOCTOR)

@@ -12,7 +12,7 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import _C, groups, reference
-from biasmap_fast.groups import ConceptMaps, GroupKeys, grouped, stacked
+from biasmap_fast.groups import ConceptMaps, GroupKeys, group_keys, grouped
 from biasmap_fast.unet import split_heads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +76,12 @@ def prompts_case(images, heads, pixels, depth, scale):
     project = scale * torch.randn(heads, 32, depth) / 32**0.5
     keys = [(each @ project).contiguous() for each in states]  # [heads, T', d]
     weights = [torch.rand(2, 9) * (torch.rand(2, 9) < 0.5) for _ in states]
-    return query, stacked(weights, [{"layer": each} for each in keys], states), keys, weights
+    group = group_keys(
+        torch.stack(weights),
+        torch.stack(states),
+        lambda given: {"layer": given[:, None] @ project},  # [R, heads, T, d]
+    )
+    return query, group, keys, weights
 
 
 # less than a tile of pixels; several; a part of one; queries in no order; deeper than any UNet's
@@ -198,7 +203,9 @@ def test_a_repeated_token_counts_twice():
     prompts = [states[own] for own in which.repeat(3, 1)]
     keys = [each.view(8, 2, 8).transpose(0, 1).contiguous() for each in prompts]  # [heads, T', d]
     weights = [torch.rand(1, 8) for _ in prompts]
-    group = stacked(weights, [{"layer": each} for each in keys], prompts)
+    group = group_keys(
+        torch.stack(weights), torch.stack(prompts), lambda given: {"layer": split_heads(given, 2)}
+    )
     assert group.distinct.by_layer["layer"].shape == (2, 8, 8)
     query, found = torch.randn(1, 5, 16), torch.zeros(9, 1, 1, 5)
     ConceptMaps().add([found], query, group, "layer")

@@ -24,7 +24,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import torch
 
 from .concepts import AttributionPrompt, TokenizedPrompt, encode, tokenize_all
-from .groups import ConceptMaps, Group, GroupKeys, grouped, stacked
+from .groups import ConceptMaps, Group, GroupKeys, group_keys, grouped
 from .maps import AttributionMaps, resize
 from .reference import concept_map
 from .unet import (
@@ -241,7 +241,7 @@ class AttributionCache:
         >>> for seed in (0, 1):
         ...     with bm.attribute(pipe, prompt, cache=cache) as recorder:
         ...         images = pipe("a photo of a doctor", num_inference_steps=1).images
-        >>> len(cache)  # its tokens, its keys, and those of all prompts together
+        >>> len(cache)  # its tokens, its states, and the keys of all prompts together
         3
     """
 
@@ -411,18 +411,20 @@ class Recorder:
         self._handles.append(unet.register_forward_pre_hook(self._before_call, with_kwargs=True))
         return self
 
+    @torch.no_grad()
     def _group_keys(self, group: Group, placement: Placement) -> GroupKeys:
         """A group's keys, from the cache where there is one."""
 
         def make() -> GroupKeys:
-            own = [
-                cached_keys(self._cache, self._pipe, self._layers, tokens, placement)
-                for tokens in (self._tokenized[index] for index in group.prompts)
+            found = [
+                cached_states(self._cache, self._pipe, self._tokenized[index], placement)
+                for index in group.prompts
             ]
-            return stacked(
-                [keys.weights for keys in own],
-                [keys.by_layer for keys in own],
-                [keys.states for keys in own],
+            states, weights = (torch.stack(each) for each in zip(*found, strict=True))
+            return group_keys(
+                weights,
+                states,
+                lambda states: {layer.name: layer.keys(states) for layer in self._layers},
                 apart=self._by == ("head",),
             )
 

@@ -9,7 +9,7 @@ and one softmax serve all of them, in tiles of bounded memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,48 +116,43 @@ def grouped(
     ]
 
 
-def stacked(
-    weights: Sequence[torch.Tensor],
-    by_layer: Sequence[Mapping[str, torch.Tensor]],
-    states: Sequence[torch.Tensor],
+def group_keys(
+    weights: torch.Tensor,
+    states: torch.Tensor,
+    keys_of: Callable[[torch.Tensor], Mapping[str, torch.Tensor]],
     *,
     apart: bool = False,
 ) -> GroupKeys:
-    """A group's keys from those of its prompts: ``[K, T']``, and ``[heads, T', d]`` a layer.
+    """The keys of a group's prompts.
 
-    Tokens are the same whose hidden states ``[T', D]`` are. ``apart`` keeps those of each prompt.
+    Args:
+        weights: ``[P, K, T']``, on the UNet's device.
+        states: ``[P, T', D]`` hidden states.
+        keys_of: of states ``[R, T, D]``, layer -> keys ``[R, heads, T, d]``; a token's key depends
+            on its own state alone.
+        apart: whether the keys of each prompt are kept, whatever the device.
     """
-    found = torch.stack(list(weights))
-    if fused_prompts(found) and not apart:
-        return GroupKeys(found, {}, _distinct(found, by_layer, torch.cat(list(states))))
-    layers = {}
-    for name, first in by_layer[0].items():
-        keys = [own[name] for own in by_layer]
-        if fused_attention(first):
-            layers[name] = torch.stack(keys)
-        else:  # the order in which one product reads them
-            layers[name] = torch.stack(keys, dim=1).transpose(0, 1)
-    return GroupKeys(found, layers)
+    if fused_prompts(weights) and not apart:
+        return GroupKeys(weights, {}, _distinct(weights, states, keys_of))
+    layers = keys_of(states)
+    if not fused_attention(weights):  # the order in which one product reads them
+        layers = {
+            name: keys.transpose(0, 1).contiguous().transpose(0, 1) for name, keys in layers.items()
+        }
+    return GroupKeys(weights, layers)
 
 
 def _distinct(
     weights: torch.Tensor,  # [P, K, T']
-    by_layer: Sequence[Mapping[str, torch.Tensor]],  # [heads, T', d]
-    states: torch.Tensor,  # [P * T', D]
+    states: torch.Tensor,  # [P, T', D]
+    keys_of: Callable[[torch.Tensor], Mapping[str, torch.Tensor]],
 ) -> Distinct:
-    _, which = torch.unique(states, dim=0, return_inverse=True)  # [P * T']
-    count = int(which.max()) + 1
     prompts, _, tokens = weights.shape
-    member = torch.nn.functional.one_hot(which, count).to(weights.dtype)  # [P * T', U]
-    member = member.view(prompts, tokens, count)
-    first = torch.full((count,), len(which)).scatter_reduce(
-        0, which, torch.arange(len(which)), "amin"
-    )
-    keys = {
-        name: torch.cat([own[name] for own in by_layer], dim=1)[:, first]  # [heads, U, d]
-        for name in by_layer[0]
-    }
-    return Distinct(member.sum(1), weights @ member, keys)
+    different, which = torch.unique(states.flatten(0, 1), dim=0, return_inverse=True)  # [U, D]
+    by_layer = {name: keys[0].contiguous() for name, keys in keys_of(different[None]).items()}
+    member = torch.nn.functional.one_hot(which).to(weights.dtype)  # [P * T', U]
+    member = member.view(prompts, tokens, -1)
+    return Distinct(member.sum(1), weights @ member, by_layer)
 
 
 class ConceptMaps:

@@ -157,6 +157,8 @@ def _unsupported(module: Any) -> str | None:
         return "it attends to added keys (added_kv_proj_dim) in one softmax with the text's"
     if module.norm_q is not None or module.norm_k is not None:
         return "it normalises queries or keys after to_q and to_k (qk_norm)"
+    if isinstance(module.norm_cross, torch.nn.GroupNorm):
+        return "it normalises the text's states over all tokens (cross_attention_norm='group_norm')"
     if hasattr(module.processor, "to_k_custom_diffusion"):
         return f"its processor {type(module.processor).__name__} has keys of its own"
     return None
