@@ -171,16 +171,19 @@ def control_rows(
         if plan.measure == "containment"
     }
     sweeps = {by: _stacked(swept.maps(by), by, other) for by in plan.sweeps}
+    professions = {unit.profession for unit in units}
+    pairs = {each: plan.pairs(each) for each in professions}
+    controls = {each: control_pairs(plan, each) for each in professions}
     for image, unit in enumerate(units):
         if faults[image] is not None:
             continue
         start = {"condition": unit.condition, "semantic": unit.profession, "seed": unit.seed}
-        for control in control_pairs(plan, unit.profession):
+        for control in controls[unit.profession]:
             a, b = _sides(maps, control, unit, image)
             inside = _sides(blocks, control, unit, image) if blocks else None
             row = {**start, "kind": control.kind, "axis": control.axis, "word": control.word}
             batches[plan.percentiles].add([row], a[None], b[None], inside)
-        for pair in plan.pairs(unit.profession):
+        for pair in pairs[unit.profession]:
             row = {**start, "axis": pair.axis, "word": pair.demographic}
             if plan.curve:
                 a = map_of(maps, pair.semantic_prompt, unit.profession, image)

@@ -88,8 +88,8 @@ def map_faults(maps: torch.Tensor, concepts: Sequence[str]) -> list[tuple[str, s
     low, high = maps.flatten(1).amin(1), maps.flatten(1).amax(1)  # a NaN is in both
     good = low.isfinite() & high.isfinite() & (low != high)
     return [
-        None if fine else map_fault(each, concept)
-        for fine, each, concept in zip(good.tolist(), maps, concepts, strict=True)
+        None if fine else map_fault(maps[row], concept)
+        for row, (fine, concept) in enumerate(zip(good.tolist(), concepts, strict=True))
     ]
 
 

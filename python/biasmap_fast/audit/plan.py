@@ -184,7 +184,8 @@ class AuditPlan(BaseModel):
         guidance_scale: classifier-free guidance; 1 for none. Default 7.5, on the testbed 1.
         height: of the pictures in pixels; ``None`` for the model's default.
         width: of the pictures in pixels; ``None`` for the model's default.
-        batch_size: pictures drawn at once.
+        batch_size: pictures drawn at once. Default 8; 16 on the testbed, whose UNet is small,
+            without an engine.
         measure: what the report opens with: ``"containment"``, the part of the profession's mask
             that lies inside the demographic word's, with IoU beside it, or ``"iou"`` alone.
         containment: settings of that measure.
@@ -271,6 +272,8 @@ class AuditPlan(BaseModel):
         if filled.get("preset") == "paper":
             filled = {**_PAPER, **_PAPER_DEFAULTS, **filled}
         filled.setdefault("guidance_scale", 1.0 if testbed else 7.5)
+        small = testbed and filled.get("engine") is None
+        filled.setdefault("batch_size", 16 if small else 8)
         _fill_rounds(filled)
         _name_interventions(filled)
         if GUIDED in filled.get("conditions", ()) and filled.get("energy") is None:

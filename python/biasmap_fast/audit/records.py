@@ -177,9 +177,9 @@ def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema = SCHEMA) -> p
     listed = list(rows)
     known = set(schema.names)
     for row in listed:
-        if unknown := sorted(row.keys() - known):
-            raise RecordError(f"a record has unknown columns {unknown}")
-    table = pa.Table.from_pylist([dict(row) for row in listed], schema=schema)
+        if not row.keys() <= known:
+            raise RecordError(f"a record has unknown columns {sorted(row.keys() - known)}")
+    table = pa.Table.from_pylist(listed, schema=schema)
     _check_required(table, "the records to write")
     return table
 
