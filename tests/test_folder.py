@@ -224,11 +224,16 @@ def test_a_picture_that_raises_is_a_row_and_its_neighbours_are_measured(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_run_in_which_everything_fails_records_nothing(finished, tmp_path, monkeypatch):
+def test_a_run_in_which_everything_fails_records_nothing(finished, tmp_path, monkeypatch, caplog):
     _, pipe = finished
     fails(monkeypatch, lambda unit: torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(AuditError, match=r"every picture of chunks \[0, 1, 2\].*smaller pictures"):
         run_audit(make_plan(), tmp_path / "long", pipe=pipe, progress=False)
+    said = [(record.getMessage(), bool(record.exc_info)) for record in caplog.records]
+    assert [each for each in said if " raised " in each[0]] == [
+        ("2 pictures raised OutOfMemoryError: CUDA out of memory", False),
+        ("1 picture raised OutOfMemoryError: CUDA out of memory", True),  # once, not six times
+    ]
     short = make_plan(professions=["doctor"], seeds=[0])
     with pytest.raises(AuditError, match=r"every picture of chunks \[0\]"):
         run_audit(short, tmp_path / "short", pipe=pipe, progress=False)

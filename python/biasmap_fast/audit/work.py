@@ -55,6 +55,7 @@ class Worker:
         self._own: tuple[str, Any, Cache] | None = None  # of the condition with its own pipeline
         self._own_stack = ExitStack()
         self._read: Reader | None = None
+        self._reported: set[tuple[bool, str]] = set()  # whether of one picture alone, and why
 
     def __enter__(self) -> Self:
         for condition in self._plan.interventions:
@@ -141,7 +142,7 @@ class Worker:
             raise
         except Exception as error:  # whatever a picture raises is its row's reason
             status, reason = _fault(error)
-            logger.warning("%d pictures raised %s", len(units), reason, exc_info=len(units) == 1)
+            self._report(len(units), reason)
         # Past the handler: what the failed attempt held on the device is free again.
         if status == "out_of_memory" and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -150,6 +151,15 @@ class Worker:
         half = len(units) // 2
         first = self._attempt(pipe, cache, units[:half])
         return merged(first, self._attempt(pipe, cache, units[half:]))
+
+    def _report(self, pictures: int, reason: str) -> None:
+        """Warns of what was raised, of a single picture with its traceback, and of that once."""
+        alone = pictures == 1
+        first = (alone, reason) not in self._reported
+        self._reported.add((alone, reason))
+        level = logging.WARNING if first else logging.INFO
+        word = "picture" if alone else "pictures"
+        logger.log(level, "%d %s raised %s", pictures, word, reason, exc_info=alone and first)
 
     def _load(self, model: str | None = None, revision: str | None = None) -> Any:
         """A model loaded anew, by default the plan's own."""
