@@ -24,8 +24,8 @@ constexpr int64_t kTile = 64;
 constexpr int64_t kTokens = 6;
 // Below this many products, starting threads costs more than it saves.
 constexpr int64_t kParallelProducts = 1 << 18;
-// Smallest sum of powers that is divided by: its largest terms are then far above the smallest of
-// `powers_of_two`, and those that are not do not count beside them.
+// Smallest sum of exponentials that is divided by: its largest terms are then far above the
+// smallest of `exponentials`, and those that are not do not count beside them.
 constexpr float kSmall = 0x1p-60f;
 
 // One number of every pixel of a tile.
@@ -85,13 +85,13 @@ struct Space {
         const int64_t depths = p.heads * p.depth, concepts = p.prompts * p.concepts;
         rows.reset(new Row[static_cast<size_t>(depths + 2 * p.tokens + concepts)]);
         columns = rows.get(), found = columns + depths;
-        powers = found + concepts, own = powers + p.tokens;
+        exponentials = found + concepts, own = exponentials + p.tokens;
     }
     std::unique_ptr<Row[]> rows;
-    Row *columns; // of the queries: [heads * d]
-    Row *found;   // maps: [P * K]
-    Row *powers;  // of one head: [U]
-    Row *own;     // the same of one prompt alone
+    Row *columns;      // of the queries: [heads * d]
+    Row *found;        // maps: [P * K]
+    Row *exponentials; // of one head: [U]
+    Row *own;          // the same of one prompt alone
 };
 
 // The queries of `count` pixels: one row for each of their columns. In a last tile that is not
@@ -164,11 +164,12 @@ BIASMAP_INLINE void multiply(const float *keys, int64_t tokens, int64_t depth, c
     }
 }
 
-// Scores to 2^(score - the pixel's largest): relative error 2e-7, 2^-126 instead of less.
-template <int64_t bytes> BIASMAP_INLINE void powers_of_two(int64_t tokens, Row *scores) {
+// Scores to e^(score - the pixel's largest), as powers of two: relative error 2e-7 but for a factor
+// of the pixel's own, 2^-126 instead of less.
+template <int64_t bytes> BIASMAP_INLINE void exponentials(int64_t tokens, Row *scores) {
     using V = Vectors<bytes>;
     using Lanes = typename V::Lanes;
-    constexpr float kLeast = -126.0f;
+    constexpr float kLogE = 1.44269504f, kLeast = -126.0f;
     // 1.5 * 2^23: adding it rounds to an integer; 127: that, in the lowest bits, is an exponent.
     constexpr float kRound = 12582912.0f + 127.0f;
     for (int64_t v = 0; v < V::kCount; ++v) {
@@ -177,8 +178,9 @@ template <int64_t bytes> BIASMAP_INLINE void powers_of_two(int64_t tokens, Row *
             const Lanes score = V::of(scores[t])[v];
             top = score > top ? score : top;
         }
+        top *= kLogE;
         for (int64_t t = 0; t < tokens; ++t) {
-            Lanes x = V::of(scores[t])[v] - top;
+            Lanes x = V::of(scores[t])[v] * kLogE - top;
             x = x < kLeast ? Lanes{} + kLeast : x; // a NaN stays
             const Lanes rounded = x + kRound;
             const Lanes r = x - (rounded - kRound);
@@ -211,14 +213,14 @@ BIASMAP_INLINE bool divisible(const Row &sums) {
     return small == 0;
 }
 
-// Adds one prompt's softmax, summed over the tokens of each of its concepts, from powers. Adds
-// nothing and returns false where `checked` finds their sum too small to divide by.
+// Adds one prompt's softmax, summed over the tokens of each of its concepts, from exponentials.
+// Adds nothing and returns false where `checked` finds their sum too small to divide by.
 template <int64_t bytes>
 BIASMAP_INLINE bool add_prompt(Sum tokens, const Sums &weights, int64_t prompt, int64_t concepts,
-                               const Row *powers, bool checked, Row *found) {
+                               const Row *exponentials, bool checked, Row *found) {
     using V = Vectors<bytes>;
     typename V::Lanes sums[V::kCount] = {};
-    add_up<bytes>(tokens, powers, sums);
+    add_up<bytes>(tokens, exponentials, sums);
     if (checked) {
         Row copy;
         std::copy_n(sums, V::kCount, V::of(copy));
@@ -227,35 +229,29 @@ BIASMAP_INLINE bool add_prompt(Sum tokens, const Sums &weights, int64_t prompt, 
     }
     for (int64_t k = prompt * concepts; k < (prompt + 1) * concepts; ++k) {
         typename V::Lanes part[V::kCount] = {};
-        add_up<bytes>(weights[k], powers, part);
+        add_up<bytes>(weights[k], exponentials, part);
         for (int64_t v = 0; v < V::kCount; ++v)
             V::of(found[k])[v] += part[v] / sums[v];
     }
     return true;
 }
 
-// Scores of one prompt to powers of their differences from its own largest.
-void own_powers(Sum tokens, Row *scores) {
+// Scores of one prompt to exponentials of their differences from its own largest.
+void own_exponentials(Sum tokens, Row *scores) {
     for (int64_t r = 0; r < kTile; ++r) {
         float top = scores[tokens.first->token].at[r];
         for (const Term &term : tokens)
             top = std::max(top, scores[term.token].at[r]);
         for (const Term &term : tokens)
-            scores[term.token].at[r] = std::exp2(scores[term.token].at[r] - top);
+            scores[term.token].at[r] = std::exp(scores[term.token].at[r] - top);
     }
 }
 
-// What one call has of its prompts.
 struct Prompts {
-    std::vector<float> keys; // times log2(e): scores are exponents of two
     Sums members, weights;
     explicit Prompts(const PromptMapsParams &p)
-        : keys(p.keys, p.keys + p.heads * p.tokens * p.depth),
-          members(p.members, p.prompts, p.tokens),
-          weights(p.weights, p.prompts * p.concepts, p.tokens) {
-        for (float &key : keys)
-            key *= 1.44269504f;
-    }
+        : members(p.members, p.prompts, p.tokens),
+          weights(p.weights, p.prompts * p.concepts, p.tokens) {}
 };
 
 // The maps of a tile, of all heads, to `space.found`, from its columns.
@@ -264,18 +260,18 @@ BIASMAP_INLINE void map_tile_in(const PromptMapsParams &p, const Prompts &prompt
                                 const Space &space) {
     std::fill_n(space.found, p.prompts * p.concepts, Row{});
     for (int64_t head = 0; head < p.heads; ++head) {
-        const float *keys = prompts.keys.data() + head * p.tokens * p.depth;
+        const float *keys = p.keys + head * p.tokens * p.depth;
         const Row *columns = space.columns + head * p.depth;
-        multiply<bytes>(keys, p.tokens, p.depth, columns, space.powers);
-        powers_of_two<bytes>(p.tokens, space.powers);
+        multiply<bytes>(keys, p.tokens, p.depth, columns, space.exponentials);
+        exponentials<bytes>(p.tokens, space.exponentials);
         for (int64_t prompt = 0; prompt < p.prompts; ++prompt) {
             const Sum tokens = prompts.members[prompt];
-            if (add_prompt<bytes>(tokens, prompts.weights, prompt, p.concepts, space.powers, true,
-                                  space.found))
+            if (add_prompt<bytes>(tokens, prompts.weights, prompt, p.concepts, space.exponentials,
+                                  true, space.found))
                 continue;
             // All of its scores are far below another prompt's.
             multiply<bytes>(keys, p.tokens, p.depth, columns, space.own);
-            own_powers(tokens, space.own);
+            own_exponentials(tokens, space.own);
             add_prompt<bytes>(tokens, prompts.weights, prompt, p.concepts, space.own, false,
                               space.found);
         }
