@@ -705,7 +705,7 @@ class Recorder:
             names.update({part: None for *own, part in run.sums if own == [number, by]})
         places = [(number, by, name) for name in names]
         runs = [self._resized(run, places, wanted) for run in self._runs]
-        whole = torch.cat(runs, dim=2)  # [S, p, B, K, H, W]
+        whole = torch.cat(runs, dim=2) if len(runs) > 1 else runs[0]  # [S, p, B, K, H, W]
         totals = whole.sum(0)
         found = {}
         for row, place in enumerate(wanted):
@@ -730,7 +730,7 @@ class Recorder:
         starts = [0, *ends[:-1]]
         return tuple(start + image for start in starts for image in group.images)
 
-    def _resized(self, run: _Run, parts: Sequence[_Place], prompts: Sequence[int]) -> torch.Tensor:
+    def _resized(self, run: _Run, parts: Sequence[_Place], prompts: list[int]) -> torch.Tensor:
         """Parts of a group's prompts, ``[S, p, b, K, H, W]``.
 
         Sums are resized to the largest resolution, and what they add up to is brought to ``size``.
@@ -744,23 +744,21 @@ class Recorder:
         alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
         for number, part in enumerate(parts):
             alike.setdefault(tuple(run.sums[part]), []).append(number)
-        height, width = self._size or run.largest
-        like = next(iter(run.sums[parts[0]].values()))  # [P, b, K, n]
-        whole = like.new_empty(len(parts), len(prompts), *like.shape[1:3], height, width)
+        totals = []
         for sizes, numbers in alike.items():
             found = []
             for size in sizes:
                 own = [run.sums[parts[number]][size] for number in numbers]
-                chosen = torch.stack([sums[_taken(prompts, len(sums))] for sums in own])
-                maps = chosen.view(-1, *chosen.shape[3:4], *size)  # [S * p * b, K, h, w]
+                taken = _indices(prompts, len(own[0]))
+                chosen = torch.stack([sums[taken] for sums in own])  # [s, p, b, K, n]
+                maps = chosen.view(-1, chosen.shape[3], *size)  # [s * p * b, K, h, w]
                 found.append(resize(maps, run.largest))
-            total = resize(torch.stack(found).sum(0), (height, width))  # [S * p * b, K, H, W]
-            whole[_taken(numbers, len(parts))] = total.view(len(numbers), *whole.shape[1:])
-        return whole
-
-
-def _taken(places: Sequence[int], count: int) -> slice | list[int]:
-    return _indices(list(places), count)
+            total = resize(torch.stack(found).sum(0), self._size or run.largest)
+            totals.append(total.view(*chosen.shape[:4], *total.shape[-2:]))
+        if len(totals) == 1:
+            return totals[0]
+        order = torch.tensor(list(itertools.chain.from_iterable(alike.values()))).argsort()
+        return torch.cat(totals)[order]
 
 
 def _prompts_and_images(

@@ -157,7 +157,7 @@ class Worker:
         alone = pictures == 1
         first = (alone, reason) not in self._reported
         self._reported.add((alone, reason))
-        level = logging.WARNING if first else logging.INFO
+        level = logging.WARNING if first else logging.DEBUG
         word = "picture" if alone else "pictures"
         logger.log(level, "%d %s raised %s", pictures, word, reason, exc_info=alone and first)
 
