@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <sstream>
 #include <vector>
 
 #include <pybind11/stl.h>
@@ -23,16 +24,19 @@ namespace {
 
 static_assert(sizeof(SoftMap) == 4 * sizeof(float), "state is a [..., 4] float32 tensor");
 
-void require(bool good, const std::string &message) {
-    if (!good)
-        throw std::invalid_argument(message);
+// The parts of the message are put together only if it is needed: this runs in every call.
+template <typename... Parts> void require(bool good, const Parts &...parts) {
+    if (good)
+        return;
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::invalid_argument(message.str());
 }
 
 void check_soft(double fraction, double temperature) {
-    require(fraction > 0.0 && fraction < 1.0,
-            "`fraction` must be in (0, 1), got " + std::to_string(fraction));
+    require(fraction > 0.0 && fraction < 1.0, "`fraction` must be in (0, 1), got ", fraction);
     require(temperature > 0.0 && std::isfinite(temperature),
-            "`temperature` must be positive and finite, got " + std::to_string(temperature));
+            "`temperature` must be positive and finite, got ", temperature);
 }
 
 void check_pixels(int64_t pixels) {
@@ -53,8 +57,8 @@ dlpack::Device place_of(const TensorView &tensor) {
 
 void check_concepts(int64_t concepts, dlpack::Device place) {
     require(place.type == dlpack::kCpu || concepts <= biasmap::kMostConceptsOnGpu,
-            "`maps` on a GPU may have " + std::to_string(biasmap::kMostConceptsOnGpu) +
-                " concepts at most, got " + std::to_string(concepts));
+            "`maps` on a GPU may have ", biasmap::kMostConceptsOnGpu, " concepts at most, got ",
+            concepts);
 }
 
 // Pairs may lie on the host whatever the maps' device: kernels then get them by value.
@@ -66,13 +70,11 @@ Pairs checked_pairs(const TensorView &pairs, int64_t concepts, dlpack::Device pl
     const int64_t count = pairs.size(0);
     if (on_host)
         for (int64_t i = 0; i < 2 * count; ++i)
-            require(data[i] >= 0 && data[i] < concepts,
-                    "pairs[" + std::to_string(i / 2) + "] names concept " +
-                        std::to_string(data[i]) +
-                        ", but `maps` has K = " + std::to_string(concepts) + " concepts");
-    require(place.type == dlpack::kCpu || !on_host || count <= biasmap::kPairsByValue,
-            "more than " + std::to_string(biasmap::kPairsByValue) +
-                " `pairs` must be on the maps' GPU, got " + std::to_string(count) + " on the CPU");
+            require(data[i] >= 0 && data[i] < concepts, "pairs[", i / 2, "] names concept ",
+                    data[i], ", but `maps` has K = ", concepts, " concepts");
+    require(place.type == dlpack::kCpu || !on_host || count <= biasmap::kPairsByValue, "more than ",
+            biasmap::kPairsByValue, " `pairs` must be on the maps' GPU, got ", count,
+            " on the CPU");
     return {data, count, on_host};
 }
 
@@ -91,7 +93,7 @@ template <typename Params> using CudaKernel = void (*)(const Params &, const Cud
 template <typename Params>
 void launch(dlpack::Device place, CudaKernel<Params> kernel, const Params &params) {
     require(place.type == dlpack::kCuda && kernel != nullptr,
-            "this op has kernels for GPUs only, got tensors on " + biasmap::to_string(place));
+            "this op has kernels for GPUs only, got tensors on ", biasmap::to_string(place));
     CudaQueue queue{place.id, nullptr};
     const auto *api = biasmap::TorchTensorType::get().api;
     if (api->current_work_stream(place.type, place.id, &queue.stream) != 0)
@@ -130,8 +132,8 @@ void pairs_iou(const TensorView &maps, const TensorView &pairs, double percentil
     p.pairs = checked_pairs(pairs, p.concepts, place);
     p.percentile = percentile;
     check_pixels(p.pixels);
-    require(percentile >= 0.0 && percentile < 100.0,
-            "`percentile` must be in [0, 100), got " + std::to_string(percentile));
+    require(percentile >= 0.0 && percentile < 100.0, "`percentile` must be in [0, 100), got ",
+            percentile);
     p.iou = iou.data<float>("iou", "[B, P]", {p.batch, p.pairs.count}, place);
     p.union_pixels = union_pixels.data<int32_t>("union", "[B, P]", {p.batch, p.pairs.count}, place);
     p.area = area.data<int32_t>("area", "[B, K]", {p.batch, p.concepts}, place);
@@ -216,13 +218,12 @@ void take_attention(Params &p, const TensorView &query, const TensorView &keys,
     p.weights = weights.data<float>("weights", "[K, T']", {kAny, p.tokens}, place);
     p.concepts = weights.size(0);
     require(p.heads > 0 && p.depth > 0 && p.tokens > 0,
-            "queries and keys must have heads, tokens and d, got " + std::to_string(p.heads) +
-                ", " + std::to_string(p.tokens) + " and " + std::to_string(p.depth));
+            "queries and keys must have heads, tokens and d, got ", p.heads, ", ", p.tokens,
+            " and ", p.depth);
     require(p.batch * p.pixels <= std::numeric_limits<int32_t>::max(),
             "`query` must have fewer than 2^31 pixels in all");
-    require(p.tokens <= biasmap::kMostTokens,
-            "`keys` may have " + std::to_string(biasmap::kMostTokens) + " tokens at most, got " +
-                std::to_string(p.tokens));
+    require(p.tokens <= biasmap::kMostTokens, "`keys` may have ", biasmap::kMostTokens,
+            " tokens at most, got ", p.tokens);
 }
 
 void concept_map(const TensorView &query, const TensorView &keys, const TensorView &weights,
@@ -259,10 +260,8 @@ void prompt_maps(const TensorView &query, const TensorView &keys, const TensorVi
     p.batch = query.size(0), p.pixels = query.size(1);
     p.keys = keys.data<float>("keys", "[heads, U, d]", {kAny, kAny, kAny}, place);
     p.heads = keys.size(0), p.tokens = keys.size(1), p.depth = keys.size(2);
-    require(query.size(2) == p.heads * p.depth,
-            "`query` must have the heads * d = " + std::to_string(p.heads) + " * " +
-                std::to_string(p.depth) + " columns of `keys`, got " +
-                std::to_string(query.size(2)));
+    require(query.size(2) == p.heads * p.depth, "`query` must have the heads * d = ", p.heads,
+            " * ", p.depth, " columns of `keys`, got ", query.size(2));
     p.members = members.data<float>("members", "[P, U]", {kAny, p.tokens}, place);
     p.prompts = members.size(0);
     p.weights = weights.data<float>("weights", "[P, K, U]", {p.prompts, kAny, p.tokens}, place);
@@ -274,9 +273,8 @@ void prompt_maps(const TensorView &query, const TensorView &keys, const TensorVi
             each.strided_floats("maps", "[P', B, K, n]", {kAny, p.batch, p.concepts, p.pixels},
                                 place, type, target.strides));
         target.prompts = each.size(0);
-        require(target.prompts <= p.prompts, "`maps` must be of " + std::to_string(p.prompts) +
-                                                 " prompts at most, got " +
-                                                 std::to_string(target.prompts));
+        require(target.prompts <= p.prompts, "`maps` must be of ", p.prompts,
+                " prompts at most, got ", target.prompts);
         require(p.pixels == 1 || target.strides[3] == 1, "`maps` must have pixels in a row");
         targets.push_back(target);
     }
@@ -285,7 +283,7 @@ void prompt_maps(const TensorView &query, const TensorView &keys, const TensorVi
     for (int64_t prompt = 0; prompt < p.prompts; ++prompt) {
         const float *own = p.members + prompt * p.tokens;
         require(std::any_of(own, own + p.tokens, [](float count) { return count != 0.0f; }),
-                "members[" + std::to_string(prompt) + "] names no token");
+                "members[", prompt, "] names no token");
     }
     py::gil_scoped_release release;
     biasmap::prompt_maps_cpu(p);

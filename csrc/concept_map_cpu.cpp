@@ -14,6 +14,8 @@
 #    include <xmmintrin.h>
 #endif
 
+#include "cpu_clones.h"
+
 #define BIASMAP_INLINE inline __attribute__((always_inline))
 
 namespace biasmap {
@@ -164,8 +166,8 @@ BIASMAP_INLINE void multiply(const float *keys, int64_t tokens, int64_t depth, c
     }
 }
 
-// Scores to e^(score - the pixel's largest), as powers of two: relative error 2e-7 but for a factor
-// of the pixel's own, 2^-126 instead of less.
+// Scores to e^a with a = score - the pixel's largest, as a power of two: relative error
+// 2e-7 - 6e-8 a; 2^-126 instead of less.
 template <int64_t bytes> BIASMAP_INLINE void exponentials(int64_t tokens, Row *scores) {
     using V = Vectors<bytes>;
     using Lanes = typename V::Lanes;
@@ -178,9 +180,8 @@ template <int64_t bytes> BIASMAP_INLINE void exponentials(int64_t tokens, Row *s
             const Lanes score = V::of(scores[t])[v];
             top = score > top ? score : top;
         }
-        top *= kLogE;
         for (int64_t t = 0; t < tokens; ++t) {
-            Lanes x = V::of(scores[t])[v] * kLogE - top;
+            Lanes x = (V::of(scores[t])[v] - top) * kLogE;
             x = x < kLeast ? Lanes{} + kLeast : x; // a NaN stays
             const Lanes rounded = x + kRound;
             const Lanes r = x - (rounded - kRound);
@@ -282,7 +283,7 @@ void map_tile_baseline(const PromptMapsParams &p, const Prompts &prompts, const 
     map_tile_in<16>(p, prompts, space);
 }
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#if defined(BIASMAP_X86_LEVELS)
 __attribute__((target("arch=x86-64-v3"))) void
 map_tile_v3(const PromptMapsParams &p, const Prompts &prompts, const Space &space) {
     map_tile_in<32>(p, prompts, space);
@@ -298,7 +299,7 @@ using MapTile = void (*)(const PromptMapsParams &, const Prompts &, const Space 
 
 // That of the widest vectors that this processor has.
 MapTile map_tile_here() {
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#if defined(BIASMAP_X86_LEVELS)
     if (__builtin_cpu_supports("x86-64-v4"))
         return map_tile_v4;
     if (__builtin_cpu_supports("x86-64-v3"))

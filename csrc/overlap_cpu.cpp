@@ -348,7 +348,7 @@ void soft_iou_backward_cpu(const SoftIouBackwardParams &p) {
 }
 
 const char *cpu_isa() {
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#if defined(BIASMAP_X86_LEVELS)
     if (__builtin_cpu_supports("x86-64-v4"))
         return "x86-64-v4";
     if (__builtin_cpu_supports("x86-64-v3"))

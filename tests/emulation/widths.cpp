@@ -10,7 +10,7 @@ extern "C" bool map_of_tile(int64_t bytes, const float *query, const float *keys
                             float *maps) {
     MapTile map_tile = bytes == 16 ? map_tile_baseline : map_tile_here();
     if (bytes == 32) {
-#if defined(__x86_64__)
+#if defined(BIASMAP_X86_LEVELS)
         if (!__builtin_cpu_supports("x86-64-v3"))
             return false;
         map_tile = map_tile_v3;
