@@ -152,7 +152,6 @@ class AttributionKeys:
     """One prompt, ready to meet the queries of a UNet."""
 
     weights: torch.Tensor  # [K, T'], on the UNet's device
-    states: torch.Tensor  # [T', D] hidden states
     by_layer: Mapping[str, torch.Tensor]  # [heads, T', d] >= float32, times 1 / sqrt(d)
 
 
@@ -176,7 +175,7 @@ def attribution_keys(
     """
     states, weights = attribution_states(pipe, tokenized, placement)
     by_layer = {layer.name: layer.keys(states[None])[0] for layer in layers}
-    return AttributionKeys(weights, states, by_layer)
+    return AttributionKeys(weights, by_layer)
 
 
 @torch.no_grad()
@@ -369,11 +368,13 @@ class Recorder:
         self._cache = cache
         self._tokenized = [tokens_of(cache, prompt, pipe) for prompt in self._prompts]
         weights = [tokens[0].weights for tokens in self._tokenized]  # [K, T'] each
-        self._detailed = self._known(detailed)
+        known = [prompt.name for prompt in self._prompts]
+        if unknown := sorted(set(detailed or ()).difference(known)):
+            raise ValueError(f"no attribution prompt is called {unknown}; there are: {known}")
         self._groups = grouped(
             [(len(own), own.shape[1]) for own in weights],
             images,
-            [prompt.name in self._detailed for prompt in self._prompts],
+            [detailed is None or name in detailed for name in known],
         )
         self._keys: list[GroupKeys] = []
         self._adding = ConceptMaps()
@@ -434,13 +435,6 @@ class Recorder:
         layers = tuple(layer.name for layer in self._layers)
         return self._cache.get(prompts, (layers, self._by == ("head",)), make)
 
-    def _known(self, names: Collection[str] | None) -> frozenset[str]:
-        """The names given, or those of all prompts."""
-        known = [prompt.name for prompt in self._prompts]
-        if unknown := sorted(set(names or ()).difference(known)):
-            raise ValueError(f"no attribution prompt is called {unknown}; there are: {known}")
-        return frozenset(known if names is None else names)
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -455,17 +449,15 @@ class Recorder:
         if kind is not None:
             self._interrupted = kind.__name__
 
-    def maps(
-        self, by: By | None = None, names: Collection[str] | None = None
-    ) -> AttributionMaps | dict[str, AttributionMaps]:
+    def maps(self, by: By | None = None) -> AttributionMaps | dict[str, AttributionMaps]:
         """The maps of every picture drawn so far.
 
         Args:
             by: what to keep apart, of what was recorded; default the first of it.
-            names: the prompts whose maps are wanted; default all of which ``by`` was kept.
 
         Returns:
-            One `AttributionMaps` where one prompt was given, else a dict keyed by prompt name.
+            One `AttributionMaps` where one prompt was given, else a dict keyed by prompt name, of
+            the prompts of which ``by`` was kept.
             Where each image had prompts of its own, `AttributionMaps.images` says which images
             those of a prompt are.
 
@@ -478,10 +470,6 @@ class Recorder:
         wanted = self._by[0] if by is None else by
         if wanted not in self._by:
             raise ValueError(f"maps were recorded by {' and '.join(self._by)}, not by {by!r}")
-        kept = self._known(None) if wanted == self._by[0] else self._detailed
-        chosen = kept if names is None else self._known(names)
-        if lacking := sorted(chosen - kept):
-            raise ValueError(f"maps by {wanted!r} were recorded for {sorted(kept)}, not {lacking}")
         if self._interrupted is not None:
             raise RuntimeError(
                 f"the block ended with {self._interrupted}: its maps are incomplete and not given"
@@ -489,14 +477,14 @@ class Recorder:
         if not self._runs:
             raise RuntimeError("no UNet call was recorded: draw inside the `with` block first")
         self._check_complete()
-        of_groups = [self._results(number, wanted, chosen) for number in range(len(self._groups))]
-        results = {
-            prompt.name: of_groups[number][index]
-            for index, prompt in enumerate(self._prompts)
-            for number, group in enumerate(self._groups)
-            if index in group.prompts and prompt.name in chosen
-        }
-        return results[self._prompts[0].name] if self._single else results
+        found: dict[int, AttributionMaps] = {}
+        for number in range(len(self._groups)):
+            found.update(self._results(number, wanted))
+        if self._single and not found:
+            raise ValueError(f"maps by {wanted!r} were not kept: `detailed` names no prompt")
+        if self._single:
+            return found[0]
+        return {self._prompts[index].name: found[index] for index in sorted(found)}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -672,7 +660,7 @@ class Recorder:
     ) -> torch.Tensor:
         """The sum of one group's part at one resolution, ``[P, b, K, n]``, where ``like`` is.
 
-        Of what is kept of detailed prompts alone, of those.
+        P counts the prompts that it is kept of: all, or the detailed ones.
         """
         by_resolution = run.sums.setdefault(part, {})
         if resolution not in by_resolution:
@@ -684,15 +672,11 @@ class Recorder:
             run.largest = max(run.largest, resolution)
         return by_resolution[resolution]
 
-    def _results(self, number: int, by: By, chosen: Collection[str]) -> dict[int, AttributionMaps]:
-        """The maps of a group's chosen prompts, by their places."""
+    def _results(self, number: int, by: By) -> dict[int, AttributionMaps]:
+        """The maps of a group's prompts of which ``by`` was kept, by their places."""
         group = self._groups[number]
-        wanted = [
-            place
-            for place, index in enumerate(group.prompts)
-            if self._prompts[index].name in chosen
-        ]
-        if not wanted:
+        kept = group.prompts if by == self._by[0] else group.prompts[: group.detailed]
+        if not kept:
             return {}
         sizes = {run.largest for run in self._runs}
         if len(sizes) > 1 and self._size is None:
@@ -704,13 +688,13 @@ class Recorder:
         for run in self._runs:
             names.update({part: None for *own, part in run.sums if own == [number, by]})
         places = [(number, by, name) for name in names]
-        runs = [self._resized(run, places, wanted) for run in self._runs]
-        whole = torch.cat(runs, dim=2) if len(runs) > 1 else runs[0]  # [S, p, B, K, H, W]
+        runs = [self._resized(run, places) for run in self._runs]
+        whole = torch.cat(runs, dim=2) if len(runs) > 1 else runs[0]  # [S, P, B, K, H, W]
         totals = whole.sum(0)
         found = {}
-        for row, place in enumerate(wanted):
-            prompt = self._prompts[group.prompts[place]]
-            found[group.prompts[place]] = AttributionMaps(
+        for row, index in enumerate(kept):
+            prompt = self._prompts[index]
+            found[index] = AttributionMaps(
                 values=totals[row],  # [B, K, H, W]
                 concepts=prompt.concepts,
                 prompt=prompt.text,
@@ -730,8 +714,8 @@ class Recorder:
         starts = [0, *ends[:-1]]
         return tuple(start + image for start in starts for image in group.images)
 
-    def _resized(self, run: _Run, parts: Sequence[_Place], prompts: list[int]) -> torch.Tensor:
-        """Parts of a group's prompts, ``[S, p, b, K, H, W]``.
+    def _resized(self, run: _Run, parts: Sequence[_Place]) -> torch.Tensor:
+        """Parts of a group's prompts, ``[S, P, b, K, H, W]``.
 
         Sums are resized to the largest resolution, and what they add up to is brought to ``size``.
         """
@@ -748,13 +732,11 @@ class Recorder:
         for sizes, numbers in alike.items():
             found = []
             for size in sizes:
-                own = [run.sums[parts[number]][size] for number in numbers]
-                taken = _indices(prompts, len(own[0]))
-                chosen = torch.stack([sums[taken] for sums in own])  # [s, p, b, K, n]
-                maps = chosen.view(-1, chosen.shape[3], *size)  # [s * p * b, K, h, w]
+                own = torch.stack([run.sums[parts[number]][size] for number in numbers])
+                maps = own.view(-1, own.shape[3], *size)  # [s * P * b, K, h, w]
                 found.append(resize(maps, run.largest))
             total = resize(torch.stack(found).sum(0), self._size or run.largest)
-            totals.append(total.view(*chosen.shape[:4], *total.shape[-2:]))
+            totals.append(total.view(*own.shape[:4], *total.shape[-2:]))
         if len(totals) == 1:
             return totals[0]
         order = torch.tensor(list(itertools.chain.from_iterable(alike.values()))).argsort()

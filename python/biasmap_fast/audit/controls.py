@@ -69,7 +69,6 @@ class Swept:
 
     main: Recorder
     branch: Recorder | None
-    names: frozenset[str]
 
     def maps(self, by: By | Literal["branch"]) -> dict[str, AttributionMaps]:
         """The maps of one sweep, by prompt name."""
@@ -78,7 +77,7 @@ class Swept:
                 raise ValueError("the other branch was not recorded")
             found = self.branch.maps()
         else:
-            found = self.main.maps(by, self.names)
+            found = self.main.maps(by)
         if not isinstance(found, dict):
             raise TypeError(f"expected maps by prompt name, got {type(found).__name__}")
         return found
@@ -131,9 +130,8 @@ def sweeping(
     cache: AttributionCache | None = None,
 ) -> Iterator[Swept]:
     """Records the other branch where the plan sweeps over it, of each picture its prompts."""
-    names = frozenset(prompt.name for own in prompts for prompt in own)
     if "branch" not in plan.sweeps:
-        yield Swept(main, None, names)
+        yield Swept(main, None)
         return
     with attribute(
         pipe,
@@ -143,7 +141,7 @@ def sweeping(
         chunks=getattr(pipe, "attribution_chunks", None),
         cache=cache,
     ) as other:
-        yield Swept(main, other, names)
+        yield Swept(main, other)
 
 
 def control_rows(
