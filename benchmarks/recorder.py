@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -181,10 +180,11 @@ def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...])
     inputs = [attention_inputs(1, shape, settings.device)[0] for shape in shapes for _ in range(5)]
     sums = {shape[0]: torch.zeros(1, 1, MAPS, shape[0]) for shape in shapes}
     states = torch.eye(TOKENS)  # no two tokens are alike
-    given = []
-    for _, keys, weights in inputs:
-        made = {"layer": keys[None]}
-        given.append(group_keys(weights[None], states[None], partial(lambda made, _: made, made)))
+
+    def own_keys(keys: torch.Tensor) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        return lambda _: {"layer": keys[None]}
+
+    given = [group_keys(w[None], states[None], own_keys(k)) for _, k, w in inputs]
     adding = ConceptMaps()
 
     def kept() -> list[torch.Tensor]:

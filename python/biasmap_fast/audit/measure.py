@@ -146,9 +146,10 @@ def measure_chunk(
     """
     cells = _cells(plan, units)
     prompts = [plan.prompts(unit.profession) for unit in units]
+    controls = {each: control_prompts(plan, [each]) for each in {u.profession for u in units}}
     # in the separate form a control shares the profession's prompt
     all_prompts = [
-        list(dict.fromkeys([*own, *control_prompts(plan, [unit.profession])]))
+        list(dict.fromkeys([*own, *controls[unit.profession]]))
         for unit, own in zip(units, prompts, strict=True)
     ]
     wanted = [read is not None or kept(plan.save_pictures, plan, unit) for unit in units]
