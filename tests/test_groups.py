@@ -169,9 +169,10 @@ def test_vectors_of_every_width(tile_of_width, width, depth, scale):
         torch.testing.assert_close(found[index].double(), exact, rtol=rough, atol=rough)
 
 
-def test_prompts_far_apart():
+@pytest.mark.parametrize("scale", [200.0, 1e10])
+def test_prompts_far_apart(scale):
     # one prompt's own tokens outshine all others by more than float32's exponents can tell
-    query, group, keys, weights = prompts_case(2, 4, 64, 16, scale=200.0)
+    query, group, keys, weights = prompts_case(2, 4, 64, 16, scale=scale)
     found = torch.zeros(6, 2, 2, 64)
     ConceptMaps().add([found], query, group, "layer")
     for index in range(6):
