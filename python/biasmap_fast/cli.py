@@ -110,7 +110,8 @@ def audit(
     steps: Steps = None,
     guidance_scale: Scale = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Pictures drawn at once. [default: 8; testbed: 16]")
+        int | None,
+        typer.Option(help="Pictures drawn at once. [default: 8; testbed without an engine: 16]"),
     ] = None,
     percentile: Annotated[
         list[float] | None,
