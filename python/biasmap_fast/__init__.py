@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from .audit import AuditPlan, AuditResult, load_audit, run_audit
     from .concepts import AttributionPrompt
     from .engines import export_unet, load_engine
-    from .entanglement import (
+    from .guidance import Guidance, guide
+    from .ledger import LedgerRow
+    from .maps import AttributionMaps
+    from .overlap import (
         block_iou,
         chance_containment,
         chance_iou,
@@ -29,9 +32,6 @@ if TYPE_CHECKING:
         soft_iou,
         soft_topk,
     )
-    from .guidance import Guidance, guide
-    from .ledger import LedgerRow
-    from .maps import AttributionMaps
 
     __version__: str
 
@@ -45,25 +45,25 @@ _EXPORTS = {
     "LedgerRow": "ledger",
     "Recorder": "attribution",
     "attribute": "attribution",
-    "block_iou": "entanglement",
-    "chance_containment": "entanglement",
-    "chance_iou": "entanglement",
-    "containment": "entanglement",
-    "corrected_containment": "entanglement",
-    "corrected_iou": "entanglement",
+    "block_iou": "overlap",
+    "chance_containment": "overlap",
+    "chance_iou": "overlap",
+    "containment": "overlap",
+    "corrected_containment": "overlap",
+    "corrected_iou": "overlap",
     "export_unet": "engines",
     "guide": "guidance",
-    "iou": "entanglement",
+    "iou": "overlap",
     "load_audit": "audit",
     "load_engine": "engines",
     "ops": "ops",
-    "pairwise_iou": "entanglement",
+    "pairwise_iou": "overlap",
     "presets": "presets",
     "reference": "reference",
     "run_audit": "audit",
-    "soft_containment": "entanglement",
-    "soft_iou": "entanglement",
-    "soft_topk": "entanglement",
+    "soft_containment": "overlap",
+    "soft_iou": "overlap",
+    "soft_topk": "overlap",
     "testbed": "testbed",
 }
 

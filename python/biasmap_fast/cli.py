@@ -795,7 +795,7 @@ def _write_maps(picture: Any, found: Any, out: Path) -> list[str]:
 def _pair_rows(found: Any, percentile: float) -> list[dict[str, Any]]:
     from itertools import combinations
 
-    from .entanglement import chance_iou, iou
+    from .overlap import chance_iou, iou
 
     return [
         {

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from .attribution import Branch, attribute
 from .concepts import AttributionPrompt
 from .energy import Pair
-from .entanglement import chance_iou, iou, soft_iou
 from .guidance import guide
 from .ledger import LedgerRow, write_csv
 from .maps import AttributionMaps
+from .overlap import chance_iou, iou, soft_iou
 
 if TYPE_CHECKING:
     from PIL.Image import Image

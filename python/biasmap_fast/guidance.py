@@ -41,9 +41,9 @@ from .energy import (
     make_targets,
     total_maps,
 )
-from .entanglement import check_soft, pairs_soft_containment, two_values
 from .ledger import Entry, LedgerRow, check_skipped, write_csv
 from .ops import pairs_iou, soft_iou
+from .overlap import check_soft, pairs_soft_containment, two_values
 from .unet import (
     CrossAttention,
     batch_layout,

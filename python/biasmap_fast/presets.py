@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from .entanglement import iou
+from .overlap import iou
 
 __all__ = [
     "ATTRIBUTION_TEMPLATE",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .. import entanglement
+from .. import overlap
 from ..maps import resize
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ def hard_iou(
 ) -> tuple[list[float], list[bool]]:
     """IoU of R map pairs ``[R, H, W]``, and whether both masks are empty."""
     maps = _evaluated(plan, torch.stack((a, b), dim=1))  # [R, 2, H', W']
-    found, empty = entanglement.iou_of_pairs(maps.flatten(2), percentile=percentile)  # [R], [R]
+    found, empty = overlap.iou_of_pairs(maps.flatten(2), percentile=percentile)  # [R], [R]
     return found.tolist(), empty.tolist()
 
 
 def contained(plan: AuditPlan, a: torch.Tensor, b: torch.Tensor) -> list[float]:
     """Containment of R maps in R others, ``[R, H, W]`` each, with the plan's settings."""
     fractions, temperature = plan.containment.fractions, plan.temperature
-    found = entanglement.soft_containment(a, b, fractions=fractions, temperature=temperature)
+    found = overlap.soft_containment(a, b, fractions=fractions, temperature=temperature)
     values: list[float] = found.tolist()
     return values
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .. import entanglement, presets
+from .. import overlap, presets
 from .controls import control_prompts, control_rows, mask_rows
 from .draw import Cache, Drawn, draw
 from .masks import contained, containment_maps, hard_iou, map_faults, map_of
@@ -361,7 +361,7 @@ def _measured(
     faults: Sequence[tuple[str, str] | None],
 ) -> list[list[dict[str, Any]]]:
     """For every cell, one dict of measured columns a percentile."""
-    chances = {q: float(entanglement.chance_iou(1 - q / 100)) for q in plan.percentiles}
+    chances = {q: float(overlap.chance_iou(1 - q / 100)) for q in plan.percentiles}
     values: list[list[dict[str, Any]]] = []
     good: list[int] = []
     for index, fault in enumerate(faults):
@@ -400,7 +400,7 @@ def _overlaps(
     if plan.soft_mask == "paper":
         soft = presets.paper_soft_iou(a, b)
     else:
-        soft = entanglement.soft_iou(a, b, fraction=fraction, temperature=plan.temperature)
+        soft = overlap.soft_iou(a, b, fraction=fraction, temperature=plan.temperature)
     by_block: list[dict[str, float | None]] = [{} for _ in range(a.shape[0])]
     for name, (block_a, block_b) in blocks.items():
         for row, (value, no_union) in enumerate(
@@ -409,7 +409,7 @@ def _overlaps(
             by_block[row][name] = None if no_union else value
     return {
         "iou": found,
-        "corrected": [entanglement.corrected_iou(x, fraction=fraction) for x in found],
+        "corrected": [overlap.corrected_iou(x, fraction=fraction) for x in found],
         "soft_iou": soft.tolist(),
         "empty_union": empty,
         "block_iou": [list(row.items()) for row in by_block],

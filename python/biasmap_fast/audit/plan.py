@@ -95,7 +95,7 @@ class Energy(BaseModel):
 
 
 class Containment(BaseModel):
-    """Settings of the measure ``"containment"`` (`entanglement.soft_containment`).
+    """Settings of the measure ``"containment"`` (`overlap.soft_containment`).
 
     The defaults are what recovered a planted overlap best (docs/validity.md).
 

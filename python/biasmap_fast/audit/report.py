@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..entanglement import chance_iou
+from ..overlap import chance_iou
 from ..pipelines import TESTBED
 from . import figures, sentences
 from .files import write_text

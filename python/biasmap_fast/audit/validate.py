@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..entanglement import chance_iou, corrected_iou
+from ..overlap import chance_iou, corrected_iou
 from .files import sha256
 from .folder import plan_hash, read_plan
 from .records import OK, SIDES, RecordError, part_path, read_records, read_side

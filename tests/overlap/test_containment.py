@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast import entanglement
+from biasmap_fast import overlap
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -35,7 +35,7 @@ def test_equal_fractions_order_as_iou_does():
 
 def test_an_empty_first_mask_is_flagged():
     flat, x = torch.ones(8, 8), torch.rand(8, 8)
-    value, empty = entanglement.containment_with_flags(torch.stack((flat, x)), torch.stack((x, x)))
+    value, empty = overlap.containment_with_flags(torch.stack((flat, x)), torch.stack((x, x)))
     assert value[0] == 0.0
     assert value[1] == 1.0
     assert empty.tolist() == [True, False]
@@ -88,7 +88,7 @@ def test_soft_containment_has_gradients_for_both_maps():
 def test_pairs_of_many_concepts():
     maps = torch.randn(2, 4, 49)
     pairs = torch.tensor([[0, 1], [2, 1], [3, 0]])
-    found = entanglement.pairs_soft_containment(maps, pairs, (0.1, 0.2), 0.01)
+    found = overlap.pairs_soft_containment(maps, pairs, (0.1, 0.2), 0.01)
     for place, (i, j) in enumerate(pairs.tolist()):
         a, b = (maps[:, k].reshape(2, 7, 7) for k in (i, j))
         expected = bm.soft_containment(a, b, fractions=(0.1, 0.2))

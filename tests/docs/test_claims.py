@@ -21,7 +21,7 @@ import figures
 import tables
 from harness import newest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "export/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 UNIT = r"(?:x(?! ?\d)|ms|us|s|seconds?|minutes?|hours?|[KMG]i?B|GB/s|times|images/s|pictures/s)\b"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
 import biasmap_fast as bm
-from biasmap_fast import entanglement, presets
+from biasmap_fast import overlap, presets
 
 SHAPES = [(1, 1), (1, 7), (5, 3), (16, 16)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -40,7 +40,7 @@ def test_hard_iou_properties(maps, percentile):
     order = torch.randperm(a[0].numel(), generator=torch.Generator().manual_seed(0))
     shuffled = (x.flatten()[order].reshape(x.shape) for x in maps)
     assert torch.equal(value, bm.iou(*shuffled, percentile=percentile))
-    same, empty = entanglement.iou_with_flags(a, a, percentile=percentile)
+    same, empty = overlap.iou_with_flags(a, a, percentile=percentile)
     assert same == 1 or (same == 0 and empty)  # empty: all values above the rest tie
 
 
@@ -127,9 +127,9 @@ def test_empty_batches():
 
 def test_constant_maps_are_counted_as_empty():
     flat, x = torch.ones(1, 8, 8), torch.rand(1, 8, 8)
-    value, empty = entanglement.iou_with_flags(flat, flat)
+    value, empty = overlap.iou_with_flags(flat, flat)
     assert (value.item(), empty.item()) == (0.0, True)
-    value, empty = entanglement.iou_with_flags(flat, x)
+    value, empty = overlap.iou_with_flags(flat, x)
     assert (value.item(), empty.item()) == (0.0, False)
     assert bm.pairwise_iou(torch.stack((flat, x), dim=1)).tolist() == [[[0.0, 0.0], [0.0, 1.0]]]
     p = 0.3  # two flat masks of 0.3 everywhere overlap as unrelated ones do
@@ -262,7 +262,7 @@ def test_public_functions_compile_into_one_graph(dtype):
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("module", [entanglement, presets])
+@pytest.mark.parametrize("module", [overlap, presets])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted >= 5

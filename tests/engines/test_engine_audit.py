@@ -17,7 +17,7 @@ from biasmap_fast.audit import run
 from biasmap_fast.audit.run import AuditError
 from biasmap_fast.engines import errors
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PLAN = {"professions": ["doctor", "nurse"], "seeds": [0, 1], "steps": 4, "batch_size": 3}
 
 

@@ -38,7 +38,7 @@ from harness import (
 )
 from settings import Settings, find_daam, find_ovam
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def group(*entries, rounds=3, **more):

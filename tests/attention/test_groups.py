@@ -15,7 +15,7 @@ from biasmap_fast import _C, groups, reference
 from biasmap_fast.groups import ConceptMaps, GroupKeys, group_keys, grouped
 from biasmap_fast.unet import split_heads
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCTOR = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
 NURSE = bm.AttributionPrompt("a photo of a nurse and woman", ("nurse", "woman"))
 SHORT = bm.AttributionPrompt("a doctor", ("doctor",))

@@ -16,7 +16,7 @@ import pytest
 
 import biasmap_fast
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(
     module.name

@@ -20,7 +20,7 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast import _C, groups, ops, reference
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HAS_GPU = torch.cuda.is_available() and bool(_C.build_info()["cuda"])
 
 # Of masks and SoftIoU against float64, and of gradients in the L2 norm (issue 4).

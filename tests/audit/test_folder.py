@@ -21,7 +21,7 @@ from biasmap_fast import cli
 from biasmap_fast.audit import AuditError, AuditPlan, draw, files, run_audit, validate, work
 from biasmap_fast.audit.records import part_path, write_part
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_plan(**changes):
