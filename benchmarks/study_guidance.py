@@ -151,7 +151,7 @@ def overlaps(maps: dict[str, Any], profession: str, prefix: str) -> dict[str, li
         for pair in plan_of(form).pairs(profession):
             a = maps[pair.semantic_prompt.name][profession]
             b = maps[pair.demographic_prompt.name][pair.demographic]
-            found[f"{prefix}_{form}_{pair.demographic}"] = bm.iou(a, b, percentile=70.0).tolist()
+            found[f"{prefix}_{form}_{pair.demographic}"] = bm.iou(a, b, fraction=0.3).tolist()
     return found
 
 
@@ -337,7 +337,7 @@ def corrected(iou: dict[str, Any]) -> dict[str, Any]:
         end: None if iou["change"][end] is None else slope * iou["change"][end]
         for end in ("value", "low", "high")
     }
-    values = {end: bm.corrected_iou(iou[end], fraction=fraction) for end in ("plain", "value")}
+    values = {end: bm.corrected(iou[end], bm.chance_iou(fraction)) for end in ("plain", "value")}
     return {**values, "change": change}
 
 

@@ -801,7 +801,7 @@ def _pair_rows(found: Any, percentile: float) -> list[dict[str, Any]]:
         {
             "a": a,
             "b": b,
-            "iou": float(iou(found[a], found[b], percentile=percentile)[0]),
+            "iou": float(iou(found[a], found[b], fraction=1 - percentile / 100)[0]),
             "chance": chance_iou(1 - percentile / 100),
         }
         for a, b in combinations(found.concepts, 2)

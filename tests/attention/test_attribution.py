@@ -540,9 +540,9 @@ class TestAttributionMaps:
             _ = maps.by_step
 
     def test_block_iou(self, maps):
-        found = bm.block_iou(maps, "doctor", "man", percentile=50.0)
+        found = bm.block_iou(maps, "doctor", "man", fraction=0.5)
         assert list(found) == ["up_blocks.0", "down_blocks.0"]
-        expected = bm.iou(maps["doctor"], maps["man"], percentile=50.0)  # parts are scaled copies
+        expected = bm.iou(maps["doctor"], maps["man"], fraction=0.5)  # parts are scaled copies
         assert all(torch.equal(values, expected) for values in found.values())
         with pytest.raises(KeyError, match="no concept 'nurse'"):
             bm.block_iou(maps, "doctor", "nurse")
