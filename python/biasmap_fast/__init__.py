@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .attribution import Recorder, attribute
     from .audit import AuditPlan, AuditResult, load_audit, run_audit
     from .concepts import AttributionPrompt
+    from .energy import Energy
     from .engines import export_unet, load_engine
     from .guidance import Guidance, guide
     from .ledger import LedgerRow
@@ -39,6 +40,7 @@ _EXPORTS = {
     "AttributionPrompt": "concepts",
     "AuditPlan": "audit",
     "AuditResult": "audit",
+    "Energy": "energy",
     "Guidance": "guidance",
     "LedgerRow": "ledger",
     "Recorder": "attribution",
@@ -68,6 +70,7 @@ __all__ = [
     "AttributionPrompt",
     "AuditPlan",
     "AuditResult",
+    "Energy",
     "Guidance",
     "LedgerRow",
     "Recorder",

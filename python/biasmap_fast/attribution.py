@@ -252,9 +252,7 @@ class Recorder:
                     branch=self._branch,
                     layers=self.layers,
                     by=wanted,
-                    parts={}
-                    if wanted == "total"
-                    else dict(zip(names, parts[:, row], strict=True)),
+                    parts={} if wanted == "total" else dict(zip(names, parts[:, row], strict=True)),
                     images=self._sums.images(group),
                 )
         return {self._prompts[index].name: maps[index] for index in sorted(maps)}

@@ -64,9 +64,10 @@ class AttributionCache:
     def device(self, pipe: Any) -> torch.device:
         """Where the pipeline's networks run, wherever their weights wait."""
         # diffusers looks at every module to answer, so it is asked once
-        return self._of_pipe(
+        device: torch.device = self._of_pipe(
             "device", lambda: getattr(pipe, "_execution_device", None) or pipe.unet.device
         )
+        return device
 
     def tokens(self, pipe: Any, prompt: AttributionPrompt) -> list[TokenizedPrompt]:
         """`tokenize_all` of a prompt."""

@@ -98,7 +98,9 @@ def cross_attention_layers(pipe: Any, selection: Sequence[str] | None) -> list[C
     """
     unet = getattr(pipe, "unet", None)
     if unet is None:
-        remedy = "; use probes for models with a transformer" if hasattr(pipe, "transformer") else ""
+        remedy = (
+            "; use probes for models with a transformer" if hasattr(pipe, "transformer") else ""
+        )
         raise TypeError(
             f"expected a diffusers pipeline with a UNet, got {type(pipe).__name__}{remedy}"
         )
