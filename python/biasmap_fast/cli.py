@@ -441,6 +441,7 @@ def generate(
     branch: Branch = None,
     layer: Layers = None,
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("generated"),
+    overwrite: Annotated[bool, typer.Option(help="Replace files of an earlier run.")] = False,
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -458,25 +459,27 @@ def generate(
     """
     with _clear_errors(verbose):
         from .concepts import AttributionPrompt
+        from .energy import Energy
+        from .generate import check_free, write_generated
         from .generate import generate as draw
-        from .generate import write_generated
 
         name = model or "testbed"
         cfg = (1.0 if name == "testbed" else 7.5) if guidance_scale is None else guidance_scale
         text = attribution_prompt or prompt
-        energy = {
-            "scale": scale,
-            "inner_steps": inner_steps,
-            "start": start,
-            "stop": stop,
-            "layers": layer,
-        }
+        energy = Energy(
+            pairs=None if pair is None else [_pair(names) for names in pair],
+            scale=scale,
+            inner_steps=inner_steps,
+            start=start,
+            stop=stop,
+            layers=layer,
+        )
+        check_free(out, overwrite=overwrite)
         drawn = draw(
             _load(name, revision, device, dtype),
             prompt,
             AttributionPrompt(text, tuple(concept)),
             seeds=_seeds(seeds),
-            pairs=None if pair is None else [_pair(each) for each in pair],
             energy=energy,
             branch=_branch(branch),
             batch_size=batch_size,
@@ -493,9 +496,10 @@ def generate(
             "steps": steps or 25,
             "guidance_scale": cfg,
             "branch": _branch(branch),
-            "energy": energy,
+            "energy": energy.model_dump(mode="json"),
         }
-        written = [str(path) for path in write_generated(drawn, out, settings)]
+        paths = write_generated(drawn, out, settings, overwrite=overwrite)
+        written = [str(path) for path in paths]
         rows = drawn.overlaps()
         if as_json:
             typer.echo(json.dumps({"files": written, "overlaps": rows}, indent=1))
@@ -801,7 +805,7 @@ def _pair_rows(found: Any, percentile: float) -> list[dict[str, Any]]:
         {
             "a": a,
             "b": b,
-            "iou": float(iou(found[a], found[b], percentile=percentile)[0]),
+            "iou": float(iou(found[a], found[b], fraction=1 - percentile / 100)[0]),
             "chance": chance_iou(1 - percentile / 100),
         }
         for a, b in combinations(found.concepts, 2)

@@ -26,7 +26,7 @@ _PACKAGES = (
     "tensorrt",
 )
 _EXTRAS = {
-    "audit": ("filelock", "jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy"),
+    "audit": ("filelock", "jinja2", "matplotlib", "pyarrow", "yaml", "scipy"),
     "cluster": ("ray",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "tensorrt": ("tensorrt",),

@@ -243,7 +243,7 @@ def paper_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         >>> float(paper_iou(a, a))
         1.0
     """
-    return iou(_resized(a), _resized(b), percentile=PAPER.percentile)
+    return iou(_resized(a), _resized(b), fraction=PAPER.fraction)
 
 
 def _resized(maps: torch.Tensor) -> torch.Tensor:

@@ -203,7 +203,7 @@ def test_generate_draws_before_and_after(invoke, tmp_path):
     assert found["energy"]["scale"] == 30.0
     for when in ("before", "after"):
         maps = biasmap_fast.AttributionMaps.load(tmp_path / "g" / f"maps-{when}.safetensors")
-        iou = biasmap_fast.iou(maps["doctor"], maps["man"], percentile=70.0)
+        iou = biasmap_fast.iou(maps["doctor"], maps["man"], fraction=0.3)
         assert [row[f"iou_{when}"] for row in found["overlaps"]] == pytest.approx(iou.tolist())
     again = invoke(*args, "--scale", "0", "--pair", "doctor,man", "--json")
     for row in json.loads(again.stdout)["overlaps"]:

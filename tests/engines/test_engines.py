@@ -215,13 +215,13 @@ def test_sdxl(sdxl_pipe, tmp_path):
     folder = tmp_path / "sdxl"
     with bm.attribute(sdxl_pipe, [DOCTOR, WOMAN], by="block") as recorder:
         pictures = torch.as_tensor(draw(sdxl_pipe, num_inference_steps=1))
-    expected = recorder.maps()
+    expected = recorder.maps_by_prompt()
     bm.export_unet(sdxl_pipe, folder, shapes=SHAPES)
     sdxl_pipe.unet = bm.load_engine(folder, unet=sdxl_pipe.unet)
     with bm.attribute(sdxl_pipe, [DOCTOR, WOMAN], by="block") as recorder:
         # One step: in this random model, from sigma 14, rounding errors grow with every step.
         assert_near(torch.as_tensor(draw(sdxl_pipe, num_inference_steps=1)), pictures, 1e-2)
-    for name, maps in recorder.maps().items():
+    for name, maps in recorder.maps_by_prompt().items():
         assert_near(maps.values, expected[name].values)
     names = ("batch", "height", "width", "tokens", "prompts", "attribution_tokens", "concepts")
     grid = [
@@ -244,12 +244,12 @@ def test_sdxl(sdxl_pipe, tmp_path):
 def test_probabilities(small_pipe, tmp_path):
     with bm.attribute(small_pipe, [DOCTOR, WOMAN], by="layer") as recorder:
         draw(small_pipe)
-    expected = recorder.maps()
+    expected = recorder.maps_by_prompt()
     bm.export_unet(small_pipe, tmp_path / "p", shapes=FIXED, maps="probabilities")
     small_pipe.unet = bm.load_engine(tmp_path / "p")
     with bm.attribute(small_pipe, [DOCTOR, WOMAN], by="layer") as recorder:
         draw(small_pipe)
-    for name, maps in recorder.maps().items():
+    for name, maps in recorder.maps_by_prompt().items():
         assert list(maps.by_layer) == list(expected[name].by_layer)
         for layer, values in maps.by_layer.items():
             assert_near(values, expected[name].by_layer[layer])
@@ -303,7 +303,7 @@ class TestGradient:
         """The whole of guidance, over steps, with one prompt and with one an image."""
 
         def guided():
-            with bm.guide(small_pipe, prompts, scale=1.0) as guidance:
+            with bm.guide(small_pipe, prompts, bm.Energy(scale=1.0)) as guidance:
                 pictures = draw(small_pipe)
             return torch.as_tensor(pictures), guidance.ledger
 
@@ -350,7 +350,7 @@ class TestGradient:
     def test_measuring_and_recording_while_guiding(self, gradient_folder, small_pipe):
         def both(scale):
             with (
-                bm.guide(small_pipe, DOCTOR, scale=scale) as guidance,
+                bm.guide(small_pipe, DOCTOR, bm.Energy(scale=scale)) as guidance,
                 bm.attribute(small_pipe, WOMAN, by="block") as recorder,
             ):
                 draw(small_pipe)
@@ -375,15 +375,15 @@ class TestGradient:
             draw(small_pipe, width=48)
         with (
             pytest.raises(errors.EngineError, match="fraction 0.2.*there are: 16 x 16 with frac"),
-            bm.guide(small_pipe, DOCTOR, fraction=0.2),
+            bm.guide(small_pipe, DOCTOR, bm.Energy(fraction=0.2)),
         ):
             draw(small_pipe)
         with pytest.raises(ValueError, match="accumulate=True needs the torch UNet"):
-            bm.guide(small_pipe, DOCTOR, accumulate=True)
+            bm.guide(small_pipe, DOCTOR, bm.Energy(accumulate=True))
         with pytest.raises(ValueError, match="containment= needs the torch UNet"):
-            bm.guide(small_pipe, DOCTOR, containment=(0.05, 0.1))
+            bm.guide(small_pipe, DOCTOR, bm.Energy(containment=(0.05, 0.1)))
         with pytest.raises(ValueError, match="layers of an engine's energy are fixed"):
-            bm.guide(small_pipe, DOCTOR, layers=("up_blocks",))
+            bm.guide(small_pipe, DOCTOR, bm.Energy(layers=("up_blocks",)))
         engine, masks = small_pipe.unet, {"fraction": 0.3, "temperature": 0.01}
         tokens = {prompt: tokenize(prompt, small_pipe.tokenizer) for prompt in (DOCTOR, WOMAN)}
         engine.check_gradient((16, 16), [tokens[DOCTOR]], **masks)

@@ -75,12 +75,8 @@ class Swept:
         if by == "branch":
             if self.branch is None:
                 raise ValueError("the other branch was not recorded")
-            found = self.branch.maps()
-        else:
-            found = self.main.maps(by)
-        if not isinstance(found, dict):
-            raise TypeError(f"expected maps by prompt name, got {type(found).__name__}")
-        return found
+            return self.branch.maps_by_prompt()
+        return self.main.maps_by_prompt(by)
 
 
 def control_pairs(plan: AuditPlan, profession: str) -> list[Control]:

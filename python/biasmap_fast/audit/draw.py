@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..attribution import AttributionCache, attribute, placement_of, tokens_of
+from ..attribution import AttributionCache, attribute
 from ..guidance import Guidance, guide
-from ..unet import engine_of
+from ..sources import engine_of
 from .controls import Swept, sweeping
 from .plan import GUIDED, Unit
 
@@ -91,9 +91,7 @@ def draw(
             width=plan.width,
             output_type="np" if everyone else "latent",
         )
-    maps = recorder.maps()
-    if not isinstance(maps, dict):
-        raise TypeError(f"expected maps by prompt name, got {type(maps).__name__}")
+    maps = recorder.maps_by_prompt()
     blocked = getattr(output, "nsfw_content_detected", None) or [False] * len(units)
     arrays, size, faults = (
         _all_decoded(output.images) if everyone else _some_decoded(pipe, output.images, wanted)
@@ -153,7 +151,7 @@ def check_drawable(pipe: Any, plan: AuditPlan, condition: str) -> None:
     for unit in units:
         engine.check_gradient(
             (height, width),
-            [tokens_of(None, prompt, pipe)[0] for prompt in plan.prompts(unit.profession)],
+            [cache.attribution.tokens(pipe, prompt)[0] for prompt in plan.prompts(unit.profession)],
             fraction=plan.energy.fraction,
             temperature=plan.energy.temperature,
         )
@@ -221,7 +219,7 @@ def _words(pipe: Any, plan: AuditPlan, units: Sequence[Unit], cache: Cache) -> d
         return words
     for text in texts:
         if text not in cache.embeddings:
-            device = placement_of(cache.attribution, pipe).device
+            device = cache.attribution.device(pipe)
             cache.embeddings[text] = _embedded(pipe, plan, text, device)
     found = [cache.embeddings[text] for text in texts]
     return {name: torch.cat([each[name] for each in found]) for name in found[0]}
@@ -254,12 +252,17 @@ def _guidance(pipe: Any, plan: AuditPlan, units: Sequence[Unit], cache: Cache) -
     return guide(
         pipe,
         [plan.prompts(unit.profession) for unit in units],
-        pairs=[
-            [(unit.profession, pair.demographic) for pair in plan.pairs(unit.profession)]
-            for unit in units
-        ],
+        plan.energy.model_copy(
+            update={
+                "pairs": tuple(
+                    tuple(
+                        (unit.profession, pair.demographic) for pair in plan.pairs(unit.profession)
+                    )
+                    for unit in units
+                )
+            }
+        ),
         branch=plan.branch,
         strict=False,  # a picture that was hardly guided becomes a row that says so
         cache=cache.attribution,
-        **plan.energy.model_dump(),
     )

@@ -30,7 +30,7 @@ def hard_iou(
 ) -> tuple[list[float], list[bool]]:
     """IoU of R map pairs ``[R, H, W]``, and whether both masks are empty."""
     maps = _evaluated(plan, torch.stack((a, b), dim=1))  # [R, 2, H', W']
-    found, empty = overlap.iou_of_pairs(maps.flatten(2), percentile=percentile)  # [R], [R]
+    found, empty = overlap.iou_and_empty(maps.flatten(2), 1 - percentile / 100)  # [R], [R]
     return found.tolist(), empty.tolist()
 
 

@@ -409,7 +409,7 @@ def _overlaps(
             by_block[row][name] = None if no_union else value
     return {
         "iou": found,
-        "corrected": [overlap.corrected_iou(x, fraction=fraction) for x in found],
+        "corrected": [overlap.corrected(x, overlap.chance_iou(fraction)) for x in found],
         "soft_iou": soft.tolist(),
         "empty_union": empty,
         "block_iou": [list(row.items()) for row in by_block],

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .. import presets
 from ..concepts import AttributionPrompt
+from ..energy import Energy
 from ..pipelines import TESTBED
 from .conditions import parse
 
@@ -71,27 +72,6 @@ class Unit:
     profession: str
     seed: int
     condition: str = PLAIN
-
-
-class Energy(BaseModel):
-    """The energy of the condition ``"guided"``; every field as in `biasmap_fast.guide`.
-
-    Its pairs are those that the audit measures, its branch is the plan's.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    scale: float = Field(100.0, allow_inf_nan=False)
-    fraction: float = Field(0.3, gt=0, lt=1)
-    temperature: float = Field(0.01, ge=1e-6, allow_inf_nan=False)
-    clip: float | Literal["skip"] | None = 1.0
-    start: float = Field(0.0, ge=0, lt=1)
-    stop: float = Field(1.0, gt=0, le=1)
-    every: int = Field(1, ge=1)
-    inner_steps: int = Field(1, ge=1)
-    accumulate: bool = False
-    layers: tuple[str, ...] | None = None
-    containment: tuple[float, float] | None = None
 
 
 class Containment(BaseModel):
@@ -419,6 +399,8 @@ class AuditPlan(BaseModel):
                 "the condition 'guided' cannot be drawn with `compile`: the gradient of a UNet "
                 "that torch 2.13's inductor compiled was wrong on the CPU (docs/guidance.md)"
             )
+        if self.energy is not None and self.energy.pairs is not None:
+            raise ValueError("`energy.pairs` are those that the audit measures: leave them out")
         if self.energy is not None and GUIDED not in self.conditions:
             raise ValueError(
                 f"`energy` belongs to the condition 'guided', got conditions {self.conditions}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..overlap import chance_iou, corrected_iou
+from ..overlap import chance_iou, corrected
 from .files import sha256
 from .folder import plan_hash, read_plan
 from .records import OK, SIDES, RecordError, part_path, read_records, read_side
@@ -155,9 +155,9 @@ def _figures(row: Mapping[str, Any]) -> Iterator[str]:
     for name in numbers[:1] + numbers[3:]:
         if not 0 <= row[name] <= 1 + _TOLERANCE:
             yield f"{name} is {row[name]!r}, not between 0 and 1"
-    corrected = float(corrected_iou(row["iou"], fraction=fraction))
-    if not math.isclose(row["corrected"], corrected, abs_tol=_TOLERANCE):
-        yield f"corrected is {row['corrected']!r}, of this iou it is {corrected!r}"
+    expected = float(corrected(row["iou"], chance_iou(fraction)))
+    if not math.isclose(row["corrected"], expected, abs_tol=_TOLERANCE):
+        yield f"corrected is {row['corrected']!r}, of this iou it is {expected!r}"
 
 
 def _different(stated: Any, computed: Any, where: str) -> Iterator[str]:

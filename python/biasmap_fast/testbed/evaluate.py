@@ -186,7 +186,7 @@ def _drawn_and_maps(
                 seed=seed + 1000 * index,
                 steps=steps,
             )
-        result = recorder.maps()
+        result = recorder.maps_by_prompt()
         readings = classifier(images)
         right = [r.profession == noun for r in readings]
         accuracy[noun] = float(np.mean(right))
