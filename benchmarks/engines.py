@@ -24,9 +24,10 @@ import biasmap_fast as bm
 from biasmap_fast.attribution import AttributionCache, attribution_states
 from biasmap_fast.concepts import tokenize_all
 from biasmap_fast.engines.onnx import relative
-from guidance import build, flops
-from harness import Entry, Group
-from settings import Settings
+
+from .guidance import build, flops
+from .harness import Entry, Group
+from .settings import Settings
 
 logger = logging.getLogger(__name__)
 PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
