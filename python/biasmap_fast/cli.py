@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -600,34 +599,6 @@ def export(
             typer.echo(f"{name}: {value}")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(
-    context: typer.Context,
-    checkout: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkout of this package's repository. [default: where an editable install comes "
-            "from, or the working directory]"
-        ),
-    ] = None,
-) -> None:
-    """Measure speed and memory against what one would run otherwise, and compare with stored runs.
-
-    Runs benchmarks/run.py of a checkout, as neither the benchmarks nor their results are part of an
-    installed wheel. All other arguments are handed to it: --set cpu|gpu, --part PART, --ovam DIR
-    and --daam DIR (peers, unmodified), --quick, --against FILE|none, --budget SECONDS, --out DIR,
-    --json. `biasmap bench -- --help` explains them.
-
-    Exit status 1 if a row failed or is worse than in the device's newest stored run: its time over
-    that of its group's first row by more than 5 % (15 % of fewer than five rounds) and beyond the
-    quartiles of both, or its memory.
-
-    Example: biasmap bench --quick --part overlap
-    """
-    with _clear_errors(False, "nothing was written"):
-        raise typer.Exit(subprocess.call([sys.executable, _benchmarks(checkout), *context.args]))
-
-
 @app.command()
 def env(as_json: Json = False) -> None:
     """Print versions, devices and what was compiled: put this into a bug report."""
@@ -654,19 +625,6 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
     app()
-
-
-def _benchmarks(checkout: Path | None) -> Path:
-    """The script in ``checkout``, or in one that is found."""
-    beside = Path(__file__).resolve().parents[2]  # of an editable install
-    places = [beside, Path.cwd()] if checkout is None else [checkout]
-    for place in places:
-        if (place / "benchmarks/run.py").is_file() and (place / "csrc").is_dir():
-            return place / "benchmarks/run.py"
-    raise ValueError(
-        f"the benchmarks are in the repository, not in the installed package, and not in "
-        f"{' or '.join(map(str, places))}: clone it and give --checkout DIR"
-    )
 
 
 def _seeds(text: str) -> list[int]:

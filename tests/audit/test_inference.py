@@ -1,6 +1,6 @@
 """Tests, corrections and nulls: against scipy and formulas, and against their own promise.
 
-The calibrations here are short; `benchmarks/calibration.py` repeats them at length.
+The calibrations here are short; `studies/calibration.py` repeats them at length.
 """
 
 from __future__ import annotations

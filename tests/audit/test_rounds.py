@@ -269,7 +269,7 @@ def test_values_that_do_not_vary_have_an_interval():
 )
 @pytest.mark.parametrize("precision", [0.03, 0.05])
 def test_the_rule_covers(name, draw, truth, precision):
-    """At length: benchmarks/study_precision.py."""
+    """At length: studies/precision.py."""
     ends = np.array(list(boundaries(math.ceil(1 / precision), 400)))
     x = draw(np.random.default_rng(5), (1500, 400))
     hits = 0

@@ -270,7 +270,7 @@ def test_bad_seeds(text):
 
 def test_help_names_every_command_and_default():
     text = CliRunner().invoke(app, ["--help"]).stdout
-    for command in ("audit", "maps", "generate", "report", "bench", "env"):
+    for command in ("audit", "maps", "generate", "report", "env"):
         assert command in text
     text = CliRunner().invoke(app, ["audit", "--help"], env={"COLUMNS": "200"}).stdout
     for flag in ("--model", "--professions", "--axis", "--seeds", "--percentile", "--config"):

@@ -1,6 +1,6 @@
 """Kills an audit again and again with SIGKILL, restarts it each time, and compares the end.
 
-    python benchmarks/kills.py [--kills N] [--professions N] [--seeds N] [--steps N]
+    python -m studies.kills [--kills N] [--professions N] [--seeds N] [--steps N]
 
 An audit of the embedded model under two conditions runs undisturbed once. The same audit is then
 begun in a process of its own, killed at a random moment, begun again in the same folder, and so on;
@@ -32,7 +32,8 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast.audit.run import validate
-from harness import save
+
+from .common import RESULTS, write
 
 # What of a run folder may differ: when it was begun, and what is on the disk only while it runs.
 # The report quotes the former; `validate` has no difference to find in it.
@@ -157,14 +158,14 @@ def killed_run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--professions", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--random", type=int, default=0, help="seed of the moments")
-    parser.add_argument("--out", type=Path, help="folder of results; default none is written")
+    parser.add_argument("--save", action="store_true", help="write studies/results/kills.json")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads of OpenMP must not be forked
     plan, pipe = make_plan(options), bm.testbed.pipeline()
@@ -198,9 +199,8 @@ def main() -> None:
             "states": dict(Counter(entry["state"] for entry in log)),
             "kills": log,
         }
-    if options.out is not None:
-        path = save([], options.out, 1, "audit-kills")
-        path.write_text(json.dumps({**json.loads(path.read_text()), **table}, indent=1) + "\n")
+    if options.save:
+        write(RESULTS / "kills.json", 2, table)
     print(json.dumps({name: each for name, each in table.items() if name != "kills"}, indent=1))
     sys.exit(bool(different))
 

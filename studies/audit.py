@@ -1,8 +1,8 @@
 """Study: what an audit says where the truth is known, on the embedded model and its world.
 
-    python benchmarks/study_audit.py        # about an hour on one core; goes on if stopped
+    python -m studies.audit        # about an hour on one core; goes on if stopped
 
-Five questions, one answer each in benchmarks/results/studies/audit.json:
+Five questions, one answer each in studies/results/audit.json:
 
 * *coverage*: do the shares' Wilson intervals hold the planted shares at guidance 1 as often as they
   claim? (Blocks of 20 pictures; the model itself misses the planted shares a little, see "drawn".)
@@ -23,10 +23,8 @@ for every profession, and the intervals are not independent trials.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,58 +33,43 @@ import torch
 from PIL.Image import Image
 from scipy import stats
 
-import biasmap_fast as bm
 from biasmap_fast import testbed
 from biasmap_fast.audit import AuditPlan, AuditResult, Reading, run_audit
-from biasmap_fast.audit.controls import NEGATIVE
 from biasmap_fast.audit.inference import crossed_sign_flip_test, share_difference, sign_flip_test
 from biasmap_fast.audit.measure import reader_for_testbed
 from biasmap_fast.audit.nulls import matrix_of
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
 from biasmap_fast.testbed.classify import Classifier
-from biasmap_fast.testbed.evaluate import share_test
-from biasmap_fast.testbed.stages import TrainSettings
-from biasmap_fast.testbed.train import train, weight_hashes
-from harness import write
+from training.evaluate import share_test
+from training.population import random_person
+from training.stages import TrainSettings
+from training.train import train, weight_hashes
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/studies/audit.json"
-WORD = "woman"
+from .common import (
+    WORD,
+    Labels,
+    above_chance,
+    labels_of,
+    options,
+    plan_of,
+    professions_right,
+    values_of,
+    write,
+)
+
 BLOCK = 20
 STRIDE = 10_000  # between the first seeds of two professions
-Labels = dict[str, dict[int, bool]]  # profession -> seed -> read as WORD
-
-
-# what a question about shares and main figures does not need
-LEAN = {"curve": False, "sweeps": [], "save_pictures": "none", "save_maps": "none"}
-
-
-def audit(folder: Path, seeds: int, guidance_scale: float) -> AuditResult:
-    """One audit of the embedded model; what a killed run measured is kept."""
-    plan = AuditPlan.model_validate(
-        {**LEAN, "seeds": range(seeds), "guidance_scale": guidance_scale, "controls": None}
-    )
-    return run_audit(plan, folder / f"guidance-{guidance_scale:g}")
 
 
 def own_seeds(plan: AuditPlan, folder: Path, seeds: int) -> Labels:
     """What audits read, one of each profession of a plan, whose seeds no other one has."""
     labels: Labels = {}
-    for place, profession in enumerate(plan.professions, start=1):
-        first = STRIDE * place
+    for number, profession in enumerate(plan.professions, start=1):
+        first = STRIDE * number
         one = {"professions": [profession], "seeds": range(first, first + seeds)}
-        own = AuditPlan.model_validate({**plan.model_dump(), **LEAN, "controls": None, **one})
-        labels |= labels_of(run_audit(own, folder / profession, progress=False))
+        alone = plan_of(**{**plan.model_dump(), "controls": None, **one})
+        labels |= labels_of(run_audit(alone, folder / profession, progress=False))
     return labels
-
-
-def labels_of(result: AuditResult) -> Labels:
-    """What the classifier read, of the pictures that it could read."""
-    found: Labels = {profession: {} for profession in result.plan.professions}
-    for row in result.records.to_pylist():
-        if row["demographic"] == WORD and row["attribute_label"] is not None:
-            found[row["semantic"]][row["seed"]] = row["attribute_label"] == WORD
-    return found
 
 
 def rate(hits: list[bool]) -> dict[str, Any]:
@@ -186,10 +169,10 @@ def amplification(plain: Labels, guided: Labels, shares: dict[str, float]) -> di
 
 def no_effect(result: AuditResult, labels: Labels, splits: int) -> dict[str, Any]:
     """Random halves of the seeds, paired, as if they were two conditions."""
-    iou: dict[tuple[str, str], dict[int, float]] = {}
-    for row in result.records.to_pylist():
-        if row["status"] == "ok":
-            iou.setdefault((row["semantic"], row["demographic"]), {})[row["seed"]] = row["iou"]
+    iou = {
+        pair: {seed: one for seed, (_, one) in pictures.items()}
+        for pair, pictures in values_of(result).items()
+    }
     seeds = np.array(result.plan.seeds)
     tests, t_intervals, share_intervals, overall = [], [], [], []
     for split in range(splits):
@@ -250,29 +233,25 @@ def unbiased_plan(folder: Path, seeds: int) -> AuditPlan:
     if not (model / "training.json").is_file():
         train(UNBIASED, model)
     known = AuditPlan.model_validate({})  # words that a model of the embedded kind knows
-    return AuditPlan.model_validate(
-        {
-            **LEAN,
-            "model": str(model),
-            "professions": known.professions,
-            "axes": known.axes,
-            "controls": known.controls,
-            "classifier": f"{Path(__file__).resolve()}:read_unbiased",
-            "seeds": range(seeds),
-            "guidance_scale": 1.0,
-        }
+    return plan_of(
+        model=str(model),
+        professions=known.professions,
+        axes=known.axes,
+        controls=known.controls,
+        classifier="studies.audit:read_unbiased",
+        seeds=range(seeds),
+        guidance_scale=1.0,
     )
 
 
 def no_bias_trained(result: AuditResult, labels: Labels) -> dict[str, Any]:
-    summary = result.summary
     shares = dict.fromkeys(labels, 0.5)
     together = labels_of(result)
     words = np.array([list(own.values()) for own in together.values()], dtype=np.float64)
     return {
         "seeds": len(result.plan.seeds),
         "weights": weight_hashes(Path(result.plan.model)),
-        "professions right": summary["outputs"][0]["semantic_right"],
+        "professions right": professions_right(result),
         "shares": {
             "nominal": 0.05,
             "block": BLOCK,
@@ -282,39 +261,9 @@ def no_bias_trained(result: AuditResult, labels: Labels) -> dict[str, Any]:
         },
         # of the audit, where all professions have the same seeds
         "seeds on which all professions agree": int((np.ptp(words, axis=0) == 0).sum()),
-        "containment": _above(summary["containment"], "containment"),
-        "iou": _above(summary, "iou"),
+        "containment": above_chance(result, "containment"),
+        "iou": above_chance(result, "iou"),
     }
-
-
-def _above(figures: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
-    """How many professions a measure puts above chance, and above every control too."""
-    found = []
-    for row in figures["overall"]:
-        word, chance = row["demographic"], row["chance"]
-        (counts,) = [each for each in figures["comparisons"] if each["demographic"] == word]
-        (controls,) = [each for each in figures["controls"] if each["demographic"] == word]
-        against = {each["semantic"]: each for each in controls["professions"]}
-        professions = [each for each in figures["professions"] if each["demographic"] == word]
-        beyond = [
-            (each[measure]["low"] or 0.0) > chance
-            and all(
-                (against[each["semantic"]][kind]["difference"]["low"] or 0.0) > 0.0
-                for kind in NEGATIVE
-            )
-            for each in professions
-        ]
-        names = ("professions", "above", "below", "above_holm", "below_holm")
-        found.append(
-            {
-                "word": word,
-                "mean over professions": row[measure],
-                "chance": chance,
-                **{name: counts[name] for name in names},
-                "above chance and every control": sum(beyond),
-            }
-        )
-    return found
 
 
 def no_bias(repeats: int) -> dict[str, Any]:
@@ -325,7 +274,7 @@ def no_bias(repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         for profession in testbed.PROFESSIONS:
             words = [testbed.AXES["gender"][int(rng.random() < 0.5)] for _ in range(BLOCK)]
-            pictures = [world.render(world.person(rng, profession, word)) for word in words]
+            pictures = [world.render(random_person(world, rng, profession, word)) for word in words]
             read = [one.demographic == WORD for one in testbed.classify(np.stack(pictures))]
             figure = share_interval(sum(read), len(read))
             if figure.low is not None and figure.high is not None:
@@ -335,38 +284,32 @@ def no_bias(repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/study-audit")
-    parser.add_argument("--seeds", type=int, default=40)
-    parser.add_argument("--own-seeds", type=int, default=200)
-    parser.add_argument("--splits", type=int, default=25)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    given = options(__doc__, "audit", seeds=40, own_seeds=200, splits=25, repeats=5)
     torch.set_num_threads(1)
-    results = {scale: audit(options.runs, options.seeds, scale) for scale in (1.0, 3.0)}
+    results = {
+        scale: run_audit(
+            plan_of(seeds=range(given.seeds), guidance_scale=scale),
+            given.runs / f"guidance-{scale:g}",
+        )
+        for scale in (1.0, 3.0)
+    }
     labels = {scale: labels_of(result) for scale, result in results.items()}
     shares = {row.profession: row.shares[WORD] for row in testbed.truth()}
-    plain = results[1.0].plan
-    own = own_seeds(plain, options.runs / "own-seeds", options.own_seeds)
-    unbiased = unbiased_plan(options.runs, options.seeds)
-    own_unbiased = own_seeds(unbiased, options.runs / "no-bias-own-seeds", options.own_seeds)
+    own = own_seeds(results[1.0].plan, given.runs / "own-seeds", given.own_seeds)
+    unbiased = unbiased_plan(given.runs, given.seeds)
+    own_unbiased = own_seeds(unbiased, given.runs / "no-bias-own-seeds", given.own_seeds)
     record = {
-        "schema": 2,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"torch": torch.__version__, "biasmap_fast": bm.__version__},
-        "weights": weight_hashes(testbed.WEIGHTS),
-        "seeds": options.seeds,
-        "own_seeds": options.own_seeds,
+        "seeds": given.seeds,
+        "own_seeds": given.own_seeds,
         "coverage": coverage(own, shares),
         "amplification": amplification(labels[1.0], labels[3.0], shares),
-        "no effect": no_effect(results[1.0], labels[1.0], options.splits),
-        "no bias, rendered": no_bias(options.repeats),
+        "no effect": no_effect(results[1.0], labels[1.0], given.splits),
+        "no bias, rendered": no_bias(given.repeats),
         "no bias, trained": no_bias_trained(
-            run_audit(unbiased, options.runs / "no-bias"), own_unbiased
+            run_audit(unbiased, given.runs / "no-bias"), own_unbiased
         ),
     }
-    print(write(record, options.out, nan=False).read_text())
+    write(given.out, 2, record)
 
 
 if __name__ == "__main__":

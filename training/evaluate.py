@@ -1,4 +1,4 @@
-"""Measures a trained testbed model: `python -m biasmap_fast.testbed.evaluate DIR`.
+"""Measures a trained testbed model: `python -m training.evaluate DIR`.
 
 What is measured, on pictures that the model draws and the palette classifier reads: whether the
 asked profession is drawn, whether the planted shares come back, whether word maps lie on the
@@ -10,22 +10,23 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from tqdm import tqdm
 
-from .classify import Classifier
-from .world import World, WorldConfig, article
+from biasmap_fast import testbed
+from biasmap_fast.attribution import attribute
+from biasmap_fast.concepts import AttributionPrompt
+from biasmap_fast.testbed import PLAUSIBLE, Reading, World
+from biasmap_fast.testbed.classify import Classifier
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .classify import Reading
-    from .config import Mask
+from .population import face_prompt, population, world_of
+from .stages import render_all, to_model
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 20
@@ -45,17 +46,14 @@ def evaluate(
     Args:
         pipe: The `StableDiffusionPipeline`.
         world: The world that it was trained on.
-        pictures: Pictures a profession at guidance 3 (accuracy and maps).
-        share_pictures: Pictures a profession at guidance 1 (shares).
+        pictures: Pictures per profession at guidance 3 (accuracy and maps).
+        share_pictures: Pictures per profession at guidance 1 (shares).
         steps: Denoising steps.
         seed: Seed of the first picture; every picture has its own generator.
 
     Returns:
         Figures by name, ready for JSON: "autoencoder", "drawn" (guidance 3), "named" (guidance 3,
         demographic in the prompt), "shares" (guidance 1), "maps".
-
-    Raises:
-        ValueError: If a number of pictures is below 1.
     """
     for name, number in (("pictures", pictures), ("share_pictures", share_pictures)):
         if number < 1:
@@ -76,19 +74,7 @@ def evaluate(
 def draw(
     pipe: Any, prompt: str, count: int, *, guidance: float, seed: int, steps: int = 25
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Draws pictures of one prompt, each with its own CPU generator.
-
-    Args:
-        pipe: The pipeline.
-        prompt: The prompt.
-        count: How many.
-        guidance: Scale of the classifier-free guidance; 1 switches it off.
-        seed: Seed of the first picture, the next one's is one higher.
-        steps: Denoising steps.
-
-    Returns:
-        [count, 64, 64, 3] float32 in 0..1.
-    """
+    """Pictures [count, 64, 64, 3] in 0..1, the first of `seed`, the next of `seed + 1`."""
     parts = []
     for first in range(0, count, _BATCH):
         number = min(_BATCH, count - first)
@@ -105,19 +91,12 @@ def draw(
     return np.concatenate(parts)
 
 
-def pixel_auc(values: np.ndarray[Any, np.dtype[np.float32]], region: Mask) -> float:
+def pixel_auc(
+    values: np.ndarray[Any, np.dtype[np.float32]], region: np.ndarray[Any, np.dtype[np.bool_]]
+) -> float:
     """Probability that a pixel of the region has a higher value than one outside it.
 
-    Args:
-        values: [H, W] map.
-        region: [H, W] bool.
-
-    Returns:
-        Area under the ROC curve, ties counted half; nan if the region is empty or everything.
-
-    Example:
-        >>> pixel_auc(np.array([[0.0, 1.0]], np.float32), np.array([[False, True]]))
-        1.0
+    Area under the ROC curve, ties counted half; nan if the region is empty or everything.
     """
     inside = int(region.sum())
     outside = region.size - inside
@@ -130,16 +109,9 @@ def pixel_auc(values: np.ndarray[Any, np.dtype[np.float32]], region: Mask) -> fl
 
 
 def share_test(women: Sequence[int], totals: Sequence[int], shares: Sequence[float]) -> float:
-    """Tests drawn shares against planted ones.
+    """Tests drawn shares (women among all readable pictures, by profession) against planted ones.
 
-    Args:
-        women: Pictures of the second demographic, a profession each.
-        totals: Readable pictures, a profession each.
-        shares: Planted shares.
-
-    Returns:
-        p of the chi-square statistic with one degree of freedom a profession that has readable
-        pictures.
+    p of the chi-square statistic, one degree of freedom per profession with readable pictures.
     """
     k, n, p = (np.asarray(v, np.float64) for v in (women, totals, shares))
     used = n > 0
@@ -149,9 +121,8 @@ def share_test(women: Sequence[int], totals: Sequence[int], shares: Sequence[flo
 
 
 def _autoencoder(pipe: Any, world: World, classifier: Classifier, seed: int) -> dict[str, float]:
-    persons = world.population(220, seed)
-    rendered = np.stack([world.render(person) for person in persons])
-    x = torch.from_numpy(rendered).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+    persons = population(world, 220, seed)
+    x = to_model(render_all(world, persons))
     with torch.inference_mode():
         decoded = pipe.vae.decoder(pipe.vae.encoder(x.to(pipe.vae.dtype))).float().cpu()
     error = float((decoded.clamp(-1, 1) - x).square().mean())
@@ -169,8 +140,6 @@ def _autoencoder(pipe: Any, world: World, classifier: Classifier, seed: int) -> 
 def _drawn_and_maps(
     pipe: Any, world: World, classifier: Classifier, count: int, seed: int, steps: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    from ..attribution import attribute
-
     accuracy: dict[str, float] = {}
     second: dict[str, float] = {}
     plausibility: list[float] = []
@@ -180,7 +149,7 @@ def _drawn_and_maps(
         with attribute(pipe, prompts, size=64) as recorder:
             images = draw(
                 pipe,
-                f"a photo of the face of {article(noun)} {noun}",
+                face_prompt(noun),
                 count,
                 guidance=3.0,
                 seed=seed + 1000 * index,
@@ -228,9 +197,7 @@ def _summary(values: list[tuple[float, bool]]) -> dict[str, float | None]:
 
 def _attribution_prompts(world: World, noun: str) -> list[Any]:
     """Joint prompts (profession and demographic) and one prompt per concept."""
-    from ..concepts import AttributionPrompt
-
-    opening = f"a photo of the face of {article(noun)} {noun}"
+    opening = face_prompt(noun)
     prompts = [AttributionPrompt(opening, (noun,), name="single:noun")]
     for word in world.words:
         joint = f"{opening} and {word}"
@@ -245,10 +212,8 @@ def _named(
     profession, demographic = [], []
     for index, noun in enumerate(tqdm(world.markers, desc="named", unit="profession")):
         for word in world.words:
-            prompt = f"a photo of the face of {article(noun)} {noun} and {word}"
-            images = draw(
-                pipe, prompt, count, guidance=3.0, seed=seed + 500_000 + 1000 * index, steps=steps
-            )
+            prompt, first = f"{face_prompt(noun)} and {word}", seed + 500_000 + 1000 * index
+            images = draw(pipe, prompt, count, guidance=3.0, seed=first, steps=steps)
             readings = classifier(images)
             profession += [r.profession == noun for r in readings]
             demographic += [r.demographic == word for r in readings]
@@ -264,10 +229,8 @@ def _shares(
 ) -> dict[str, Any]:
     women, totals = [], []
     for index, noun in enumerate(tqdm(world.markers, desc="guidance 1", unit="profession")):
-        prompt = f"a photo of the face of {article(noun)} {noun}"
-        images = draw(
-            pipe, prompt, count, guidance=1.0, seed=seed + 300_000 + 1000 * index, steps=steps
-        )
+        first = seed + 300_000 + 1000 * index
+        images = draw(pipe, face_prompt(noun), count, guidance=1.0, seed=first, steps=steps)
         number, total = _share(classifier(images), world.words[1])
         women.append(number)
         totals.append(total)
@@ -288,30 +251,28 @@ def _shares(
 
 def _share(readings: list[Reading], word: str) -> tuple[int, int]:
     """Pictures of a demographic among the plausible ones, and how many those are."""
-    from .classify import PLAUSIBLE
-
     plausible = [r for r in readings if r.plausibility >= PLAUSIBLE]
     return sum(r.demographic == word for r in plausible), len(plausible)
 
 
-def main(
+def evaluate_folder(
     folder: Annotated[Path, typer.Argument(help="Pipeline folder with its training.json.")],
-    pictures: Annotated[int, typer.Option(help="Pictures a profession at guidance 3.")] = 20,
-    share_pictures: Annotated[int, typer.Option(help="Pictures a profession, guidance 1.")] = 60,
+    pictures: Annotated[int, typer.Option(help="Pictures per profession, guidance 3.")] = 20,
+    share_pictures: Annotated[int, typer.Option(help="Pictures per profession, guidance 1.")] = 60,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
 ) -> None:
     """Measures a trained model and writes the figures into its training.json."""
-    from .models import load_pipeline
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(threads)
     path = folder / "training.json"
     if not path.is_file():
         raise typer.BadParameter(f"FOLDER must hold a training.json, found none in {folder}")
     record = json.loads(path.read_text())
-    world = World(WorldConfig.from_json(record["settings"]["world"]))
     record["evaluation"] = evaluate(
-        load_pipeline(folder), world, pictures=pictures, share_pictures=share_pictures
+        testbed.pipeline(folder),
+        world_of(record),
+        pictures=pictures,
+        share_pictures=share_pictures,
     )
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -320,4 +281,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(evaluate_folder)

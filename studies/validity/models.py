@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from biasmap_fast.testbed import models
-from biasmap_fast.testbed.stages import TrainSettings, render_all, train_autoencoder
-from biasmap_fast.testbed.train import load_autoencoder, train
-from biasmap_fast.testbed.world import World, WorldConfig
+from biasmap_fast.testbed import World, WorldConfig, quiet_diffusers
+from training.population import population
+from training.stages import TrainSettings, render_all, train_autoencoder
+from training.train import load_autoencoder, train
 
 LOG = logging.getLogger(__name__)
 # a fifth of the embedded model's training: ten minutes on a core
@@ -56,28 +56,22 @@ GROUPS = {
 }
 
 
-def train_group(group: Group, folder: Path, indices: tuple[int, ...] | None = None) -> list[Path]:
+def train_group(group: Group, folder: Path, indices: tuple[int, ...]) -> None:
     """Trains what is missing of a group; a run that was killed continues.
 
     The models of a group share an autoencoder, trained on pictures of all its layouts: trained on
     one layout alone it lost the colours of markers elsewhere (77 % of the professions readable).
-
-    Returns:
-        The pipeline folders.
     """
     shared = folder / group.name / "autoencoder"
     if not (shared / "vae").is_dir():
         _train_autoencoder(group, shared)
-    paths = []
-    for index in indices if indices is not None else range(len(group.seeds)):
+    for index in indices:
         path = folder / group.name / f"seed-{group.seeds[index]}"
         if not (path / "training.json").is_file():
             LOG.info("training %s", path)
             autoencoder, sha256 = load_autoencoder(shared)  # `train` halves it in place
             settings = replace(group.settings(index), autoencoder_sha256=sha256)
             train(settings, path, autoencoder)
-        paths.append(path)
-    return paths
 
 
 def _train_autoencoder(group: Group, folder: Path) -> None:
@@ -87,11 +81,11 @@ def _train_autoencoder(group: Group, folder: Path) -> None:
     pictures = []
     for index in range(count):
         world = World(group.settings(index).world)
-        persons = world.population(PICTURES // count, group.seeds[index])
+        persons = population(world, PICTURES // count, group.seeds[index])
         pictures.append(render_all(world, persons))
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
     autoencoder, _ = train_autoencoder(settings, torch.cat(pictures), work)
-    with models.quiet_diffusers():
+    with quiet_diffusers():
         autoencoder.to(torch.float16).save_pretrained(folder / "vae.tmp")
     (folder / "vae.tmp").rename(folder / "vae")

@@ -1,4 +1,4 @@
-"""Trains the embedded model: `python -m biasmap_fast.testbed.train --out DIR`.
+"""Trains the embedded model: `python -m training.train --out DIR`.
 
 Stages of a fixed number of steps: the autoencoder, then the UNet on latents and captions (the text
 encoder stays random), at last mostly at the times that decide the demographic. Then the words of
@@ -15,20 +15,24 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 import typer
 
-from . import models
-from .calibrate import calibrate
-from .stages import TrainSettings, encode_all, render_all, train_autoencoder, train_unet
-from .world import World, WorldConfig
+from biasmap_fast import testbed
+from biasmap_fast.testbed import World, WorldConfig
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from . import networks
+from .calibrate import calibrate
+from .evaluate import evaluate_folder
+from .population import population, vocabulary
+from .stages import TrainSettings, encode_all, render_all, train_autoencoder, train_unet
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,15 +48,14 @@ def write_pipeline(pipe: Any, folder: Path, words: Iterable[str]) -> dict[str, s
     Returns:
         Weight file, relative to the folder -> its sha256.
     """
-    with models.quiet_diffusers():
+    with testbed.quiet_diffusers():
         pipe.to(torch.float16).save_pretrained(folder)
     # transformers takes the type of the file where diffusers takes float32: a plain
     # `from_pretrained` would mix the two, so the file is said to be float32
     _edit(folder / "text_encoder" / "config.json", dtype="float32")
     # AutoencoderTiny writes this entry, and remarks on it when reading
     _edit(folder / "vae" / "config.json", block_out_channels=None)
-    vocabulary, merges = models.byte_pairs(sorted(words))
-    models.write_vocabulary(folder / "tokenizer", vocabulary, merges)
+    networks.write_vocabulary(folder / "tokenizer", *networks.byte_pairs(sorted(words)))
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
     return weight_hashes(folder)
@@ -61,14 +64,13 @@ def write_pipeline(pipe: Any, folder: Path, words: Iterable[str]) -> dict[str, s
 def _edit(path: Path, **changes: str | None) -> None:
     """Sets entries of a JSON file, or removes those given as None."""
     fields = json.loads(path.read_text()) | changes
-    fields = {
-        name: value for name, value in fields.items() if value is not None or name not in changes
-    }
+    removed = {name for name, value in changes.items() if value is None}
+    fields = {name: value for name, value in fields.items() if name not in removed}
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """Returns the sha256 of every safetensors file below a folder, by relative path."""
+    """The sha256 of every safetensors file below a folder, by relative path."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*.safetensors"))
@@ -93,38 +95,34 @@ def train(
 
     Returns:
         The pipeline (float16), or None if `stop_after` cut the run short.
-
-    Raises:
-        ValueError: If `<folder>.work` has checkpoints of other settings.
     """
     work = folder.with_name(folder.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     world = World(settings.world)
-    persons = world.population(settings.pictures, settings.seed)
+    words = vocabulary(world)
+    persons = population(world, settings.pictures, settings.seed)
     pictures = render_all(world, persons)
-    losses: dict[str, list[float]] = {}
-    seconds: dict[str, float] = {}
+    stages = []
     if autoencoder is None:
         autoencoder, stage = train_autoencoder(settings, pictures, work, stop_after)
-        losses["autoencoder"], seconds["autoencoder"] = stage.losses, stage.seconds
+        stages.append(stage)
         if len(stage.losses) < settings.autoencoder_steps:
             return None
     latents = encode_all(autoencoder, pictures)
-    unet, text_encoder, tokenizer, stages = train_unet(
+    unet, text_encoder, tokenizer, more = train_unet(
         settings, world, persons, latents, work, stop_after
     )
-    for stage in stages:
-        losses[stage.name], seconds[stage.name] = stage.losses, stage.seconds
-    if len(losses.get("settle", ())) < settings.settle_steps:
+    stages += more
+    if stages[-1].name != "settle" or len(stages[-1].losses) < settings.settle_steps:
         return None
-    pipe = models.build_pipeline(autoencoder, text_encoder, tokenizer, unet)
-    hashes = write_pipeline(pipe, folder, world.vocabulary())
+    seconds = {stage.name: stage.seconds for stage in stages}
+    pipe = networks.build_pipeline(autoencoder, text_encoder, tokenizer, unet)
+    hashes = write_pipeline(pipe, folder, words)
     calibration: dict[str, Any] = {}
     if settings.calibration_pictures:
         start = time.monotonic()
-        # as it is used: with the weights as they were written
-        pipe = models.load_pipeline(folder)
-        words = calibrate(
+        pipe = testbed.pipeline(folder)  # as it is used: with the weights as they were written
+        moved = calibrate(
             pipe,
             world,
             pictures=settings.calibration_pictures,
@@ -132,22 +130,30 @@ def train(
             folder=work,
             processes=torch.get_num_threads(),
         )
-        calibration = {noun: word.rounded() for noun, word in words.items()}
+        calibration = {profession: word.rounded() for profession, word in moved.items()}
         seconds["calibration"] = time.monotonic() - start
-        hashes = write_pipeline(pipe, folder, world.vocabulary())
+        hashes = write_pipeline(pipe, folder, words)
     record = {
         "format": "biasmap_fast.testbed/1",
         "settings": dataclasses.asdict(settings),
         "threads": torch.get_num_threads(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "losses_every_100_steps": {
-            name: [
-                round(float(np.mean(values[i : i + 100])), 5) for i in range(0, len(values), 100)
+            stage.name: [
+                round(float(np.mean(stage.losses[i : i + 100])), 5)
+                for i in range(0, len(stage.losses), 100)
             ]
-            for name, values in losses.items()
+            for stage in stages
         },
         "calibration": calibration,
-        "versions": versions(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "machine": platform.machine(),
+        },
         "sha256": hashes,
     }
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -155,30 +161,13 @@ def train(
     return pipe
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions that the weights depend on."""
-    import diffusers
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-    }
-
-
 def load_autoencoder(folder: Path) -> tuple[Any, str]:
-    """Loads the autoencoder of a pipeline folder, and the sha256 of its weights."""
-    from diffusers import AutoencoderTiny
-
+    """The autoencoder of a pipeline folder, and the sha256 of its weights."""
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} must hold a trained pipeline, found no {weights}")
-    with models.quiet_diffusers():
-        autoencoder = AutoencoderTiny.from_pretrained(folder / "vae")
+    with testbed.quiet_diffusers():
+        autoencoder = diffusers.AutoencoderTiny.from_pretrained(folder / "vae")
     autoencoder.eval().requires_grad_(False)
     return autoencoder, hashlib.sha256(weights.read_bytes()).hexdigest()
 
@@ -186,33 +175,25 @@ def load_autoencoder(folder: Path) -> tuple[Any, str]:
 def main(
     out: Annotated[Path, typer.Option(help="Pipeline folder to write.")],
     seed: Annotated[int, typer.Option(help="Seed of weights, population and noise.")] = 0,
-    threads: Annotated[
-        int, typer.Option(help="Cores: torch threads, part of what is reproduced.")
-    ] = 1,
-    autoencoder: Annotated[
-        Path | None, typer.Option(help="Take the autoencoder of this pipeline folder.")
-    ] = None,
+    threads: Annotated[int, typer.Option(help="Cores, part of what is reproduced.")] = 1,
     autoencoder_steps: Annotated[
         int, typer.Option(help="Steps of the autoencoder.")
     ] = TrainSettings.autoencoder_steps,
     unet_steps: Annotated[int, typer.Option(help="Steps of the UNet.")] = TrainSettings.unet_steps,
-    palette_seed: Annotated[int, typer.Option(help="Seed of the marker colours.")] = 0,
-    layout_seed: Annotated[int, typer.Option(help="Seed of shares, levels and places.")] = 0,
     settle_steps: Annotated[
         int, typer.Option(help="Steps of the UNet's last stage.")
     ] = TrainSettings.settle_steps,
     calibration_pictures: Annotated[
-        int, typer.Option(help="Pictures a profession that calibrate its word; 0: none.")
+        int, typer.Option(help="Pictures per profession that calibrate its word; 0: none.")
     ] = TrainSettings.calibration_pictures,
+    palette_seed: Annotated[int, typer.Option(help="Seed of the marker colours.")] = 0,
+    layout_seed: Annotated[int, typer.Option(help="Seed of shares, levels and positions.")] = 0,
     geometry: Annotated[str, typer.Option(help="Where the region is: bust or crown.")] = "bust",
     measure: Annotated[bool, typer.Option(help="Measure the model afterwards.")] = True,
 ) -> None:
     """Trains a testbed model; a run that was killed continues where it was."""
-    from .evaluate import main as evaluate_folder
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(threads)
-    given, sha256 = (None, "") if autoencoder is None else load_autoencoder(autoencoder)
     settings = TrainSettings(
         seed=seed,
         world=WorldConfig(palette_seed=palette_seed, layout_seed=layout_seed, geometry=geometry),
@@ -220,9 +201,8 @@ def main(
         unet_steps=unet_steps,
         settle_steps=settle_steps,
         calibration_pictures=calibration_pictures,
-        autoencoder_sha256=sha256,
     )
-    train(settings, out, given)
+    train(settings, out)
     if measure:
         evaluate_folder(out, threads=threads)
 

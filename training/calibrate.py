@@ -1,11 +1,11 @@
 """Moves the words of professions until the model draws the planted shares.
 
-Training leaves the shares of a model about 0.04 beside the planted ones, and more of it does not
-help. What is wrong is one number a profession, and one vector a profession can mend it: the word's
+Training leaves the shares of a model about 0.04 from the planted ones, and more of it does not
+help. One number per profession is wrong, and one vector per profession can mend it: the word's
 embedding in the text encoder, which no other profession's prompts contain. It is moved along the
-gradient of the *lean*, what the model expects of the demographic at the times that decide it, and
-by how far is found by drawing pictures: stochastic approximation (Robbins and Monro, 1951), in
-rounds with noise of their own.
+gradient of the *lean*, what the model expects of the demographic at the times that decide it. How
+far is found by drawing pictures: stochastic approximation (Robbins and Monro, 1951), in rounds with
+noise of their own.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from .classify import PLAUSIBLE, Classifier
-from .world import article
+from biasmap_fast.testbed import World
+from biasmap_fast.testbed.classify import PLAUSIBLE, Classifier
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from .world import World
+from .population import face_prompt, random_person
+from .stages import encode_all, render_all
 
 _LOG = logging.getLogger(__name__)
 _ROUNDS = 8
 _STEPS = 10  # 25 steps draw another demographic in 1 of 130 pictures
 _BATCH = 50
-_TIMES = (999, 900, 800)  # at later ones the demographic is to be seen in the latents
+_TIMES = (999, 900, 800)  # at later ones the latents show the demographic
 _PERSONS = 32  # of each demographic
 _LEAP = 0.1  # largest change of the lean in one step along its gradient
 _RIGHT = 0.98  # of the pictures of a round must show the profession
@@ -43,23 +42,16 @@ _RIGHT = 0.98  # of the pictures of a round must show the profession
 
 @dataclass(frozen=True)
 class CalibratedWord:
-    """How one profession's word was moved.
+    """How one profession's word was moved."""
 
-    Attributes:
-        drawn: Share of the second demographic in each round, before its move; None where the
-            pictures began to lose the profession, and the word was put halfway back.
-        leans: Change of the lean since the beginning, after each round's move.
-        moved: Length of the whole move, in units of the embedding.
-        length: Length of the embedding before.
-    """
-
+    # share of the second demographic in each round, before its move; None if the pictures began to
+    # lose the profession, and the word was put halfway back
     drawn: list[float | None]
-    leans: list[float]
-    moved: float
-    length: float
+    leans: list[float]  # change of the lean since the beginning, after each round's move
+    moved: float  # length of the whole move
+    length: float  # of the embedding before
 
     def rounded(self) -> dict[str, Any]:
-        """Returns the fields with four decimals, ready for JSON."""
         return {
             "drawn": [None if share is None else round(share, 4) for share in self.drawn],
             "leans": [round(lean, 4) for lean in self.leans],
@@ -76,11 +68,11 @@ class _Lean:
     """
 
     def __init__(self, pipe: Any, world: World, noun: str, seed: int) -> None:
-        from .stages import encode_all, render_all
-
         rng = np.random.default_rng([seed, *noun.encode()])
-        persons = [world.person(rng, noun, word) for word in world.words for _ in range(_PERSONS)]
-        z = encode_all(pipe.vae, render_all(world, persons), quiet=True)  # [2N, 4, 16, 16]
+        persons = [
+            random_person(world, rng, noun, word) for word in world.words for _ in range(_PERSONS)
+        ]
+        z = encode_all(pipe.vae, render_all(world, persons))  # [2N, 4, 16, 16]
         difference = z[_PERSONS:].mean(0) - z[:_PERSONS].mean(0)
         self.axis = difference / difference.square().sum()  # [4, 16, 16]
         noise = torch.Generator().manual_seed(seed)
@@ -90,15 +82,14 @@ class _Lean:
             signal, sigma = alphas[time].sqrt(), (1.0 - alphas[time]).sqrt()
             noisy = signal * z + sigma * torch.randn(z.shape, generator=noise)
             self.inputs.append((torch.full((len(z),), time), noisy, signal, sigma))
-        text = prompt(noun)
         self.ids = pipe.tokenizer(
-            text, padding="max_length", truncation=True, return_tensors="pt"
+            face_prompt(noun), padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
         self.pipe, self.table, self.row = pipe, *word_embedding(pipe, noun)
         self.start = self.table[self.row].clone()
 
     def __call__(self) -> tuple[float, torch.Tensor]:
-        """Returns the lean and its gradient `[width]` to the word's embedding."""
+        """The lean and its gradient `[width]` with respect to the word's embedding."""
         total, gradient = 0.0, torch.zeros_like(self.table[self.row])
         self.table.requires_grad_(True)
         try:
@@ -114,7 +105,7 @@ class _Lean:
         return total, gradient
 
     def reach(self, wanted: float, tries: int = 12) -> float:
-        """Moves the word until the lean is as wanted (to 0.001), and returns what it came to."""
+        """Moves the word until the lean is as wanted (to 0.001); returns the lean."""
         value, gradient = self()
         for _ in range(tries):
             left = wanted - value
@@ -128,22 +119,13 @@ class _Lean:
         return value
 
     def halfway_back(self) -> float:
-        """Moves the word half of the way to where it was at first, and returns the lean there."""
+        """Moves the word half of the way to where it was at first; returns the lean there."""
         self.table[self.row] = (self.table[self.row] + self.start) / 2.0
         return self()[0]
 
 
-def prompt(noun: str) -> str:
-    """Returns the prompt whose shares are calibrated, that of the audits."""
-    return f"a photo of the face of {article(noun)} {noun}"
-
-
 def word_embedding(pipe: Any, noun: str) -> tuple[torch.Tensor, int]:
-    """Returns the table of embeddings `[tokens, width]`, made writable, and the word's row in it.
-
-    Raises:
-        ValueError: If the tokenizer splits the word.
-    """
+    """The table of embeddings `[tokens, width]`, made writable, and the word's row in it."""
     ids = pipe.tokenizer(noun, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise ValueError(f"{noun!r} must be one token, got {ids}")
@@ -152,24 +134,14 @@ def word_embedding(pipe: Any, noun: str) -> tuple[torch.Tensor, int]:
 
 
 def drawn_share(pipe: Any, classifier: Classifier, noun: str, noise: torch.Tensor) -> float | None:
-    """Draws pictures at guidance 1 and returns the share of the second demographic.
+    """Share of the second demographic in pictures drawn at guidance 1 from `[N, 4, 16, 16]`.
 
-    Args:
-        pipe: The pipeline.
-        classifier: Reads the pictures.
-        noun: The profession.
-        noise: `[N, 4, 16, 16]` float32, what sampling begins with.
-
-    Returns:
-        The share among the plausible pictures; None if more than 2 % do not show the profession.
-
-    Raises:
-        ValueError: If no picture is plausible.
+    Among the plausible pictures; None if more than 2 % do not show the profession.
     """
     women, right = [], []
     for part in torch.split(noise, _BATCH):
         images = pipe(
-            prompt(noun),
+            face_prompt(noun),
             num_images_per_prompt=len(part),
             num_inference_steps=_STEPS,
             guidance_scale=1.0,
@@ -192,17 +164,8 @@ def calibrate_word(
 
     The lean and the share are near to each other, so after round k the lean is moved by the share
     that is missing, divided by k - 1 from the third round on: the mean of what all rounds say. Far
-    from where it was a word means no profession any more; it is then put halfway back.
-
-    Args:
-        pipe: The pipeline, float32 on the CPU.
-        world: What was planted.
-        noun: The profession.
-        pictures: Pictures in all; eight rounds share them.
-        seed: Seed of the noise.
-
-    Returns:
-        What was drawn and moved.
+    from where it was a word means no profession any more; it is then put halfway back. The rounds
+    share the pictures; `pipe` is float32 on the CPU.
     """
     table, row = word_embedding(pipe, noun)
     before = table[row].clone()
@@ -216,7 +179,7 @@ def calibrate_word(
         int(np.random.SeedSequence([seed, *noun.encode(), 11]).generate_state(1)[0])
     )
     for number in range(1, _ROUNDS + 1):
-        z = torch.randn((pictures // _ROUNDS, *latent_shape(pipe)), generator=noise)
+        z = torch.randn((pictures // _ROUNDS, 4, 16, 16), generator=noise)
         share = drawn_share(pipe, classifier, noun, z)
         if share is None:
             reached = lean.halfway_back()
@@ -229,12 +192,6 @@ def calibrate_word(
     return CalibratedWord(drawn, leans, float(moved.norm()), float(before.norm()))
 
 
-def latent_shape(pipe: Any) -> tuple[int, int, int]:
-    """Returns the shape of one picture's latents."""
-    config = pipe.unet.config
-    return config.in_channels, config.sample_size, config.sample_size
-
-
 def calibrate(
     pipe: Any, world: World, *, pictures: int, seed: int, folder: Path, processes: int = 1
 ) -> dict[str, CalibratedWord]:
@@ -245,16 +202,13 @@ def calibrate(
     Args:
         pipe: The pipeline, float32 on the CPU.
         world: What was planted.
-        pictures: Pictures a profession.
+        pictures: Pictures per profession.
         seed: Seed of the noise.
-        folder: Where the words are kept that are done, a file each.
+        folder: Where finished words are kept, one file each.
         processes: Processes that share the words, each with a copy of the pipeline.
 
     Returns:
         profession -> what was drawn and moved.
-
-    Raises:
-        ValueError: If `pictures` is below 8, or a word is not one token.
     """
     if pictures < _ROUNDS:
         raise ValueError(f"`pictures` must be at least {_ROUNDS}, got {pictures}")
@@ -280,8 +234,6 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Job:
-    """The calibration of one model's words, each kept in a file."""
-
     pipe: Any
     world: World
     pictures: int

@@ -8,74 +8,58 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import models
-from .world import World, WorldConfig
+from biasmap_fast.testbed import Person, World, WorldConfig
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from .world import Person
+from . import networks
+from .population import caption, vocabulary
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINT_EVERY = 200
 _NO_CAPTION = 0.1
+_CALIBRATION = {"calibration_pictures"}
+_SETTLE = {"settle_steps", "settle_batch", *_CALIBRATION}
+# stage -> settings of what comes after it, which do not decide it
+LATER = {
+    "autoencoder": _SETTLE | {"unet_steps", "unet_batch", "autoencoder_sha256"},
+    "unet": _SETTLE,
+    "settle": _CALIBRATION,
+}
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that decides the weights, apart from threads and library versions.
+    """Everything that decides the weights, apart from threads and library versions."""
 
-    Attributes:
-        seed: Seed of initial weights, population, captions and noise.
-        world: The world to learn.
-        autoencoder_steps: Steps of the autoencoder.
-        autoencoder_batch: Pictures a step.
-        pictures: Size of the rendered population.
-        unet_steps: Steps of the UNet.
-        unet_batch: Latents a step.
-        settle_steps: Steps of the UNet's last stage.
-        settle_batch: Latents a step of it.
-        calibration_pictures: Pictures a profession that calibrate its word; 0 leaves the words
-            as training left them.
-        autoencoder_sha256: Of the weights of an autoencoder taken from another run of the same
-            world; empty to train one.
-    """
-
-    seed: int = 0
+    seed: int = 0  # of initial weights, population, captions and noise
     world: WorldConfig = field(default_factory=WorldConfig)
     autoencoder_steps: int = 3600
     autoencoder_batch: int = 8
-    pictures: int = 13200
+    pictures: int = 13200  # rendered
     unet_steps: int = 4000
     unet_batch: int = 32
-    settle_steps: int = 1600
+    settle_steps: int = 1600  # of the UNet's last stage
     settle_batch: int = 32
-    calibration_pictures: int = 1600
-    autoencoder_sha256: str = ""
+    calibration_pictures: int = 1600  # per profession; 0 leaves the words as training left them
+    autoencoder_sha256: str = ""  # of an autoencoder taken from another run; empty to train one
 
     def __post_init__(self) -> None:
-        for name in (
-            "autoencoder_steps",
-            "autoencoder_batch",
-            "unet_steps",
-            "unet_batch",
-            "settle_steps",
-            "settle_batch",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for stage, quantity in itertools.product(LATER, ("steps", "batch")):
+            if (value := getattr(self, f"{stage}_{quantity}")) < 1:
+                raise ValueError(f"`{stage}_{quantity}` must be at least 1, got {value}")
         if self.calibration_pictures < 0:
             raise ValueError(
                 f"`calibration_pictures` must be at least 0, got {self.calibration_pictures}"
@@ -88,16 +72,8 @@ class TrainSettings:
 
     def digest(self, stage: str) -> str:
         """A short hash of what decides a stage: its checkpoint continues only under the same."""
-        # what comes after a stage does not decide it
-        calibration = {"calibration_pictures"}
-        settle = {"settle_steps", "settle_batch"} | calibration
-        later = {
-            "autoencoder": settle | {"unet_steps", "unet_batch", "autoencoder_sha256"},
-            "unet": settle,
-            "settle": calibration,
-        }[stage]
-        every = dataclasses.asdict(self)
-        fields = {name: value for name, value in every.items() if name not in later}
+        settings = dataclasses.asdict(self).items()
+        fields = {name: value for name, value in settings if name not in LATER[stage]}
         text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -141,14 +117,9 @@ class Stage:
 
     def save(self) -> None:
         """Writes the checkpoint under a temporary name and renames it: never half a file."""
-        state = {
-            "digest": self.digest,
-            "module": self.module.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "average": self.average,
-            "losses": self.losses,
-            "seconds": self.seconds,
-        }
+        names = ("digest", "average", "losses", "seconds")
+        state = {name: getattr(self, name) for name in names}
+        state |= {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
         temporary = self.path.with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self.path)
@@ -171,21 +142,31 @@ class Stage:
         weights = [p.detach() for p in self.module.parameters()]
         torch._foreach_lerp_(self.average, weights, 1.0 - decay)
 
-    def use_average(self) -> None:
-        """Puts the averaged weights into the module."""
+    def run(
+        self, total: int, stop_after: int | None, step: Callable[[int], tuple[torch.Tensor, float]]
+    ) -> bool:
+        """Takes the steps that remain, and whether that were all; `step` gives loss and rate."""
+        first, begun = len(self.losses), time.monotonic() - self.seconds
+        last = total if stop_after is None else min(total, first + stop_after)
+        bar = tqdm(range(first, last), desc=self.name, initial=first, total=total, unit="step")
+        for number in bar:
+            self.step(*step(number))
+            self.seconds = time.monotonic() - begun
+            if number % 20 == 0:
+                bar.set_postfix(loss=f"{np.mean(self.losses[-100:]):.4f}")
+            if (number + 1) % _CHECKPOINT_EVERY == 0:
+                self.save()
+        self.save()
+        if len(self.losses) < total:
+            return False
         with torch.no_grad():
             for parameter, mean in zip(self.module.parameters(), self.average, strict=True):
                 parameter.copy_(mean)
-
-    def steps(self, total: int, stop_after: int | None) -> tqdm[int]:
-        """Iterates over the steps that remain, with a progress bar."""
-        first = len(self.losses)
-        last = total if stop_after is None else min(total, first + stop_after)
-        return tqdm(range(first, last), desc=self.name, initial=first, total=total, unit="step")
+        return True
 
 
 def render_all(world: World, persons: Sequence[Person]) -> torch.Tensor:
-    """Renders persons as `[N, 64, 64, 3]` uint8."""
+    """`[N, 64, 64, 3]` uint8."""
     return torch.from_numpy(np.stack([world.render(person) for person in persons]))
 
 
@@ -217,11 +198,11 @@ def moment_penalty(z: torch.Tensor) -> torch.Tensor:
 def train_autoencoder(
     settings: TrainSettings, pictures: torch.Tensor, folder: Path, stop_after: int | None = None
 ) -> tuple[Any, Stage]:
-    """Trains the autoencoder on the pictures.
+    """Trains the autoencoder on pictures `[N, 64, 64, 3]` uint8.
 
     Args:
         settings: The settings.
-        pictures: `[N, 64, 64, 3]` uint8.
+        pictures: The pictures.
         folder: Where the checkpoint goes.
         stop_after: Take at most this many steps now (tests interrupt a run with it).
 
@@ -229,49 +210,36 @@ def train_autoencoder(
         The autoencoder with its latents' scale, and its stage.
     """
     torch.manual_seed(settings.seed)
-    autoencoder = models.build_autoencoder()
+    autoencoder = networks.build_autoencoder()
     stage = Stage("autoencoder", folder, settings.digest("autoencoder"), autoencoder, 2.5e-3)
-    start = time.monotonic() - stage.seconds
-    bar = stage.steps(settings.autoencoder_steps, stop_after)
-    for step in bar:
-        rng, noise = _generators(settings.seed, stage.name, step)
+
+    def step(number: int) -> tuple[torch.Tensor, float]:
+        rng, noise = _generators(settings.seed, stage.name, number)
         chosen = rng.integers(len(pictures), size=settings.autoencoder_batch)
         x = to_model(pictures[chosen])  # [B, 3, 64, 64]
         z = autoencoder.encoder(x)  # [B, 4, 16, 16]
         # the UNet's latents are never exact, so the decoder has to be smooth
         noisy = z + 0.1 * torch.randn(z.shape, generator=noise)
         difference = autoencoder.decoder(noisy) - x
-        error = difference.square()
         weight = 1.0 + 4.0 * is_saturated(x)  # [B, 1, 64, 64]
-        loss = (weight * (difference.abs() + 2.0 * error)).mean() + 0.05 * moment_penalty(z)
-        done = step / settings.autoencoder_steps
-        rate = 2.5e-3 * min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-        stage.step(loss, rate)
-        stage.seconds = time.monotonic() - start
-        if step % 20 == 0:
-            bar.set_postfix(dB=f"{10 * math.log10(4 / float(error.detach().mean())):.1f}")
-        if (step + 1) % _CHECKPOINT_EVERY == 0:
-            stage.save()
-    stage.save()
-    stage.use_average()
-    autoencoder.eval().requires_grad_(False)
-    with torch.inference_mode():
-        spread = float(autoencoder.encoder(to_model(pictures[:256])).std())
-    autoencoder.register_to_config(scaling_factor=1.0 / spread)
+        error = weight * (difference.abs() + 2.0 * difference.square())
+        done = number / settings.autoencoder_steps
+        rate = 2.5e-3 * min(1.0, (number + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+        return error.mean() + 0.05 * moment_penalty(z), rate
+
+    if stage.run(settings.autoencoder_steps, stop_after, step):
+        autoencoder.eval().requires_grad_(False)
+        with torch.inference_mode():
+            spread = float(autoencoder.encoder(to_model(pictures[:256])).std())
+        autoencoder.register_to_config(scaling_factor=1.0 / spread)
     return autoencoder, stage
 
 
-def encode_all(autoencoder: Any, pictures: torch.Tensor, *, quiet: bool = False) -> torch.Tensor:
+def encode_all(autoencoder: Any, pictures: torch.Tensor) -> torch.Tensor:
     """Encodes pictures as scaled latents `[N, 4, 16, 16]` float32."""
     with torch.inference_mode():
-        parts = [
-            autoencoder.encoder(to_model(part))
-            for part in tqdm(
-                torch.split(pictures, 100), desc="latents", unit="batch", disable=quiet
-            )
-        ]
-    scale = float(autoencoder.config.scaling_factor)
-    return (torch.cat(parts) * scale).clone()
+        parts = [autoencoder.encoder(to_model(part)) for part in torch.split(pictures, 100)]
+    return (torch.cat(parts) * float(autoencoder.config.scaling_factor)).clone()
 
 
 def train_unet(
@@ -289,7 +257,7 @@ def train_unet(
 
     Args:
         settings: The settings.
-        world: Writes the captions.
+        world: The world.
         persons: The N persons that the latents show.
         latents: `[N, 4, 16, 16]` float32, scaled.
         folder: Where the checkpoints go.
@@ -299,39 +267,38 @@ def train_unet(
         UNet, text encoder, tokenizer, and the stages as far as they came.
     """
     torch.manual_seed(settings.seed + 1)
-    tokenizer = models.build_tokenizer(world.vocabulary())
-    text_encoder = models.build_text_encoder(tokenizer)
-    unet = models.build_unet()
+    tokenizer = networks.build_tokenizer(vocabulary(world))
+    text_encoder = networks.build_text_encoder(tokenizer)
+    unet = networks.build_unet()
     kinds = persons_by_kind(persons)
     stages = []
     for name, total, batch, top, times in (
         ("unet", settings.unet_steps, settings.unet_batch, 1.6e-3, spread_times),
         ("settle", settings.settle_steps, settings.settle_batch, 4e-4, deciding_times),
     ):
-        stage = Stage(name, folder, settings.digest(name), unet, top)
-        stages.append(stage)
-        start = time.monotonic() - stage.seconds
-        bar = stage.steps(total, stop_after)
-        for step in bar:
-            rng, noise = _generators(settings.seed, name, step)
-            chosen, captions = dealt_batch(world, persons, kinds, step * batch, batch, rng)
+        stages.append(Stage(name, folder, settings.digest(name), unet, top))
+
+        def step(
+            number: int,
+            name: str = name,
+            total: int = total,
+            batch: int = batch,
+            top: float = top,
+            times: Callable[[int, torch.Generator], torch.Tensor] = times,
+        ) -> tuple[torch.Tensor, float]:
+            rng, noise = _generators(settings.seed, name, number)
+            chosen, captions = dealt_batch(world, persons, kinds, number * batch, batch, rng)
             ids = tokenizer(
                 captions, padding="max_length", truncation=True, return_tensors="pt"
             ).input_ids
             with torch.no_grad():
                 context = text_encoder(ids)[0]  # [B, 20, 64]
             loss = denoising_loss(unet, latents[chosen], context, times(batch, noise), noise)
-            left = 1.0 - step / total
-            stage.step(loss, top * min(1.0, (step + 1) / 80) * min(1.0, max(0.02, 2.0 * left)))
-            stage.seconds = time.monotonic() - start
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{np.mean(stage.losses[-100:]):.4f}")
-            if (step + 1) % _CHECKPOINT_EVERY == 0:
-                stage.save()
-        stage.save()
-        if len(stage.losses) < total:
+            left = 1.0 - number / total
+            return loss, top * min(1.0, (number + 1) / 80) * min(1.0, max(0.02, 2.0 * left))
+
+        if not stages[-1].run(total, stop_after, step):
             break
-        stage.use_average()
     unet.eval().requires_grad_(False)
     return unet, text_encoder, tokenizer, stages
 
@@ -345,17 +312,9 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity.
 
-    Args:
-        unet: The UNet.
-        z: `[B, 4, 16, 16]` clean latents.
-        context: `[B, 20, 64]` text states.
-        t: `[B]` int64 times.
-        noise: Draws the noise.
-
-    Returns:
-        A scalar.
+    `z`: `[B, 4, 16, 16]` clean latents; `context`: `[B, 20, 64]`; `t`: `[B]` int64 times.
     """
-    alphas = models.build_scheduler().alphas_cumprod  # [1000]
+    alphas = networks.build_scheduler().alphas_cumprod  # [1000]
     signal = alphas[t][:, None, None, None].sqrt()
     sigma = (1.0 - alphas[t])[:, None, None, None].sqrt()
     epsilon = torch.randn(z.shape, generator=noise)
@@ -400,23 +359,12 @@ def dealt_batch(
     """Deals persons by quota, so that shares hold over every few visits of a profession.
 
     A tenth has no caption: the unconditional half of classifier-free guidance. Professions (and
-    "no profession") come in turn. Every other visit of one has a caption that
-    names the demographic; over the visits that do not, the demographics follow the planted share
-    to within one visit.
-
-    Args:
-        world: Gives shares and captions.
-        persons: The persons.
-        kinds: Their indices by kind.
-        first: Number of persons dealt before this batch; fixes the deal.
-        size: How many to deal.
-        rng: Chooses among persons of a kind, and the wording.
+    "no profession") come in turn. Every other visit of one has a caption that names the
+    demographic; over the visits that do not, the demographics follow the planted share to within
+    one visit. `first` persons were dealt before this batch, and so fix the deal.
 
     Returns:
         Indices and captions.
-
-    Raises:
-        ValueError: If no person is of a kind that is due.
     """
     nouns: list[str | None] = [*world.config.professions, None]
     chosen, captions = [], []
@@ -437,6 +385,6 @@ def dealt_batch(
         index = int(rng.choice(kinds[noun, word]))
         chosen.append(index)
         named = (visit + place) % 2 == 0
-        caption = world.caption(persons[index], rng, named=named)
-        captions.append("" if rng.random() < _NO_CAPTION else caption)
+        text = caption(persons[index], rng, named=named)
+        captions.append("" if rng.random() < _NO_CAPTION else text)
     return chosen, captions

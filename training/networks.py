@@ -1,24 +1,25 @@
-"""The untrained parts of the embedded pipeline: tokenizer, text encoder, autoencoder, UNet.
-
-Sizes and settings are those of a trial that learned a smaller world in ten CPU minutes. Diffusers
-and transformers load inside the functions: importing this module is free.
-"""
+"""The untrained parts of the embedded pipeline: tokenizer, text encoder, autoencoder, UNet."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import tempfile
-import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import (
+    AutoencoderTiny,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+from biasmap_fast.testbed import quiet_diffusers
 
 MAX_TOKENS = 20
 TEXT_WIDTH = 64
@@ -26,47 +27,12 @@ TEXT_WIDTH = 64
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
-@contextlib.contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Silences notices of diffusers and transformers while a pipeline is put together.
-
-    `StableDiffusionPipeline` declares its `vae` as `AutoencoderKL` and remarks on the
-    `AutoencoderTiny` used here, which it supports; levels and bars are put back afterwards.
-    """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    modules: list[Any] = [diffusers_logging, transformers_logging]
-    levels = [module.get_verbosity() for module in modules]
-    bars = [module.is_progress_bar_enabled() for module in modules]
-    try:
-        for module in modules:
-            module.set_verbosity_error()
-            module.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for module, level, bar in zip(modules, levels, bars, strict=True):
-            module.set_verbosity(level)
-            if bar:
-                module.enable_progress_bar()
-
-
 def build_tokenizer(words: Iterable[str]) -> Any:
-    """Builds a `CLIPTokenizer` in which every given word is one token.
+    """A `CLIPTokenizer` in which every given lower-case word is one token.
 
     Byte-level pairs are merged, the most frequent first, until each word is whole; every other
     text falls into several pieces over the byte alphabet. Text is lower-cased.
-
-    Args:
-        words: Lower-case words.
-
-    Returns:
-        A `transformers.CLIPTokenizer` with at most `MAX_TOKENS` tokens a text.
     """
-    from transformers import CLIPTokenizer
-
     vocabulary, merges = byte_pairs(sorted(set(words)))
     with tempfile.TemporaryDirectory() as folder:
         write_vocabulary(Path(folder), vocabulary, merges)
@@ -87,14 +53,7 @@ def write_vocabulary(folder: Path, vocabulary: list[str], merges: list[tuple[str
 
 
 def byte_pairs(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Learns byte-pair merges until every word is one piece.
-
-    Args:
-        words: Lower-case words.
-
-    Returns:
-        The vocabulary in order of its ids, and the merges in order of their rank.
-    """
+    """Vocabulary in order of its ids and merges in order of their rank, until words are whole."""
     # the printable stand-ins of the 256 bytes that GPT-2 and CLIP use
     bytes_ = [*range(33, 127), *range(161, 173), *range(174, 256)]
     stand_ins = [chr(b) for b in bytes_] + [chr(256 + n) for n in range(256 - len(bytes_))]
@@ -126,13 +85,11 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_text_encoder(tokenizer: Any) -> Any:
-    """Builds the random text encoder, which is never trained.
+    """The random text encoder, which is never trained.
 
     Trained together with the UNet, the trial's encoder moved the profession's information to
     other tokens and the word maps no longer lay on the marker (AUC 0.27-0.45 against 0.96).
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -156,16 +113,14 @@ def build_text_encoder(tokenizer: Any) -> Any:
     return encoder.requires_grad_(False)
 
 
-def build_autoencoder(channels: int = 24) -> Any:
-    """Builds the autoencoder: 64 x 64 x 3 to 16 x 16 x 4.
+def build_autoencoder() -> Any:
+    """The autoencoder: 64 x 64 x 3 to 16 x 16 x 4.
 
-    Of the same size, `AutoencoderKL` trained at a third of the pictures a second.
+    Of the same size, `AutoencoderKL` trained at a third of the pictures per second.
     """
-    from diffusers import AutoencoderTiny
-
     return AutoencoderTiny(
-        encoder_block_out_channels=(channels,) * 3,
-        decoder_block_out_channels=(channels,) * 3,
+        encoder_block_out_channels=(24,) * 3,
+        decoder_block_out_channels=(24,) * 3,
         num_encoder_blocks=(0, 1, 3),
         num_decoder_blocks=(3, 1, 0),
         latent_channels=4,
@@ -174,9 +129,7 @@ def build_autoencoder(channels: int = 24) -> Any:
 
 
 def build_unet() -> Any:
-    """Builds the UNet: cross-attention at 16 x 16, at 8 x 8 and, in the middle, at 4 x 4."""
-    from diffusers import UNet2DConditionModel
-
+    """The UNet: cross-attention at 16 x 16, at 8 x 8 and, in the middle, at 4 x 4."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -192,15 +145,13 @@ def build_unet() -> Any:
 
 
 def build_scheduler() -> Any:
-    """Builds the scheduler: DPM-Solver++ of second order, v-prediction.
+    """DPM-Solver++ of second order, v-prediction.
 
     Stable Diffusion's noise schedule, but for its end: sqrt(abar) is 0.016 at the last time, not
-    0.068, and sampling begins there. What it begins with is then what the model was trained on;
-    the signal that Stable Diffusion leaves in its last step is why that draws grey averages (Lin
-    et al., arXiv 2305.08891), and here it shifted the demographic shares.
+    0.068, and sampling begins there, with what the model was trained on. The signal that Stable
+    Diffusion leaves in its last step makes it draw grey averages (Lin et al., arXiv 2305.08891),
+    and here it shifted the demographic shares.
     """
-    from diffusers import DPMSolverMultistepScheduler
-
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -212,10 +163,7 @@ def build_scheduler() -> Any:
 
 
 def build_pipeline(autoencoder: Any, text_encoder: Any, tokenizer: Any, unet: Any) -> Any:
-    """Puts the parts together as a `StableDiffusionPipeline` without a safety checker."""
     with quiet_diffusers():
-        from diffusers import StableDiffusionPipeline
-
         return StableDiffusionPipeline(
             vae=autoencoder,
             text_encoder=text_encoder,
@@ -226,34 +174,3 @@ def build_pipeline(autoencoder: Any, text_encoder: Any, tokenizer: Any, unet: An
             feature_extractor=None,
             requires_safety_checker=False,
         )
-
-
-def load_pipeline(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Any:
-    """Loads a pipeline folder quietly and without a progress bar.
-
-    Args:
-        folder: What `train` wrote.
-        dtype: Type of the weights in memory; they are stored as float16.
-        device: Where they go.
-
-    Returns:
-        A `diffusers.StableDiffusionPipeline`.
-
-    Raises:
-        FileNotFoundError: If the folder holds no pipeline.
-    """
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} must hold a pipeline (model_index.json); train one with "
-            f"`python -m biasmap_fast.testbed.train --out {folder}`"
-        )
-    with quiet_diffusers():
-        from diffusers import StableDiffusionPipeline  # its import has remarks of its own
-
-        pipe = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, safety_checker=None, local_files_only=True
-        ).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -1,32 +1,30 @@
 """Does the measure measure it? Overlap measures against a planted truth, under a fixed protocol.
 
-    python benchmarks/study_validity.py [--runs DIR] [--group choosing|final] [--models 0,1]
+    python -m studies.validity [--runs DIR] [--group choosing|final] [--models 0,1]
 
-The protocol is benchmarks/validity/PROTOCOL.md. Every stage writes its result under a temporary
+The protocol is studies/validity/PROTOCOL.md. Every stage writes its result under a temporary
 name and renames it, so a run that was killed goes on where it was: training (ten minutes of a core
 a model), maps (four), scores (two). Processes may share a folder if each has its own --models.
-What is complete is summed up in benchmarks/results/studies/ and drawn in docs/.
+What is complete is summed up in studies/results/ and drawn in docs/.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
 
 import biasmap_fast as bm
-from validity.collect import collect, load
-from validity.models import GROUPS, train_group
-from validity.report import everything, plot, summarise
-from validity.score import score_model
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/studies"
+from ..common import RESULTS, ROOT, write
+from .collect import collect, load
+from .models import GROUPS, train_group
+from .report import everything, plot, summarise
+from .score import score_model
+
 FIGURE = ROOT / "docs/validity.png"
 SEEDS = range(12)
 LOG = logging.getLogger(__name__)
@@ -49,18 +47,16 @@ def prepare(runs: Path, group: str, indices: tuple[int, ...]) -> None:
 
 def report(runs: Path) -> None:
     """Results and figure, from the scores that are there; the choice needs the choosing group."""
-    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **summarise(runs)}
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    record = summarise(runs)
+    write(RESULTS / "validity.json", 1, record)
     partial = RESULTS / "validity.tmp"
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    partial.replace(RESULTS / "validity.json")
     pq.write_table(everything(runs), partial, compression="zstd")
     partial.replace(RESULTS / "validity.parquet")
     plot(runs, record, FIGURE)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/study-validity")
     parser.add_argument("--group", choices=list(GROUPS), help="only this one")
     parser.add_argument("--models", help="only these, as 0,1,2")

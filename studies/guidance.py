@@ -1,6 +1,6 @@
 """What guidance moves: a study on the embedded model, where the truth is known.
 
-    python benchmarks/study_guidance.py [--runs DIR] [--cells a,b] [--report]
+    python -m studies.guidance [--runs DIR] [--cells a,b] [--report]
 
 Four figures that must not be mistaken for each other, against the energy's scale: the energy; the
 measured IoU, of the maps made during the guided run and of maps made afterwards, without guidance,
@@ -15,29 +15,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import biasmap_fast as bm
 from biasmap_fast.attribution import Recorder, attribute
+from biasmap_fast.audit.files import write_text
 from biasmap_fast.audit.plan import AuditPlan
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
 from biasmap_fast.guidance import Guidance
 from biasmap_fast.testbed.classify import PLAUSIBLE, Classifier
-from biasmap_fast.testbed.train import weight_hashes
-from harness import device_name
+from training.train import weight_hashes
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/studies/guidance.json"
+from .common import RESULTS, ROOT, write
+
 FIGURE = ROOT / "docs/guidance.png"
 STEPS = 25
 WORDS = ("man", "woman")
@@ -153,12 +152,8 @@ def look_again(
 ) -> dict[str, Any]:
     """Maps of finished pictures, unguided: noised to several times, one UNet call each."""
     states = pipe.encode_prompt([text] * len(seeds), latents.device, 1, False)[0]
-    noise = torch.cat(
-        [
-            torch.randn(1, *latents.shape[1:], generator=torch.Generator().manual_seed(10**7 + s))
-            for s in seeds
-        ]
-    )
+    generators = [torch.Generator().manual_seed(10**7 + seed) for seed in seeds]
+    noise = torch.cat([torch.randn(1, *latents.shape[1:], generator=g) for g in generators])
     prompts = list(prompts_of(profession).values())
     with attribute(pipe, prompts, chunks=1) as recorder, torch.no_grad():
         for call in LOOKS:
@@ -228,9 +223,7 @@ def run(folder: Path, names: Sequence[str]) -> None:
         columns = draw(pipe, classifier, CELLS[name], profession)
         path = path_of(folder, name, profession)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps({**identity, "cell": asdict(CELLS[name]), **columns}))
-        partial.replace(path)
+        write_text(path, json.dumps({**identity, "cell": asdict(CELLS[name]), **columns}))
 
 
 def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -242,10 +235,9 @@ def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
         paths = {profession: path_of(folder, name, profession) for profession in professions}
         if all(path.is_file() for path in paths.values()):
             read = {noun: json.loads(path.read_text()) for noun, path in paths.items()}
+            expected = json.loads(json.dumps({"weights": weights, "cell": asdict(cell)}))
             for noun, columns in read.items():
-                if columns["weights"] != weights or columns["cell"] != json.loads(
-                    json.dumps(asdict(cell))
-                ):
+                if any(columns[key] != value for key, value in expected.items()):
                     raise SystemExit(
                         f"{paths[noun]} is of other weights or settings: remove it and run again"
                     )
@@ -339,25 +331,8 @@ def report(folder: Path) -> None:
     if "plain" not in found:
         raise SystemExit(f"{folder} has no complete plain cell yet: run without --report first")
     rows = summarise(found)
-    record = {
-        "schema": 1,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "biasmap_fast": bm.__version__,
-        },
-        "weights": weight_hashes(bm.testbed.WEIGHTS),
-        "steps": STEPS,
-        "guidance_scale": 1.0,
-        "professions": len(bm.testbed.truth()),
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    partial = RESULTS.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    partial.replace(RESULTS)
+    record = {"steps": STEPS, "guidance_scale": 1.0, "professions": len(bm.testbed.truth())}
+    write(RESULTS / "guidance.json", 1, {**record, "rows": rows})
     plot(rows, FIGURE)
     for row in rows:
         cells = [f"{name} {100 * row['measures'][name]['relative']:+.1f} %" for name in MEASURES]
@@ -366,8 +341,6 @@ def report(folder: Path) -> None:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Panels over the energy's scale: guided, and random directions of the same norms."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 6.2), layout="constrained")
     grid = figure.subplots(2, 3, sharex=True).ravel()
     percent = "change, %"
@@ -398,7 +371,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in grid[3:]:
         axes.set_xlabel("scale of the energy")
     grid[1].legend(frameon=False, fontsize=8)
-    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
@@ -415,7 +387,7 @@ def percents(row: dict[str, Any], measure: str) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/study-guidance")
     parser.add_argument("--cells", default=",".join(CELLS), help="names with commas; default all")
     parser.add_argument("--report", action="store_true", help="only write results and figure")

@@ -1,23 +1,17 @@
 """Calibration of the audit's tests and intervals on simulated data, at length.
 
-    python benchmarks/calibration.py              # about 5 minutes on one idle core
+    python -m studies.calibration              # about 5 minutes on one idle core
 
-Writes benchmarks/results/studies/calibration.json: every row with its nominal level, its rate, and
+Writes studies/results/calibration.json: every row with its nominal level, its rate, and
 the simulation's own standard error. The tests repeat the important rows in short.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
 from scipy.ndimage import gaussian_filter
 
 from biasmap_fast.audit import nulls
@@ -31,7 +25,7 @@ from biasmap_fast.audit.inference import (
 )
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
 
-RESULTS = Path(__file__).parent / "results/studies/calibration.json"
+from .common import options, write
 
 
 def holds(figure: Any, truth: float) -> bool:
@@ -149,33 +143,16 @@ def rows() -> Iterator[tuple[str, float, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    given = options(__doc__, "calibration", trials=2000)
     found = []
     for number, (name, nominal, draw) in enumerate(rows()):
         rng = np.random.default_rng([number, 20])
-        rate = float(np.mean([draw(rng) for _ in range(options.trials)]))
-        error = (rate * (1 - rate) / options.trials) ** 0.5
+        rate = float(np.mean([draw(rng) for _ in range(given.trials)]))
+        error = (rate * (1 - rate) / given.trials) ** 0.5
         known = None if np.isnan(nominal) else nominal
         found.append({"name": name, "nominal": known, "rate": rate, "standard_error": error})
         print(f"{name}: {rate:.3f} +- {error:.3f} (nominal {nominal:g})", flush=True)
-    record = {
-        "schema": 1,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        },
-        "trials": options.trials,
-        "rows": found,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    partial.replace(options.out)
+    write(given.out, 1, {"trials": given.trials, "rows": found})
 
 
 if __name__ == "__main__":

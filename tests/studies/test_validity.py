@@ -10,10 +10,17 @@ import torch
 from scipy.stats import spearmanr
 
 import biasmap_fast as bm
-from validity import candidates
-from validity.candidates import PUBLISHED, View, map_choices, measures, overlap, pair_of_maps
-from validity.collect import Capture, concepts_of, default_maps
-from validity.score import Truth, _with_null
+from studies.validity import candidates
+from studies.validity.candidates import (
+    PUBLISHED,
+    View,
+    map_choices,
+    measures,
+    overlap,
+    pair_of_maps,
+)
+from studies.validity.collect import Capture, concepts_of, default_maps
+from studies.validity.score import Truth, _with_null
 
 SEEDS = 3
 

@@ -45,7 +45,7 @@ class Candidate(Maps):
 FORMS = ("joint", "single", "neutral", "contrast", "axis")
 NORMS = ("softmax", "raw")
 STEPS = ("all", "first", "middle", "last")
-BRANCHES = ("cond", "uncond")
+BRANCHES = ("uncond", "cond")  # in the order of the captured sums
 LAYERS: dict[str, Callable[[str], bool]] = {
     "default": lambda name: not name.startswith("mid_block"),
     "with mid": lambda _: True,
@@ -56,7 +56,7 @@ LAYERS: dict[str, Callable[[str], bool]] = {
 
 
 def map_choices() -> Iterator[Maps]:
-    for choice in itertools.product(FORMS, NORMS, LAYERS, STEPS, BRANCHES):
+    for choice in itertools.product(FORMS, NORMS, LAYERS, STEPS, reversed(BRANCHES)):
         yield Maps(*choice)
 
 
@@ -87,8 +87,9 @@ def pair_of_maps(
         noun: "control" puts a word that draws nothing in the profession's place.
     """
     norm = NORMS.index(maps.norm)
-    parts = slice(None) if maps.steps == "all" else slice(*_third(STEPS.index(maps.steps) - 1))
-    branch = ("uncond", "cond").index(maps.branch)
+    third = STEPS.index(maps.steps) - 1
+    parts = slice(None) if maps.steps == "all" else slice(third, third + 1)
+    branch = BRANCHES.index(maps.branch)
 
     def total(key: str) -> torch.Tensor:
         k = concepts.index(key)
@@ -108,10 +109,6 @@ def pair_of_maps(
         return total(noun) - total("neutral"), total(word) - total("neutral")
     difference = total(word) - total(other)
     return total(noun), difference if maps.form == "contrast" else difference.abs()
-
-
-def _third(index: int) -> tuple[int, int]:
-    return index, index + 1
 
 
 # Measures: (transform of a, transform of b, combine(inner, sum a, sum b)).

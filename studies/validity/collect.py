@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from biasmap_fast.concepts import AttributionPrompt, encode, tokenize_all
-from biasmap_fast.testbed.classify import PLAUSIBLE, Classifier
-from biasmap_fast.testbed.evaluate import pixel_auc
-from biasmap_fast.testbed.models import load_pipeline
-from biasmap_fast.testbed.world import World, WorldConfig, article
+from biasmap_fast.testbed import PLAUSIBLE, World, pipeline
+from biasmap_fast.testbed.classify import Classifier
 from biasmap_fast.unet import cross_attention_layers
+from training.evaluate import pixel_auc
+from training.population import face_prompt, world_of
+
+from .candidates import BRANCHES, NORMS, SIDE, layer_maps
 
 STEPS, GUIDANCE_SCALE, PARTS = 25, 3.0, 3
-BRANCHES = ("uncond", "cond")
-NORMS = ("softmax", "raw")
 EVERY_LAYER = ("down_blocks", "mid_block", "up_blocks")
 
 
@@ -40,7 +39,7 @@ class Concept:
 
 def concepts_of(world: World, noun: str) -> list[Concept]:
     """The words and prompts whose maps are kept for one profession."""
-    opening = f"a photo of the face of {article(noun)} {noun}"
+    opening = face_prompt(noun)
     found = [
         Concept("noun", opening, noun),
         Concept("control", opening, "photo"),
@@ -124,15 +123,15 @@ def collect(model: Path, out: Path, seeds: Sequence[int]) -> None:
     Maps are ``[professions, seeds, concepts, norm, part, branch, n]``, one tensor a layer.
     """
     record = json.loads((model / "training.json").read_text())
-    world = World(WorldConfig.from_json(record["settings"]["world"]))
-    pipe, classifier = load_pipeline(model), Classifier(world)
+    world = world_of(record)
+    pipe, classifier = pipeline(model), Classifier(world)
     sums: dict[str, list[torch.Tensor]] = {}
     pictures: list[dict[str, Any]] = []
     for noun in world.markers:
         concepts = concepts_of(world, noun)
         with Capture(pipe, concepts, len(seeds)) as capture:
             images = pipe(
-                [f"a photo of the face of {article(noun)} {noun}"] * len(seeds),
+                [face_prompt(noun)] * len(seeds),
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE_SCALE,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -192,14 +191,10 @@ def _word_aucs(
 
 def default_maps(sums: dict[str, torch.Tensor]) -> torch.Tensor:
     """The package's default map from a capture: softmax, whole run, conditional, no mid block."""
-    parts = []
-    for name, value in sums.items():
-        if name.startswith("mid_block"):
-            continue
-        side = int(np.sqrt(value.shape[-1]))
-        part = value[:, :, 0, :, 1].sum(2).reshape(*value.shape[:2], side, side)
-        parts.append(torch.nn.functional.interpolate(part, size=16, mode="bilinear"))
-    return torch.stack(parts).sum(0)
+    sides = {name: value for name, value in sums.items() if not name.startswith("mid_block")}
+    parts = [value[:, :, 0, :, 1].sum(2) for value in layer_maps(sides).values()]  # [B, K, 256]
+    total = torch.stack(parts).sum(0)
+    return total.reshape(*total.shape[:-1], SIDE, SIDE)
 
 
 def load(out: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -1,9 +1,9 @@
 """Study: what `--precision` saves, and whether its intervals keep their promise.
 
-    python benchmarks/study_precision.py    # half an hour on one idle core; goes on if stopped
+    python -m studies.precision    # half an hour on one idle core; goes on if stopped
 
 A pool of pictures of the embedded model (300 seeds of each profession, default settings without
-controls) stands for the truth. Into benchmarks/results/studies/precision.json go
+controls) stands for the truth. Into studies/results/precision.json go
 
 * *pool*: audits simulated from it, with replacement, the two words of a picture together. For each
   precision the images drawn, those of a fixed design (one number of seeds for all professions, the
@@ -20,12 +20,10 @@ Standard errors are the simulation's; a trial with all its words and professions
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +32,16 @@ import numpy.typing as npt
 import torch
 from scipy import stats
 
-import biasmap_fast as bm
-from biasmap_fast import testbed
-from biasmap_fast.audit import AuditPlan, AuditResult, run_audit
+from biasmap_fast.audit import run_audit
 from biasmap_fast.audit.rounds import GROWTH, boundaries
 from biasmap_fast.audit.statistics import ALIKE, crossed_mean_interval
-from biasmap_fast.testbed.train import weight_hashes
-from harness import write
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/studies/precision.json"
+from .common import Values, options, plan_of, values_of, write
+
 PRECISIONS = (0.01, 0.02, 0.03, 0.05)
 BLOCK = 100  # seeds of one audit of the pool
-BARE: dict[str, Any] = {
-    "controls": None,
-    "curve": False,
-    "sweeps": [],
-    "save_pictures": "none",
-    "save_maps": "none",
-}
 Floats = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Floats]
-Values = dict[tuple[str, str], dict[int, tuple[float, float]]]  # seed -> containment, IoU
-
-
-def values_of(result: AuditResult) -> Values:
-    """(profession, word) -> what was measured on each of its pictures."""
-    found: Values = {}
-    for row in result.records.to_pylist():
-        if row["status"] == "ok":
-            own = found.setdefault((row["semantic"], row["demographic"]), {})
-            own[row["seed"]] = (row["containment"], row["iou"])
-    return found
 
 
 def pool(folder: Path, blocks: int) -> tuple[Floats, Values]:
@@ -73,10 +49,10 @@ def pool(folder: Path, blocks: int) -> tuple[Floats, Values]:
     found: Values = {}
     for block in range(blocks):
         seeds = range(BLOCK * block, BLOCK * (block + 1))
-        plan = AuditPlan.model_validate({"seeds": seeds, **BARE})
-        for key, own in values_of(run_audit(plan, folder / f"pool-{block}")).items():
+        result = run_audit(plan_of(seeds=seeds), folder / f"pool-{block}")
+        for key, own in values_of(result).items():
             found.setdefault(key, {}).update(own)
-    plan = AuditPlan.model_validate({})
+    plan = plan_of()
     words = [word for listed in plan.axes.values() for word in listed]
     whole = set.intersection(*(set(own) for own in found.values()))
     array = np.array(
@@ -87,22 +63,13 @@ def pool(folder: Path, blocks: int) -> tuple[Floats, Values]:
 
 @dataclass(frozen=True)
 class Stopped:
-    """R simulated professions of J parts, each at the round where drawing stopped.
+    """R simulated professions of J parts, each at the round where drawing stopped."""
 
-    Attributes:
-        counts: ``[R]`` images.
-        means: ``[R, J]``.
-        wide: ``[R, J]`` half-widths that the rule goes by, `statistics.half_width`.
-        widths: ``[R, J]`` Student's half-widths.
-        others: ``[R, J]`` means of what the rule does not look at.
-        other_widths: ``[R, J]`` theirs.
-    """
-
-    counts: npt.NDArray[np.int64]
-    means: Floats
-    wide: Floats
-    widths: Floats
-    others: Floats
+    counts: npt.NDArray[np.int64]  # [R] images
+    means: Floats  # [R, J], as are the others
+    wide: Floats  # half-widths that the rule goes by, `statistics.half_width`
+    widths: Floats  # Student's half-widths
+    others: Floats  # means of what the rule does not look at
     other_widths: Floats
 
 
@@ -131,7 +98,7 @@ def running(extreme: np.ufunc, values: Floats) -> Floats:
 
 def first_size(precision: float) -> int:
     """Seeds of the first round of a plan that names none."""
-    return len(AuditPlan.model_validate({"precision": precision}).seeds)
+    return len(plan_of(precision=precision).seeds)
 
 
 def moments(values: Floats, ends: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
@@ -289,9 +256,8 @@ def over_professions(array: Floats, precision: float, trials: int, seed: int) ->
 
 def real(folder: Path, precision: float, known: Values) -> dict[str, Any]:
     """One audit with a precision, and its values beside the pool's of the same pictures."""
-    plan = AuditPlan.model_validate({"precision": precision, **BARE})
     began = time.perf_counter()
-    result = run_audit(plan, folder / f"audit-{precision:g}")
+    result = run_audit(plan_of(precision=precision), folder / f"audit-{precision:g}")
     apart = [
         abs(one - other)
         for key, own in values_of(result).items()
@@ -308,37 +274,23 @@ def real(folder: Path, precision: float, known: Values) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/study-precision")
-    parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--precision", type=float, default=0.02, help="of the real audit")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    given = options(__doc__, "precision", blocks=3, trials=2000)
     torch.set_num_threads(1)
-    array, known = pool(options.runs, options.blocks)
-    spreads = array[..., 0].std(axis=1).max(axis=1)
+    array, known = pool(given.runs, given.blocks)
+    spreads = np.round(array[..., 0].std(axis=1).max(axis=1), 4)
     record = {
-        "schema": 1,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"torch": torch.__version__, "biasmap_fast": bm.__version__},
-        "weights": weight_hashes(testbed.WEIGHTS),
         "growth": GROWTH,
         "pool_seeds": array.shape[1],
-        "spread": dict(
-            zip(
-                AuditPlan.model_validate({}).professions, np.round(spreads, 4).tolist(), strict=True
-            )
-        ),
-        "trials": options.trials,
-        "pool": [simulate_pool(array, h, options.trials // 4, 1) for h in PRECISIONS],
+        "spread": dict(zip(plan_of().professions, spreads.tolist(), strict=True)),
+        "trials": given.trials,
+        "pool": [simulate_pool(array, h, given.trials // 4, 1) for h in PRECISIONS],
         "distributions": [
-            simulate(name, h, options.trials, 2) for name in DISTRIBUTIONS for h in PRECISIONS
+            simulate(name, h, given.trials, 2) for name in DISTRIBUTIONS for h in PRECISIONS
         ],
-        "mean over professions": over_professions(array, 0.03, options.trials // 4, 3),
-        "audit": real(options.runs, options.precision, known),
+        "mean over professions": over_professions(array, 0.03, given.trials // 4, 3),
+        "audit": real(given.runs, 0.02, known),
     }
-    print(write(record, options.out, nan=False).read_text())
+    write(given.out, 1, record)
 
 
 if __name__ == "__main__":

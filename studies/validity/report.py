@@ -126,7 +126,6 @@ def summarise(runs: Path) -> dict[str, Any]:
     choosing = Group(runs / "choosing")
     winner, near, best = choose(choosing)
     record: dict[str, Any] = {
-        "schema": 1,
         "candidates": len(choosing.candidates()),
         "winner": asdict(winner),
         "best": asdict(best),
