@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from biasmap_fast.audit import AuditPlan, run_audit
+from biasmap_fast.audit import AuditPlan, run_audit, worker
 
 TINY = {
     "model": "tiny",
@@ -44,6 +44,12 @@ def tiny_plan():
     return lambda **changes: AuditPlan(**(TINY | changes))
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves the report out: only what is measured counts here."""
+    monkeypatch.setattr("biasmap_fast.audit.report.write_report", lambda *args: [])
+
+
 @pytest.fixture(scope="session")
 def tiny(make_sd):
     """The tiny pipeline."""
@@ -55,3 +61,22 @@ def finished(tiny, tiny_plan, tmp_path_factory):
     """A finished run of `tiny_plan`; only copies of its folder may be changed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     return run_audit(tiny_plan(), folder, pipe=tiny, progress=False)
+
+
+@pytest.fixture
+def stops(monkeypatch):
+    """Ends drawing with `KeyboardInterrupt` after some chunks; gives the list of those drawn."""
+
+    def after(count):
+        real, drawn = worker.measure_chunk, []
+
+        def measure(pipe, plan, pictures, *rest):
+            if len(drawn) == count:
+                raise KeyboardInterrupt
+            drawn.append(pictures)
+            return real(pipe, plan, pictures, *rest)
+
+        monkeypatch.setattr(worker, "measure_chunk", measure)
+        return drawn
+
+    return after

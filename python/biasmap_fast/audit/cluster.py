@@ -21,7 +21,7 @@ import torch
 from ..allocator import keep_freed_memory
 from .chunk import Chunk, failed_chunk
 from .folder import AuditError
-from .worker import Worker
+from .worker import Described, Worker
 
 if TYPE_CHECKING:
     from .plan import AuditPlan, Picture
@@ -32,9 +32,6 @@ LOCAL = "local"
 # Workers that one chunk may cost before its pictures are recorded as failed, and workers that may
 # be lost in a row before one of them has begun.
 _ATTEMPTS = 3
-
-
-Described = dict[str, dict[str, Any]]  # condition -> what measures
 
 
 class Device(Worker):

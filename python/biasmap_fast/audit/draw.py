@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Fault = tuple[str, str]  # status and reason
 Images = list[np.ndarray[Any, Any] | None]
+_Decoded = tuple[Images, tuple[int, int], list[Fault | None]]
 
 
 @dataclass
@@ -97,9 +98,10 @@ def draw(
     blocked = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
     if all_decoded:
         arrays = np.asarray(output.images)  # [B, H, W, 3]
-        images, size, faults = list(arrays), arrays.shape[1:3], [None] * len(arrays)
+        decoded: _Decoded = list(arrays), arrays.shape[1:3], [None] * len(arrays)
     else:
-        images, size, faults = _some_decoded(pipe, output.images, wanted)
+        decoded = _some_decoded(pipe, output.images, wanted)
+    images, size, faults = decoded
     return Drawn(
         images=images,
         size=size,
@@ -200,9 +202,7 @@ def _other_branch(
 
 
 @torch.no_grad()
-def _some_decoded(
-    pipe: Any, latents: torch.Tensor, wanted: Sequence[bool]
-) -> tuple[Images, tuple[int, int], list[Fault | None]]:
+def _some_decoded(pipe: Any, latents: torch.Tensor, wanted: Sequence[bool]) -> _Decoded:
     """Decodes the wanted ones of the latents ``[B, C, h, w]`` as Stable Diffusion does."""
     images: Images = [None] * len(latents)
     indices = [index for index, wants in enumerate(wanted) if wants]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from .measure import Chunk
+    from .chunk import Chunk
 
 logger = logging.getLogger(__name__)
 

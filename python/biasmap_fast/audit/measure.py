@@ -315,7 +315,7 @@ def _mask_rows(
         bits = zip(_mask_bits(first, setting[0]), _mask_bits(second, setting[-1]), strict=True)
         for index, (profession_bits, word_bits) in zip(indices, bits, strict=True):
             key = {k: v for k, v in keys[index].items() if k not in ("part", "control")}
-            row = {"measure": name, "setting": setting_of(setting)}
+            row: dict[str, Any] = {"measure": name, "setting": setting_of(setting)}
             row |= {"height": height, "width": width}
             rows.append({**key, **row, "profession_bits": profession_bits, "word_bits": word_bits})
     return rows

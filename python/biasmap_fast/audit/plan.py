@@ -15,7 +15,9 @@ from .. import presets
 from ..concepts import AttributionPrompt
 from ..pipelines import TESTBED
 from . import conditions as texts
-from .settings import GUIDED, PLAIN, PlanSettings
+from .settings import GUIDED as GUIDED
+from .settings import PLAIN as PLAIN
+from .settings import PlanSettings
 
 # What the published scripts fix (design, section 2): a conflicting setting is refused.
 _PAPER: dict[str, Any] = {

@@ -277,14 +277,3 @@ def read(folder: Path, name: str, chunks: Sequence[int] | None = None) -> pa.Tab
 def packed(masks: npt.NDArray[np.bool_]) -> list[bytes]:
     """Returns the bits of masks ``[R, H, W]``, row by row, the first pixel in the highest bit."""
     return [row.tobytes() for row in np.packbits(masks.reshape(len(masks), -1), axis=1)]
-
-
-def unpacked(bits: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
-    r"""Returns the mask ``[H * W]`` of what `packed` made.
-
-    Example:
-        >>> unpacked(b"\xa0", 2, 2).tolist()
-        [True, False, True, False]
-    """
-    values = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=height * width)
-    return values.astype(np.bool_)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +29,7 @@ from .worker import Worker
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .chunk import Chunk
-    from .cluster import Cluster, Described
+    from .cluster import Cluster
     from .plan import Picture
     from .rounds import Asked
     from .summary import Summary
@@ -212,7 +211,8 @@ def planted(plan: AuditPlan) -> list[dict[str, Any]] | None:
 
 
 def _frame(folder: Path, name: str) -> pd.DataFrame:
-    return read(folder, name).to_pandas(maps_as_pydicts="strict")
+    frame: pd.DataFrame = read(folder, name).to_pandas(maps_as_pydicts="strict")
+    return frame
 
 
 def _asked(plan: AuditPlan, folder: Path) -> Asked:
@@ -263,36 +263,11 @@ def _failed(folder: Path, asked: Asked) -> list[_Work]:
     return [(index, asked.chunks[index]) for index in failed if index >= asked.last]
 
 
-class _Here(AbstractContextManager["_Here"]):
-    """Measures in this process, one chunk after the other."""
-
-    def __init__(self, plan: AuditPlan, pipe: Any) -> None:
-        self._worker = Worker(plan, pipe)
-
-    def __enter__(self) -> _Here:
-        self._worker.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._worker.__exit__(*error)
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what measures."""
-        return self._worker.describe()
-
-    def results(self, todo: Sequence[_Work]) -> Iterator[tuple[Described, int, Chunk | None]]:
-        """Yields conditions whose pipeline was made just now, then the chunk itself."""
-        for index, pictures in todo:
-            if entered := self._worker.prepare(pictures):
-                yield entered, index, None
-            yield {}, index, self._worker.measure(pictures)
-
-
 def _source(
     plan: AuditPlan, pipe: Any, cluster: str | None, workers: int | None, threads: int
-) -> _Here | Cluster:
+) -> Worker | Cluster:
     if cluster is None:
-        return _Here(plan, pipe)
+        return Worker(plan, pipe)
     from .cluster import Cluster
 
     if pipe is not None:
@@ -304,7 +279,7 @@ def _source(
 
 
 def _measure(
-    source: _Here | Cluster,
+    source: Worker | Cluster,
     plan: AuditPlan,
     folder: Path,
     asked: Asked,

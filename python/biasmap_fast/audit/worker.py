@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .plan import AuditPlan, Picture
 
 logger = logging.getLogger(__name__)
+
+Described = dict[str, dict[str, Any]]  # condition -> what measures
 
 
 class Worker:
@@ -97,7 +99,7 @@ class Worker:
             **environment.describe_pipeline(self._pipe),
         }
 
-    def prepare(self, pictures: Sequence[Picture]) -> dict[str, dict[str, Any]]:
+    def prepare(self, pictures: Sequence[Picture]) -> Described:
         """Makes the pipeline of the pictures' condition, unless it is there already.
 
         Returns:
@@ -131,6 +133,15 @@ class Worker:
         if condition is None or self._separate is None:
             return self._attempt(self._pipe, self._cache, pictures)
         return self._attempt(*self._separate[1:], pictures)
+
+    def results(
+        self, todo: Iterable[tuple[int, list[Picture]]]
+    ) -> Iterator[tuple[Described, int, Chunk | None]]:
+        """Yields conditions whose pipeline was just made, then the chunk itself."""
+        for index, pictures in todo:
+            if entered := self.prepare(pictures):
+                yield entered, index, None
+            yield {}, index, self.measure(pictures)
 
     def _attempt(self, pipe: Any, cache: Cache, pictures: Sequence[Picture]) -> Chunk:
         """Measures the pictures together; if that raises, each half of them by itself."""
