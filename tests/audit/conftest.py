@@ -1,0 +1,82 @@
+"""Finished runs of a tiny random pipeline, made once and shared; plans of the tests."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from biasmap_fast.audit import AuditPlan, run_audit, worker
+
+TINY = {
+    "model": "tiny",
+    "professions": ["doctor", "pilot"],
+    "axes": ["gender"],
+    "prompt_template": "a photo of {profession}",
+    "attribution_template": "a photo of {profession} and {demographic}",
+    "seeds": [0, 1, 2],
+    "steps": 1,
+    "batch_size": 2,
+    "device": "cpu",
+}
+
+
+def _stub_reading_half() -> None:
+    # Until the new reading half is merged there is nothing to summarise with.
+    try:
+        importlib.import_module("biasmap_fast.audit.summary").Summary  # noqa: B018
+    except (ImportError, AttributeError):
+        summary = ModuleType("biasmap_fast.audit.summary")
+        summary.summarise = lambda plan, pictures, measurements, **rest: SimpleNamespace(**rest)
+        report = ModuleType("biasmap_fast.audit.report")
+        report.write_report = lambda folder, plan, summary: []
+        sys.modules |= {summary.__name__: summary, report.__name__: report}
+
+
+_stub_reading_half()
+
+
+@pytest.fixture(scope="session")
+def tiny_plan():
+    """Makes a plan of a tiny pipeline: two professions, three seeds, one step."""
+    return lambda **changes: AuditPlan(**(TINY | changes))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves the report out: only what is measured counts here."""
+    monkeypatch.setattr("biasmap_fast.audit.report.write_report", lambda *args: [])
+
+
+@pytest.fixture(scope="session")
+def tiny(make_sd):
+    """The tiny pipeline."""
+    return make_sd()
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tiny_plan, tmp_path_factory):
+    """A finished run of `tiny_plan`; only copies of its folder may be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return run_audit(tiny_plan(), folder, pipe=tiny, progress=False)
+
+
+@pytest.fixture
+def stops(monkeypatch):
+    """Ends drawing with `KeyboardInterrupt` after some chunks; gives the list of those drawn."""
+
+    def after(count):
+        real, drawn = worker.measure_chunk, []
+
+        def measure(pipe, plan, pictures, *rest):
+            if len(drawn) == count:
+                raise KeyboardInterrupt
+            drawn.append(pictures)
+            return real(pipe, plan, pictures, *rest)
+
+        monkeypatch.setattr(worker, "measure_chunk", measure)
+        return drawn
+
+    return after
