@@ -27,7 +27,6 @@ from .plan import AuditPlan
 from .records import SIDES, part_path, read_part, read_records, read_side
 from .report import write_report
 from .summary import summarise
-from .tables import write_tables
 from .validate import validate as check
 from .work import Worker
 from .writer import Writer
@@ -175,7 +174,6 @@ def render(path: str | Path) -> AuditResult:
     try:
         text = json.dumps(result.summary, indent=1, allow_nan=False) + "\n"
         write_text(result.folder / "summary.json", text)
-        write_tables(result.folder, result.plan, result.summary)
         write_report(result.folder, result.plan, result.records, result.summary)
     except OSError as error:
         raise AuditError(f"the report of {result.folder} cannot be written: {error}") from error
