@@ -8,18 +8,25 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from .sentences import measure_name
+from .summary import unpacked
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL.Image import Image
+
+    from .plan import AuditPlan
 
 # Okabe and Ito's colours, told apart with every common colour blindness; shapes repeat the code.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -131,37 +138,113 @@ def lines(
         return _svg(figure, f"{label} over {x_label}")
 
 
-def picture_panel(picture: Image) -> str:
-    """A picture as data URI, at the size of a panel."""
-    return _data_uri(_sized(picture))
+@dataclass(frozen=True)
+class Strips:
+    """Pictures with their maps and regions, one strip per profession.
+
+    Attributes:
+        rows: Profession, its rank ("highest", "median", "lowest" or ""), and panels (data URI,
+            alternative text, caption).
+        scales: Side ("profession", "word") -> map values of the coldest and the hottest colour.
+    """
+
+    rows: list[tuple[str, str, list[tuple[str, str, str]]]]
+    scales: dict[str, tuple[float, float]]
 
 
-def heat_panel(picture: Image, heat: torch.Tensor, value_range: tuple[float, float]) -> str:
-    """A map ``[H, W]`` over its picture as data URI.
+def strips(
+    folder: Path, plan: AuditPlan, axis: str, condition: str, order: Sequence[str]
+) -> Strips | None:
+    """Pictures of the plan's first seed with maps, and with the regions that were measured.
 
     Args:
-        picture: Picture.
-        heat: Attribution map.
-        value_range: Map values of the coldest and hottest colour.
+        folder: Run folder.
+        plan: Its plan.
+        axis: Axis whose words are shown.
+        condition: Condition of the pictures.
+        order: Professions, the highest first; those without picture or maps are left out.
     """
+    from PIL import Image as PILImage
+    from safetensors.torch import load_file
+
+    loaded = []
+    for profession in order:
+        word = re.sub("[^A-Za-z0-9]", "-", profession)
+        stem = f"{plan.professions.index(profession):03d}-{word}-{plan.seeds[0]}"
+        stem += "" if condition == "plain" else f"-{condition}"
+        picture, maps = folder / f"pictures/{stem}.png", folder / f"maps/{stem}.safetensors"
+        if picture.is_file() and maps.is_file():
+            with PILImage.open(picture) as opened:
+                loaded.append((profession, _sized(opened), load_file(maps)))
+    if not loaded:
+        return None
+    words, sides = plan.axes[axis], ("profession", "word")
+    scales = {}
+    for side in sides:
+        values = np.stack(
+            [m[f"{axis}/{word}/{side}"].numpy() for *_, m in loaded for word in words]
+        )
+        # one pixel in 200 is hotter: the hottest of all would leave the other maps dark
+        scales[side] = float(values.min()), float(np.quantile(values, 0.995))
+    regions = _regions(folder, plan, axis, condition)
+    ranks = {0: "highest", len(loaded) // 2: "median", len(loaded) - 1: "lowest"}
+    rows = []
+    for index, (profession, image, maps) in enumerate(loaded):
+        prompt = plan.prompt(profession, condition)
+        panels = [(_data_uri(image), f"picture of {profession}", prompt)]
+        for word in words:
+            for side, name in zip(sides, (profession, word), strict=True):
+                heat = _heat(image, maps[f"{axis}/{word}/{side}"], scales[side])
+                panels.append((heat, f"map of {name} over the picture", f"“{name}”"))
+            for text, *masks in regions.get((profession, word), []):
+                shown = f"regions of {profession} and {word}, {text}"
+                panels.append((_mask(image, *masks), shown, text))
+        rows.append((profession, ranks.get(index, "") if len(loaded) > 1 else "", panels))
+    return Strips(rows, scales)
+
+
+def _regions(
+    folder: Path, plan: AuditPlan, axis: str, condition: str
+) -> dict[tuple[str, str], list[tuple[Any, ...]]]:
+    """Profession and word -> value and both masks, the lead measure first."""
+    if not (folder / "masks").is_dir():
+        return {}
+    names = {"condition": condition, "axis": axis, "seed": plan.seeds[0]}
+    part = [(name, "==", value) for name, value in names.items()]
+    masks, values = (pd.read_parquet(folder / t, filters=part) for t in ("masks", "measurements"))
+    values = values[values["part"].eq("") & values["control"].eq("")]
+    keys = ["profession", "word", "measure", "setting"]
+    rows = masks.merge(values[[*keys, "value"]], on=keys)
+    regions: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
+    shown = dict.fromkeys([(plan.measure, plan.setting), ("iou", f"{plan.fractions[0]:.10g}")])
+    for measure, setting in shown:
+        own = rows[rows["measure"].eq(measure) & rows["setting"].eq(setting)]
+        for place, (_, row) in enumerate(own.iterrows()):
+            one = own.iloc[place : place + 1]
+            size = (int(row["height"]), int(row["width"]))
+            pair = (unpacked(one, side)[0].reshape(size) for side in ("profession", "word"))
+            text = f"{measure_name(measure)} {row['value']:.2f}"
+            regions.setdefault((row["profession"], row["word"]), []).append((text, *pair))
+    return regions
+
+
+def _heat(picture: Image, heat: torch.Tensor, value_range: tuple[float, float]) -> str:
     from ..maps import AttributionMaps
 
     maps = AttributionMaps(heat[None, None], ("map",))
-    shown = maps.overlay([_sized(picture)], "map", strength=0.85, value_range=value_range)
+    shown = maps.overlay([picture], "map", strength=0.85, value_range=value_range)
     return _data_uri(shown[0] if isinstance(shown, list) else shown)
 
 
-def mask_panel(picture: Image, profession: Any, word: Any) -> str:
-    """Both masks ``[H, W]`` bool over the grey picture as data URI."""
+def _mask(picture: Image, profession: Any, word: Any) -> str:
     from PIL import Image as PILImage
     from PIL.ImageColor import getrgb
 
-    sized = _sized(picture)
     a, b = (
-        np.asarray(PILImage.fromarray(mask).resize(sized.size, PILImage.Resampling.NEAREST))
+        np.asarray(PILImage.fromarray(mask).resize(picture.size, PILImage.Resampling.NEAREST))
         for mask in (profession, word)
     )
-    grey = np.asarray(sized.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=2)
+    grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=2)
     shown = 0.45 * grey + 0.55 * 255
     for part, pixels in (("profession", a & ~b), ("word", b & ~a), ("both", a & b)):
         shown[pixels] = 0.35 * shown[pixels] + 0.65 * np.array(getrgb(MASK_COLOURS[part]))

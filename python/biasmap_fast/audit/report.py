@@ -8,7 +8,6 @@ import re
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,11 +15,11 @@ import pyarrow.parquet as pq
 from ..files import write_file, write_text
 from ..pipelines import TESTBED
 from . import charts, sentences
-from .sentences import interval, measure_name, number, p_value, percent
-from .summary import SCHEMA_VERSION, lead, unpacked
+from .sentences import interval, number, p_value, percent
+from .summary import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from .plan import AuditPlan
@@ -78,7 +77,9 @@ def model_card(plan: AuditPlan, summary: Summary) -> str:
         parts.append(f"### Condition {_plain(condition)}")
         parts += map(_plain, sentences.changes(condition, plan, summary))
     table = _means_table(plan, summary)
-    cells = [" | ".join(_plain(str(cell)) for cell in row) for row in (table["head"], *table["rows"])]
+    cells = [
+        " | ".join(_plain(str(cell)) for cell in row) for row in (table["head"], *table["rows"])
+    ]
     rows = [cells[0], "|".join(["---"] * len(table["head"])), *cells[1:]]
     parts += ["### Figures", "\n".join(f"| {row} |" for row in rows), "### Limits"]
     parts.append("\n".join(f"- {_plain(text)}" for text in sentences.limits(plan, summary)))
@@ -103,468 +104,333 @@ def _html(folder: Path, plan: AuditPlan, summary: Summary) -> str:
     source = files(__package__).joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     path = folder / "environment.json"
     described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    axes = [_Axis(folder, plan, summary, axis) for axis in plan.axes]
     return environment.from_string(source).render(
         model="the embedded model" if plan.model == TESTBED else plan.model,
         headline=sentences.headline(plan, summary),
-        axes=[_axis(axis, folder, plan, summary) for axis in plan.axes],
-        conditions=[_condition(name, folder, plan, summary) for name in plan.conditions[1:]],
+        axes=axes,
+        conditions=[_condition(name, axes, plan, summary) for name in plan.conditions[1:]],
         means=_means_table(plan, summary),
         failures=_failures(summary),
         limits=sentences.limits(plan, summary),
         settings=_flat(plan.model_dump(mode="json")),
         environment=_flat(described),
         colours=charts.MASK_COLOURS,
+        baseline=plan.conditions[0],
     )
 
 
-def _axis(axis: str, folder: Path, plan: AuditPlan, summary: Summary) -> dict[str, Any]:
-    """What the report shows of one axis under the first condition."""
-    condition, words = plan.conditions[0], plan.axes[axis]
-    rows = summary.find(condition=condition, axis=axis, baseline="")
-    main = rows[rows["part"].eq("") & rows["control"].eq("")]
-    planted = summary.find(axis=axis, quantity="planted")
-    order = _order(axis, plan, summary)
-    measures = _measures(main, plan)
-    shown = [
-        _chart(main, measure, setting, order, words, planted) for measure, setting in measures
+class _Axis:
+    """What the report shows of one axis."""
+
+    def __init__(self, folder: Path, plan: AuditPlan, summary: Summary, name: str) -> None:
+        self.name, self.words = name, plan.axes[name]
+        self._folder, self._plan, self._summary = folder, plan, summary
+        self._rows = summary.find(condition=plan.conditions[0], axis=name, baseline="")
+        self._main = self._rows[self._rows["part"].eq("") & self._rows["control"].eq("")]
+        self._planted = summary.find(axis=name, quantity="planted")
+        means = self._main[self._main["quantity"].eq("mean")]
+        means = means[means["scope"].eq("profession")]
+        first = (plan.measure, plan.setting)
+        pairs = set(zip(means["measure"], means["setting"], strict=True))
+        # the lead first, soft forms last; not the points of the curve, which no profession has
+        self._measures = sorted(
+            pairs, key=lambda pair: (pair != first, pair[0] == "soft_iou", pair)
+        )
+        leading = means[means["measure"].eq(first[0]) & means["setting"].eq(first[1])]
+        levels = leading.groupby("profession")["estimate"].mean()
+        self.order = sorted(plan.professions, key=lambda profession: -levels.get(profession, -1.0))
+
+    def answers(self) -> list[str]:
+        return sentences.first_screen(self.name, self._plan, self._summary)
+
+    def details(self) -> list[str]:
+        return sentences.details(self.name, self._plan, self._summary)
+
+    def strips(self, condition: str) -> charts.Strips | None:
+        return charts.strips(self._folder, self._plan, self.name, condition, self.order)
+
+    def _of(self, measure: str, setting: str, rows: pd.DataFrame | None = None) -> pd.DataFrame:
+        own = self._main if rows is None else rows
+        return own[own["measure"].eq(measure) & own["setting"].eq(setting)]
+
+    def _truth(self, measure: str) -> dict[str, pd.Series[float]]:
+        own = self._planted[self._planted["measure"] == measure]
+        return {word: rows["estimate"] for word, rows in _by_word(own, self.words).items()}
+
+    def charts(self) -> list[dict[str, str]]:
+        """Every measure of every profession, with chance and what is planted."""
+        shown = []
+        for measure, setting in self._measures:
+            own = self._of(measure, setting)
+            means = own[own["quantity"] == "mean"].replace({"profession": {"": _MEAN}})
+            level = own[own["quantity"] == "chance"]["estimate"].mean()
+            text = f"{_title(measure, setting)}: mean and 95 % interval of each profession."
+            ticks = self._truth("overlap") if measure == "containment" else {}
+            if ticks:
+                text += " Upright bars: the planted part of the profession's marker on the region."
+            svg = charts.dots(
+                [*self.order, _MEAN],
+                _by_word(means, self.words),
+                label=f"{sentences.measure_name(measure)} ({setting}), {self.name}",
+                reference=None if pd.isna(level) else level,
+                reference_label=f"chance {number(level, 2)}",
+                ticks=ticks,
+                rule_above=len(self.order),
+            )
+            shown.append({"svg": svg, "text": text})
+        return shown
+
+    def shares(self) -> str:
+        """Shares of one word of two (they sum to one), of all words otherwise."""
+        rows = self._main[self._main["quantity"] == "share"]
+        read = [word for word in self.words if word in set(rows["word"])]
+        shown = read[1:] if len(read) == 2 else read
+        truth = self._truth("share")
+        return (
+            charts.dots(
+                self.order,
+                _by_word(rows, shown),
+                label=f"share of pictures read as {' / '.join(shown)} ({self.name})",
+                ticks={word: truth[word] for word in shown if word in truth},
+                first_colour=self.words.index(shown[0]),
+            )
+            if shown
+            else ""
+        )
+
+    def tables(self) -> list[Table]:
+        """Every profession and word of each measure, with shares and what is planted if known."""
+        index = pd.MultiIndex.from_product([self.order, self.words], names=["profession", "word"])
+        beside = {"share, %": (self._main[self._main["quantity"] == "share"], percent)}
+        for name, measure in (("planted share, %", "share"), ("planted overlap", "overlap")):
+            show = percent if measure == "share" else interval
+            beside[name] = (self._planted[self._planted["measure"] == measure], show)
+        tables = []
+        for measure, setting in self._measures:
+            own = self._of(measure, setting)
+            own = own[own["scope"] == "profession"]
+            mean, corrected = (own[own["quantity"] == name] for name in ("mean", "corrected"))
+            columns = {
+                "profession": [profession for profession, _ in index],
+                "word": [word for _, word in index],
+                "n": _cells(mean, index, lambda row: number(row["n"], 0)),
+                sentences.measure_name(measure): _cells(mean, index, lambda row: interval(row, 3)),
+            }
+            if len(corrected):
+                above = sentences.above_chance(own)
+                columns |= {
+                    "above chance": [
+                        "yes" if above.get(key[::-1], False) else "no" for key in index
+                    ],
+                    "p (Holm)": _cells(mean, index, lambda row: p_value(row["p_adjusted"])),
+                    "corrected": _cells(corrected, index, interval),
+                }
+                shown = {name: pair for name, pair in beside.items() if len(pair[0])}
+                columns |= {name: _cells(rows, index, f) for name, (rows, f) in shown.items()}
+            tables.append(_table(_title(measure, setting), columns))
+        return tables
+
+    def controls(self) -> list[dict[str, Any]]:
+        """Per measure a chart and a table of the word beside its null and its control words."""
+        shown = []
+        whole = self._rows[self._rows["part"].eq("")]
+        for measure, setting in self._measures:
+            own = self._of(measure, setting, whole)
+            kinds = {"": "the word itself"}
+            for kind in own["control"].unique():
+                kinds.setdefault(kind, sentences.control_name(kind, self._plan))
+            if len(kinds) == 1:
+                continue
+            changes = own[own["quantity"].eq("difference")]
+            single = changes[changes["scope"].eq("profession")]
+            more = single["p_adjusted"].le(0.05) & single["estimate"].gt(0)
+            counts = more.groupby([single["word"], single["control"]]).agg(["sum", "count"])
+            changes = changes[changes["scope"].eq("overall")]
+            means = own[own["scope"].eq("overall") & own["quantity"].eq("mean")]
+            index = pd.MultiIndex.from_frame(changes[["word", "control"]])
+            columns = {
+                "word": [word for word, _ in index],
+                "control": [kinds[kind] for _, kind in index],
+                "its level": _cells(means, index, lambda row: interval(row, 3)),
+                "difference": _cells(changes, index, lambda row: interval(row, 3)),
+                "p": [p_value(p) for p in changes["p"]],
+                "professions above it (Holm)": [
+                    "{} of {}".format(*counts.loc[key]) for key in index
+                ],
+            }
+            svg = charts.dots(
+                list(kinds.values()),
+                _by_word(means.assign(control=means["control"].map(kinds)), self.words, "control"),
+                label=f"controls: {sentences.measure_name(measure)} ({setting}), {self.name}",
+                reference=own[own["quantity"] == "chance"]["estimate"].mean(),
+            )
+            caption = f"{_title(measure, setting)}: the word minus its control"
+            shown.append({"svg": svg, "table": _table(caption, columns)})
+        return shown
+
+    def curve(self) -> dict[str, str] | None:
+        """Corrected IoU over the size of the regions."""
+        rows = self._main[self._main["scope"].eq("overall")]
+        areas = rows[rows["quantity"].eq("area")]
+        if areas.empty:
+            return None
+        points = rows[rows["measure"].eq("iou") & rows["quantity"].eq("corrected")]
+        svg = charts.lines(
+            _by_word(points.assign(size=points["setting"].astype(float)), self.words, "size"),
+            x_label="fraction of the pixels in each region",
+            label=f"corrected IoU, {self.name}",
+            reference=0.0,
+        )
+        told = "; ".join(f"{row['word']} {interval(row, 3)}" for _, row in areas.iterrows())
+        return {"svg": svg, "text": f"Area under the curve: {told}."}
+
+    def parts(self) -> list[dict[str, str]]:
+        """Measures on parts of the maps: blocks, calls, layers, branches."""
+        rows = self._rows[self._rows["part"].ne("") & self._rows["scope"].eq("overall")]
+        split = rows["part"].str.partition(":")
+        rows = rows.assign(kind=split[0], name=split[2])
+        shown = []
+        for (kind, measure, setting), own in rows.groupby(["kind", "measure", "setting"]):
+            label = f"{sentences.measure_name(measure)} ({setting}) of each {kind}, {self.name}"
+            if kind == "step":
+                series = _by_word(own.assign(name=own["name"].astype(int)), self.words, "name")
+                svg = charts.lines(series, x_label="UNet call", label=label)
+            else:
+                # down blocks, mid block, up blocks: the order in which the UNet runs them
+                names = sorted(set(own["name"]), key=lambda name: ("dmu".find(name[0]), name))
+                svg = charts.dots(names, _by_word(own, self.words, "name"), label=label)
+            shown.append({"svg": svg, "text": f"{label}: mean over professions, 95 % intervals."})
+        return shown
+
+    def ranks(self) -> Table | None:
+        rows = self._summary.find(
+            condition=self._plan.conditions[0], axis=self.name, quantity="rank"
+        )
+        if rows.empty:
+            return None
+        columns = _measured(rows) | {
+            "against": list(rows["baseline"]),
+            "professions": list(rows["n"]),
+        }
+        columns[sentences.RHO] = [interval(row) for _, row in rows.iterrows()]
+        return _table("Spearman's rank correlation with what is planted, over professions", columns)
+
+
+def _condition(
+    name: str, axes: Sequence[_Axis], plan: AuditPlan, summary: Summary
+) -> dict[str, Any]:
+    """What the report shows of a condition against the first one."""
+    rows = summary.find(condition=name, baseline=plan.conditions[0])
+    rows = rows[rows["quantity"].isin(["difference", "share difference"])]
+    main = rows[rows["measure"].eq(plan.measure) & rows["setting"].eq(plan.setting)]
+    changes = []
+    for axis in axes:
+        own = main[main["axis"] == axis.name].replace({"profession": {"": _MEAN}})
+        svg = charts.dots(
+            [*axis.order, _MEAN],
+            _by_word(own, axis.words),
+            label=f"change of {sentences.measure_name(plan.measure)} under {name}, {axis.name}",
+            reference=0.0,
+            reference_label="no change",
+            rule_above=len(axis.order),
+        )
+        changes.append({"svg": svg if len(own) else "", "strips": axis.strips(name)})
+    energy = summary.find(scope="run", condition=name, quantity="energy")
+    energy = energy.assign(call=energy["part"].str.partition(":")[2].astype(int))
+    names = {"energy": "energy (mean SoftIoU)", "iou": "IoU of the same call's maps"}
+    energy = energy.assign(word=energy["measure"].replace(names))
+    ledger = [
+        charts.lines(_by_word(energy, words, "call"), x_label="UNet call", label=label)
+        for label, words in (("overlap", list(names.values())), ("norm", ["gradient norm"]))
+        if len(energy)
     ]
-    shares = main[main["quantity"] == "share"]
-    strips, scale = _strips(axis, condition, order, folder, plan)
+    shown = {
+        "Mean over professions": rows[rows["scope"] == "overall"],
+        "Each profession": rows[rows["scope"] == "profession"],
+        "What the classifier reads": summary.find(
+            scope="run", quantity=["right", "score", "clip score"]
+        ),
+    }
     return {
-        "name": axis,
-        "words": words,
-        "answers": sentences.first_screen(axis, plan, summary),
-        "details": sentences.details(axis, plan, summary),
-        "charts": [chart for chart in shown if chart["svg"]],
-        "shares": _share_chart(axis, shares, order, words, planted),
+        "name": name,
+        "answers": sentences.changes(name, plan, summary),
+        "axes": changes,
         "tables": [
-            _profession_table(main, measure, setting, order, words, planted)
-            for measure, setting in measures
+            _table(caption, _changed(own) | _measured(own) | _tested(own))
+            for caption, own in shown.items()
+            if len(own)
         ],
-        "controls": _controls(axis, rows, measures, plan),
-        "curve": _curve(axis, main),
-        "parts": _parts(axis, rows),
-        "ranks": _rank_table(axis, plan, summary),
-        "strips": strips,
-        "scale": scale,
+        "ledger": ledger,
+        "skipped": [
+            f"{row['estimate']:.0f} calls of a picture ({row['part'].partition(':')[2]})"
+            for _, row in summary.find(condition=name, quantity="skipped").iterrows()
+        ],
     }
 
 
-def _measures(rows: pd.DataFrame, plan: AuditPlan) -> list[tuple[str, str]]:
-    """Measures and settings with figures of their own, the lead first; no points of the curve."""
-    means = rows[rows["quantity"].eq("mean") & rows["scope"].eq("profession")]
-    pairs = dict.fromkeys(zip(means["measure"], means["setting"], strict=True))
-    first = (plan.measure, plan.setting)
-    return sorted(pairs, key=lambda pair: (pair != first, pair[0] == "soft_iou", pair))
+def _changed(rows: pd.DataFrame) -> dict[str, list[Any]]:
+    names = ("condition", "profession")
+    return {name: list(rows[name]) for name in names if rows[name].nunique() > 1}
 
 
-def _order(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
-    """Professions by the lead measure, averaged over the axis' words, the highest first."""
-    rows = summary.find(
-        scope="profession", condition=plan.conditions[0], axis=axis, part="", control="",
-        baseline="", quantity="mean", **lead(plan),
-    )  # fmt: skip
-    levels = rows.groupby("profession")["estimate"].mean()
-    return sorted(plan.professions, key=lambda name: -levels.get(name, -1.0))
+def _tested(rows: pd.DataFrame) -> dict[str, list[Any]]:
+    columns = {"n": list(rows["n"]), "figure": [interval(row, 3) for _, row in rows.iterrows()]}
+    for name, shown in (("p", "p"), ("p_adjusted", "p (Holm)")):
+        if rows[name].notna().any():
+            columns[shown] = [p_value(p) for p in rows[name]]
+    return columns
+
+
+def _means_table(plan: AuditPlan, summary: Summary) -> Table:
+    """The mean over professions of every word and measure under the first condition."""
+    names = {"scope": "overall", "condition": plan.conditions[0], "baseline": ""}
+    rows = summary.find(**names, part="", control="")
+    means = rows[rows["quantity"] == "mean"]
+    index = pd.MultiIndex.from_frame(means[["axis", "word", "measure", "setting"]])
+    columns = _measured(means) | {
+        "professions": list(means["n"]),
+        "mean": [interval(row, 3) for _, row in means.iterrows()],
+        "chance": _cells(
+            rows[rows["quantity"] == "chance"], index, lambda row: number(row["estimate"])
+        ),
+        "corrected": _cells(rows[rows["quantity"] == "corrected"], index, interval),
+    }
+    return _table("Mean over professions, 95 % intervals", columns)
 
 
 def _title(measure: str, setting: str) -> str:
-    name = measure_name(measure)
-    return f"{name[:1].upper()}{name[1:]}, {sentences.regions(setting)}"
+    """A measure and its setting as a caption."""
+    name = sentences.measure_name(measure)
+    regions = f", {sentences.regions(setting)}" if setting else ""
+    return f"{name[:1].upper()}{name[1:]}{regions}"
+
+
+def _measured(rows: pd.DataFrame) -> dict[str, list[Any]]:
+    """Columns that say what rows of figures are of."""
+    columns = {name: list(rows[name]) for name in ("axis", "word") if rows[name].ne("").any()}
+    pairs = zip(rows["measure"], rows["setting"], strict=True)
+    return columns | {"measure": [_title(*pair) for pair in pairs]}
 
 
 def _by_word(
-    rows: pd.DataFrame, words: Sequence[str], index: str = "profession"
+    rows: pd.DataFrame, words: Iterable[str], index: str = "profession"
 ) -> dict[str, pd.DataFrame]:
     """Word -> figures indexed by another column."""
     series = {word: rows[rows["word"] == word].set_index(index) for word in words}
     return {word: own for word, own in series.items() if len(own)}
 
 
-def _chart(
-    rows: pd.DataFrame,
-    measure: str,
-    setting: str,
-    order: Sequence[str],
-    words: Sequence[str],
-    planted: pd.DataFrame,
-) -> dict[str, str]:
-    """One measure of every profession, with chance and what is planted."""
-    own = rows[rows["measure"].eq(measure) & rows["setting"].eq(setting)]
-    means = own[own["quantity"] == "mean"].replace({"profession": {"": _MEAN}})
-    level = own[own["quantity"] == "chance"]["estimate"].mean()
-    truth = _by_word(planted[planted["measure"] == "overlap"], words)
-    known = measure == "containment"  # what is planted is one
-    svg = charts.dots(
-        [*order, _MEAN],
-        _by_word(means, words),
-        label=f"{measure_name(measure)}, {sentences.regions(setting)}",
-        reference=None if pd.isna(level) else level,
-        reference_label=f"chance {number(level, 2)}",
-        ticks={word: own["estimate"] for word, own in truth.items()} if known else None,
-        rule_above=len(order),
-    )
-    text = (
-        f"{_title(measure, setting)}: estimate and 95 % interval of each profession, highest first."
-    )
-    if known and truth:
-        text += " Upright bars: the part of the profession's marker that was planted on the region."
-    return {"svg": svg if means["estimate"].notna().any() else "", "text": text}
-
-
-def _share_chart(
-    axis: str,
-    rows: pd.DataFrame,
-    order: Sequence[str],
-    words: Sequence[str],
-    planted: pd.DataFrame,
-) -> str:
-    """Shares of one word of two (they sum to one), of all words otherwise."""
-    read = [word for word in words if word in set(rows["word"])]
-    shown = read[1:] if len(read) == 2 else read
-    if not shown:
-        return ""
-    truth = _by_word(planted[planted["measure"] == "share"], shown)
-    return charts.dots(
-        order,
-        _by_word(rows, shown),
-        label=f"share of pictures read as {' / '.join(shown)} ({axis})",
-        ticks={word: own["estimate"] for word, own in truth.items()},
-        first_colour=words.index(shown[0]),
-    )
-
-
-def _profession_table(
-    rows: pd.DataFrame,
-    measure: str,
-    setting: str,
-    order: Sequence[str],
-    words: Sequence[str],
-    planted: pd.DataFrame,
-) -> Table:
-    """Every profession and word of one measure, with shares and what is planted if known."""
-    own = rows[rows["measure"].eq(measure) & rows["setting"].eq(setting)]
-    own = own[own["scope"] == "profession"]
-    index = pd.MultiIndex.from_product([order, words], names=["profession", "word"])
-    above = sentences.above_chance(own)
-    mean = own[own["quantity"] == "mean"]
-    columns = {
-        "profession": [profession for profession, _ in index],
-        "word": [word for _, word in index],
-        "n": _cells(mean, index, lambda row: number(row["n"], 0)),
-        measure_name(measure): _cells(mean, index, lambda row: interval(row, 3)),
-    }
-    corrected = own[own["quantity"] == "corrected"]
-    if len(corrected):
-        columns |= {
-            "above chance": ["yes" if above.get(key[::-1], False) else "no" for key in index],
-            "p (Holm)": _cells(mean, index, lambda row: p_value(row["p_adjusted"])),
-            "corrected": _cells(corrected, index, interval),
-        }
-    truth = {name: planted[planted["measure"] == name] for name in ("share", "overlap")}
-    for name, figures, show in (
-        ("share, %", rows[rows["quantity"] == "share"], percent),
-        ("planted share, %", truth["share"], percent),
-        ("planted overlap", truth["overlap"], interval),
-    ):
-        if len(figures) and len(corrected):
-            columns[name] = _cells(figures, index, show)
-    return _table(_title(measure, setting), columns)
-
-
-def _cells(rows: pd.DataFrame, index: pd.Index, show: Any) -> list[str]:
+def _cells(rows: pd.DataFrame, index: pd.Index, show: Callable[[Any], str]) -> list[str]:
+    """Cells of a table's column, one per entry of an index; a dash for what is missing."""
     own = rows.set_index(list(index.names)).reindex(index)
     return [show(row) for _, row in own.iterrows()]
 
 
 def _table(caption: str, columns: Mapping[str, Sequence[Any]]) -> Table:
+    """A table as the template shows it."""
     rows = list(zip(*columns.values(), strict=True))
     return {"caption": caption, "head": list(columns), "rows": rows}
-
-
-def _controls(
-    axis: str, rows: pd.DataFrame, measures: Iterable[tuple[str, str]], plan: AuditPlan
-) -> list[dict[str, Any]]:
-    """Per measure a chart and a table of the pair beside its null and its control words."""
-    shown = []
-    for measure, setting in measures:
-        own = rows[rows["measure"].eq(measure) & rows["setting"].eq(setting) & rows["part"].eq("")]
-        controls = own[own["control"] != ""]
-        overall = own[own["scope"].eq("overall")]
-        means = overall[overall["quantity"] == "mean"]
-        if controls.empty:
-            continue
-        names = {"": "the word itself"}
-        names |= {kind: sentences.control_name(kind, plan) for kind in controls["control"].unique()}
-        changes = overall[overall["quantity"].eq("difference")]
-        single = controls[controls["scope"].eq("profession") & controls["quantity"].eq("difference")]
-        tests = single.assign(more=single["p_adjusted"].le(0.05) & single["estimate"].gt(0))
-        counts = tests.groupby(["word", "control"])["more"].agg(["sum", "count"])
-        index = pd.MultiIndex.from_frame(changes[["word", "control"]])
-        columns = {
-            "word": [word for word, _ in index],
-            "control": [names[control] for _, control in index],
-            "control's level": _cells(means, index, lambda row: interval(row, 3)),
-            "difference": _cells(changes, index, lambda row: interval(row, 3)),
-            "p": [p_value(p) for p in changes["p"]],
-            "professions above it (Holm)": [
-                "{} of {}".format(*counts.loc[key]) if key in counts.index else "–" for key in index
-            ],
-        }
-        level = overall[overall["quantity"] == "chance"]["estimate"].mean()
-        means = means.assign(control=means["control"].map(names))
-        shown.append(
-            {
-                "svg": charts.dots(
-                    list(names.values()),
-                    _by_word(means, plan.axes[axis], "control"),
-                    label=f"controls: {measure_name(measure)} ({setting}), {axis}",
-                    reference=level,
-                ),
-                "table": _table(f"{_title(measure, setting)}: the word minus its control", columns),
-            }
-        )
-    return shown
-
-
-def _curve(axis: str, rows: pd.DataFrame) -> dict[str, str] | None:
-    """Corrected IoU over the size of the masks."""
-    areas = rows[rows["quantity"].eq("area") & rows["scope"].eq("overall")]
-    if areas.empty:
-        return None
-    points = rows[rows["measure"].eq("iou") & rows["quantity"].eq("corrected")]
-    points = points[points["scope"] == "overall"].assign(size=points["setting"].astype(float))
-    svg = charts.lines(
-        _by_word(points, list(areas["word"]), "size"),
-        x_label="fraction of the pixels in each region",
-        label=f"corrected IoU, {axis}",
-        reference=0.0,
-    )
-    told = "; ".join(f"{row['word']} {interval(row, 3)}" for _, row in areas.iterrows())
-    return {"svg": svg, "text": f"Area under the curve: {told}."}
-
-
-def _parts(axis: str, rows: pd.DataFrame) -> list[dict[str, str]]:
-    """A measure on parts of the maps: blocks, calls, layers, branches."""
-    own = rows[rows["part"].ne("") & rows["scope"].eq("overall") & rows["quantity"].eq("mean")]
-    own = own.assign(kind=own["part"].str.partition(":")[0], name=own["part"].str.partition(":")[2])
-    shown = []
-    for (kind, measure, setting), part in own.groupby(["kind", "measure", "setting"], sort=False):
-        words = list(part["word"].unique())
-        label = f"{measure_name(measure)} ({setting}) of each {kind}, {axis}"
-        if kind == "step":
-            series = _by_word(part.assign(name=part["name"].astype(int)), words, "name")
-            svg = charts.lines(series, x_label="UNet call", label=label)
-        else:
-            # down blocks, mid block, up blocks: the order in which the UNet runs them
-            names = sorted(part["name"].unique(), key=lambda name: ("dmu".find(name[0]), name))
-            svg = charts.dots(names, _by_word(part, words, "name"), label=label)
-        shown.append({"svg": svg, "text": f"{label}: mean over professions, 95 % intervals."})
-    return shown
-
-
-def _rank_table(axis: str, plan: AuditPlan, summary: Summary) -> Table | None:
-    rows = summary.find(condition=plan.conditions[0], axis=axis, quantity="rank")
-    if rows.empty:
-        return None
-    columns = {
-        "measure": [_title(row["measure"], row["setting"]) for _, row in rows.iterrows()],
-        "word": list(rows["word"]),
-        "against": list(rows["baseline"]),
-        "professions": list(rows["n"]),
-        sentences.RHO: [interval(row) for _, row in rows.iterrows()],
-    }
-    return _table("Spearman's rank correlation with what is planted, over professions", columns)
-
-
-def _means_table(plan: AuditPlan, summary: Summary) -> Table:
-    """The mean over professions of every word and measure under the first condition."""
-    rows = summary.find(
-        scope="overall", condition=plan.conditions[0], part="", control="", baseline=""
-    )
-    means = rows[rows["quantity"] == "mean"]
-    keys = ["axis", "word", "measure", "setting"]
-    index = pd.MultiIndex.from_frame(means[keys])
-    figures = {name: rows[rows["quantity"] == name] for name in ("chance", "corrected")}
-    columns = {
-        "axis": list(means["axis"]),
-        "word": list(means["word"]),
-        "measure": [_title(*pair) for pair in zip(means["measure"], means["setting"], strict=True)],
-        "professions": list(means["n"]),
-        "mean": [interval(row, 3) for _, row in means.iterrows()],
-        "chance": _cells(figures["chance"], index, lambda row: number(row["estimate"])),
-        "corrected": _cells(figures["corrected"], index, interval),
-    }
-    return _table("Mean over professions, 95 % intervals", columns)
-
-
-def _condition(name: str, folder: Path, plan: AuditPlan, summary: Summary) -> dict[str, Any]:
-    """What the report shows of a condition against the first one."""
-    rows = summary.find(condition=name, baseline=plan.conditions[0])
-    overall = rows[rows["scope"].eq("overall") & rows["quantity"].ne("rank")]
-    main = rows[rows["measure"].eq(plan.measure) & rows["setting"].eq(plan.setting)]
-    changes = main[main["quantity"] == "difference"].replace({"profession": {"": _MEAN}})
-    axes = []
-    for axis, words in plan.axes.items():
-        order = _order(axis, plan, summary)
-        own = changes[changes["axis"] == axis]
-        svg = charts.dots(
-            [*order, _MEAN],
-            _by_word(own, words),
-            label=f"change of {measure_name(plan.measure)} under {name}, {axis}",
-            reference=0.0,
-            reference_label="no change",
-            rule_above=len(order),
-        )
-        strips, scale = _strips(axis, name, order, folder, plan)
-        axes.append({"svg": svg if len(own) else "", "strips": strips, "scale": scale})
-    shares = rows[rows["quantity"].eq("share difference") & rows["scope"].eq("profession")]
-    outputs = summary.find(scope="run", quantity=["right", "score", "clip score"])
-    energy = summary.find(scope="run", condition=name, quantity="energy")
-    energy = energy.assign(call=energy["part"].str.partition(":")[2].astype(int))
-    ledger = [
-        charts.lines(_series(energy, measures), x_label="UNet call", label=label)
-        for label, measures in (("overlap", ["energy", "iou"]), ("norm", ["gradient norm"]))
-        if len(energy)
-    ]
-    skipped = summary.find(scope="run", condition=name, quantity="skipped")
-    return {
-        "name": name,
-        "baseline": plan.conditions[0],
-        "answers": sentences.changes(name, plan, summary),
-        "axes": axes,
-        "tables": [
-            _table(f"{name} minus {plan.conditions[0]}, mean over professions", _changed(overall)),
-            *([_table("Shares of each profession", _changed(shares))] if len(shares) else []),
-            *([_table("What the classifier reads", _changed(outputs))] if len(outputs) else []),
-        ],
-        "ledger": ledger,
-        "skipped": [
-            f"{row['estimate']:.0f} calls of a picture ({row['part'].partition(':')[2]})"
-            for _, row in skipped.iterrows()
-        ],
-    }
-
-
-def _series(rows: pd.DataFrame, measures: Sequence[str]) -> dict[str, pd.DataFrame]:
-    names = {"energy": "energy (mean SoftIoU)", "iou": "IoU of the same call's maps"}
-    return {
-        names.get(measure, measure): rows[rows["measure"] == measure].set_index("call")
-        for measure in measures
-    }
-
-
-def _changed(rows: pd.DataFrame) -> dict[str, list[Any]]:
-    """Columns of a table of differences, those without any entry left out."""
-    columns = {
-        name: list(rows[name])
-        for name in ("condition", "profession", "axis", "word", "measure", "setting", "n")
-        if rows[name].astype(str).ne("").any()
-    }
-    columns["figure"] = [interval(row, 3) for _, row in rows.iterrows()]
-    columns |= {"p": [p_value(p) for p in rows["p"]]}
-    if rows["p_adjusted"].notna().any():
-        columns["p (Holm)"] = [p_value(p) for p in rows["p_adjusted"]]
-    return columns
-
-
-def _strips(
-    axis: str, condition: str, order: Sequence[str], folder: Path, plan: AuditPlan
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Pictures of the plan's first seed with maps and masks, of every profession that has them."""
-    from PIL import Image
-    from safetensors.torch import load_file
-
-    seed = plan.seeds[0]
-    part = [("condition", "==", condition), ("axis", "==", axis), ("seed", "==", seed)]
-    masks, values = (_read(folder / name, part) for name in ("masks", "measurements"))
-    loaded = []
-    for profession in order:
-        name = _stem(plan, profession, seed, condition)
-        picture, maps = folder / f"pictures/{name}.png", folder / f"maps/{name}.safetensors"
-        if picture.is_file() and maps.is_file():
-            with Image.open(picture) as opened:
-                loaded.append((profession, opened.convert("RGB"), load_file(maps)))
-    if not loaded:
-        return [], {}
-    sides = ("profession", "word")
-    words = plan.axes[axis]
-    scales = {
-        side: _range([maps[f"{axis}/{word}/{side}"] for *_, maps in loaded for word in words])
-        for side in sides
-    }
-    ranks = {0: "highest", len(loaded) // 2: "median", len(loaded) - 1: "lowest"}
-    strips = []
-    for index, (profession, image, maps) in enumerate(loaded):
-        panels = [
-            (charts.picture_panel(image), f"picture of {profession}", plan.prompt(profession, condition))
-        ]
-        for word in words:
-            for side, name in zip(sides, (profession, word), strict=True):
-                heat = charts.heat_panel(image, maps[f"{axis}/{word}/{side}"], scales[side])
-                panels.append((heat, f"map of {name} over the picture", f"“{name}”"))
-            panels += _mask_panels(image, masks, values, profession, word, plan)
-        rank = ranks.get(index, "") if len(loaded) > 1 else ""
-        strips.append({"profession": profession, "rank": rank, "panels": panels})
-    scale = {side: "{:.2f} to {:.2f}".format(*scales[side]) for side in sides}
-    return strips, scale
-
-
-def _mask_panels(
-    image: Any,
-    masks: pd.DataFrame,
-    values: pd.DataFrame,
-    profession: str,
-    word: str,
-    plan: AuditPlan,
-) -> list[tuple[str, str, str]]:
-    """The masks that were measured, the lead measure's first, each with its value."""
-
-    def of(rows: pd.DataFrame) -> pd.DataFrame:
-        if rows.empty:
-            return rows
-        return rows[rows["profession"].eq(profession) & rows["word"].eq(word)]
-
-    kept, measured = of(masks), of(values)
-    panels = []
-    for measure, setting in dict.fromkeys([(plan.measure, plan.setting), ("iou", f"{plan.fractions[0]:g}")]):
-        rows = [
-            rows[rows["measure"].eq(measure) & rows["setting"].eq(setting)] if len(rows) else rows
-            for rows in (kept, measured)
-        ]
-        if rows[0].empty:
-            continue
-        size = tuple(int(rows[0][name].iloc[0]) for name in ("height", "width"))
-        sides = (unpacked(rows[0], side)[0].reshape(size) for side in ("profession", "word"))
-        plain = rows[1]
-        if len(plain):
-            plain = plain[plain["control"].eq("") & plain["part"].eq("")]
-        text = measure_name(measure)
-        if len(plain):
-            text += f" {number(plain['value'].iloc[0], 2)}"
-        panels.append(
-            (charts.mask_panel(image, *sides), f"regions of {profession} and {word}, {text}", text)
-        )
-    return panels
-
-
-def _read(folder: Path, part: Sequence[tuple[str, str, Any]]) -> pd.DataFrame:
-    return pd.read_parquet(folder, filters=list(part)) if folder.is_dir() else pd.DataFrame()
-
-
-def _stem(plan: AuditPlan, profession: str, seed: int, condition: str) -> str:
-    word = re.sub("[^A-Za-z0-9]", "-", profession)
-    name = f"{plan.professions.index(profession):03d}-{word}-{seed}"
-    return name if condition == "plain" else f"{name}-{condition}"
-
-
-def _range(maps: Sequence[Any]) -> tuple[float, float]:
-    """Map values of the coldest and hottest colour: one pixel in 200 is hotter.
-
-    The hottest pixel of twenty professions would leave the others' maps dark.
-    """
-    values = np.stack([one.numpy() for one in maps])
-    return float(values.min()), float(np.quantile(values, 0.995))
 
 
 def _failures(summary: Summary) -> Table | None:

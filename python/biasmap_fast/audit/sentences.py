@@ -195,7 +195,9 @@ def first_screen(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
             + (f" ({_listed(names)})" if 0 < len(names) < 6 else "")
             for word, names in surely_above(axis, plan, summary).items()
         ]
-        texts.append(f"Of these {total} professions, overlap beyond chance{beside}: {_listed(counts)}.")
+        texts.append(
+            f"Of these {total} professions, overlap beyond chance{beside}: {_listed(counts)}."
+        )
     return texts
 
 
@@ -255,7 +257,10 @@ def _where(axis: str, plan: AuditPlan, summary: Summary) -> str:
     means = rows[rows["quantity"].eq("mean") & rows["estimate"].notna()].set_index("word")
     chance = rows[rows["quantity"] == "chance"]["estimate"].mean()
     measure = lead(plan)["measure"]
-    generic = (f"the {measure_name(measure)} of the profession and “{{word}}” is {{x}}", "“{word}” {x}")
+    generic = (
+        f"the {measure_name(measure)} of the profession and “{{word}}” is {{x}}",
+        "“{word}” {x}",
+    )
     first, further = _WHERE.get(measure, generic)
     words = [word for word in plan.axes[axis] if word in means.index]
     told = [
@@ -278,7 +283,9 @@ def above_chance(rows: pd.DataFrame) -> pd.Series[bool]:
     wide = own.pivot(index=["word", "profession"], columns="quantity").reindex(
         columns=[("estimate", "corrected"), ("p_adjusted", "mean")]
     )
-    above: pd.Series[bool] = (wide["estimate", "corrected"] > 0) & (wide["p_adjusted", "mean"] <= 0.05)
+    above: pd.Series[bool] = (wide["estimate", "corrected"] > 0) & (
+        wide["p_adjusted", "mean"] <= 0.05
+    )
     return above
 
 
@@ -364,7 +371,9 @@ def rank(row: pd.Series[Any]) -> str:
         return f"{name} rises with the {planted} ({told})."
     if row["high"] < 0:
         if planted == "planted overlap":
-            caution = ": it ranks these professions backwards, so a higher value is not more overlap"
+            caution = (
+                ": it ranks these professions backwards, so a higher value is not more overlap"
+            )
         return f"{name} falls with the {planted} ({told}){caution}."
     if planted == "planted overlap":
         caution = "; differences between professions must not be read as differences in overlap"

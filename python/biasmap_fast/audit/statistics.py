@@ -45,14 +45,10 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 PERMUTATIONS = 1999
-FLIPS = 9999
-"""Random sign patterns if there are too many to try all."""
-
+FLIPS = 9999  # random sign patterns, if there are too many to try all
+# methods of an interval whose own width decided the number of pictures
 FIXED_WIDTH = "fixed width after sequential sampling (Chow and Robbins 1965)"
-"""Method of an interval whose own width decided the number of pictures."""
-
 NOT_REACHED = "sequential sampling (Chow and Robbins 1965), the precision was not reached"
-"""Method of an interval whose drawing ended before the precision was reached."""
 
 ALIKE = 1e-3  # values within this range count as one value, as reports show it
 _NO_SPREAD = 1e-12  # standard errors below it are those of values that do not vary
@@ -91,14 +87,11 @@ class Figure:
         return Figure(move(self.value), move(self.low), move(self.high), self.n, self.method)
 
 
-def t_quantile(degrees: int) -> float:
-    """Student's quantile of a two-sided 95 % interval."""
+def _t(degrees: int) -> float:
     return float(stats.t.ppf(0.5 + CONFIDENCE / 2, degrees))
 
 
-def mean_interval(
-    values: Values, *, lowest: float = 0.0, precision: float | None = None
-) -> Figure:
+def mean_interval(values: Values, *, lowest: float = 0.0, precision: float | None = None) -> Figure:
     """Mean of independent measurements with Student's t interval, cut to the possible values.
 
     Args:
@@ -135,7 +128,7 @@ def mean_interval(
     error = standard_error(x, precision)
     if error is None:
         return Figure(mean, None, None, n, "no interval: the values are alike")
-    reach = t_quantile(n - 1) * error
+    reach = _t(n - 1) * error
     method = "Student t over pictures"
     if precision is not None:
         narrow = (half_width(x) or math.inf) <= precision
@@ -146,8 +139,8 @@ def mean_interval(
 def half_width(values: Values) -> float | None:
     """Half-width of the 95 % interval of a mean whose number of values its own width decides.
 
-    ``t * sqrt((s ** 2 + 1 / (4 n)) / n)``. Chow and Robbins (1965) add ``1 / n`` to the variance, so
-    that drawing does not stop on a spread that is small by accident; here it is the largest
+    ``t * sqrt((s ** 2 + 1 / (4 n)) / n)``. Chow and Robbins (1965) add ``1 / n`` to the variance,
+    so that drawing does not stop on a spread that is small by accident; here it is the largest
     variance of values in [0, 1], 1 / 4, over n.
 
     Args:
@@ -167,7 +160,7 @@ def half_width(values: Values) -> float | None:
         return None
     if float(np.ptp(x)) <= ALIKE:
         return 3 / n
-    return t_quantile(n - 1) * math.sqrt((float(x.var(ddof=1)) + 0.25 / n) / n)
+    return _t(n - 1) * math.sqrt((float(x.var(ddof=1)) + 0.25 / n) / n)
 
 
 def images_for(spread: float, precision: float) -> int:
@@ -185,7 +178,7 @@ def images_for(spread: float, precision: float) -> int:
     if spread == 0:
         return math.ceil(3 / precision)
     n = max(2, math.ceil((float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * spread / precision) ** 2))
-    while t_quantile(n - 1) * spread / math.sqrt(n) > precision:
+    while _t(n - 1) * spread / math.sqrt(n) > precision:
         n += 1
     return n
 
@@ -206,7 +199,7 @@ def standard_error(values: Values, precision: float | None = None) -> float | No
         return None
     if precision is None:
         return None if float(np.ptp(x)) <= ALIKE else float(x.std(ddof=1)) / math.sqrt(n)
-    return max(half_width(x) or 0.0, precision) / t_quantile(n - 1)
+    return max(half_width(x) or 0.0, precision) / _t(n - 1)
 
 
 def crossed_mean_interval(
@@ -222,9 +215,6 @@ def crossed_mean_interval(
 
     Returns:
         A figure whose ``n`` counts professions; without interval below two professions or seeds.
-
-    Raises:
-        ValueError: ``values`` does not have two dimensions.
     """
     kept = _two_dimensions(values)
     kept = kept[np.isfinite(kept).any(axis=1)]  # [K, S]
@@ -249,7 +239,7 @@ def crossed_mean_interval(
     error = float(boot.std(ddof=1))
     if error <= _NO_SPREAD:
         return Figure(mean, None, None, count, "no interval: the values do not vary")
-    reach = t_quantile(min(count, seeds) - 1) * error
+    reach = _t(min(count, seeds) - 1) * error
     method = "pigeonhole bootstrap over professions and seeds, t reach"
     return Figure(mean, max(lowest, mean - reach), min(1.0, mean + reach), count, method)
 
@@ -398,9 +388,6 @@ def crossed_sign_flip_test(differences: FloatArray) -> float | None:
 
     Args:
         differences: ``[professions, seeds]``, NaN for pictures that were not measured.
-
-    Raises:
-        ValueError: ``differences`` does not have two dimensions.
     """
     x = _two_dimensions(differences)
     present = np.isfinite(x)
@@ -422,7 +409,9 @@ def chance_test(values: Values, chance: Any, precision: float | None = None) -> 
     """
     x = np.asarray(values, dtype=np.float64) - chance
     error = standard_error(x, precision)
-    return None if error is None else float(2 * stats.t.sf(abs(float(x.mean())) / error, x.size - 1))
+    return (
+        None if error is None else float(2 * stats.t.sf(abs(float(x.mean())) / error, x.size - 1))
+    )
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -441,35 +430,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def hedges_g(differences: Values) -> Figure:
-    """Standardised mean of paired differences (Hedges 1981), large-sample interval.
-
-    ``g = J * mean / sd`` with ``J = 1 - 3 / (4 (n - 1) - 1)``, standard error
-    ``sqrt(1 / n + g ** 2 / (2 n))``; no value below three differences or without a spread.
-
-    Example:
-        >>> figure = hedges_g([0.1, 0.2, 0.1, 0.3, 0.2, 0.1])
-        >>> round(figure.value, 2), figure.n
-        (1.72, 6)
-    """
-    x = np.asarray(differences, dtype=np.float64)
-    x = x[np.isfinite(x)]
-    n = int(x.size)
-    if n < 3 or float(x.std(ddof=1)) <= _NO_SPREAD:
-        return Figure(None, None, None, n, "no effect size: too few, or no spread")
-    g = (1 - 3 / (4 * (n - 1) - 1)) * float(x.mean() / x.std(ddof=1))
-    reach = t_quantile(n - 1) * math.sqrt(1 / n + g**2 / (2 * n))
-    return Figure(g, g - reach, g + reach, n, "Hedges' g_z, large-sample standard error")
-
-
 def cross_iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> FloatArray:
-    """IoU ``[S, S]`` of every mask of ``a`` ``[S, N]`` with every one of ``b``; 0 if both are empty.
-
-    Example:
-        >>> a = np.array([[True, True, False], [False, False, True]])
-        >>> cross_iou(a, a).tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
-    """
+    """IoU ``[S, S]`` of every mask of ``a`` ``[S, N]`` with every mask of ``b``."""
     # exact: counts of pixels are below 2 ** 24
     inter = (a.astype(np.float32) @ b.astype(np.float32).T).astype(np.float64)
     union = a.sum(axis=1)[:, None] + b.sum(axis=1)[None] - inter
@@ -481,8 +443,8 @@ def shuffled(matrix: FloatArray, seed: int = 0) -> tuple[Figure, Figure, float |
     """The seed-shuffled null of one profession and word.
 
     The difference from it is a U-statistic of degree two; its interval is the jackknife's (Arvesen
-    1969). The p value is one-sided (more overlap in the same picture): the word's masks are permuted
-    among the seeds.
+    1969). The p value is one-sided (more overlap in the same picture): the word's masks are
+    permuted among the seeds.
 
     Args:
         matrix: ``[S, S]`` of `cross_iou`: profession masks down, the word's masks across.
@@ -508,7 +470,7 @@ def shuffled(matrix: FloatArray, seed: int = 0) -> tuple[Figure, Figure, float |
     figure = Figure(difference, None, None, n, "no interval: no spread")
     p = None
     if error > _NO_SPREAD:
-        reach = t_quantile(n - 1) * error
+        reach = _t(n - 1) * error
         low, high = max(-1.0, difference - reach), min(1.0, difference + reach)
         figure = Figure(difference, low, high, n, "jackknife over seeds, Student t")
         rng = np.random.default_rng(seed)

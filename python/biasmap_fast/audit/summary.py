@@ -1,7 +1,7 @@
 """The summary of a run: one long table of figures, made from its records and from nothing else.
 
-`measure`, `setting`, `part` and `control` are columns of the measurements, and all functions work on
-whatever values they have: a new measure needs no new code.
+`measure`, `setting`, `part` and `control` are columns of the measurements, and all functions work
+on whatever values they have: a new measure needs no new code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from .statistics import (
     cross_iou,
     crossed_mean_interval,
     crossed_sign_flip_test,
-    hedges_g,
     holm,
     mcnemar_test,
     mean_interval,
@@ -33,11 +32,12 @@ from .statistics import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from .plan import AuditPlan
 
 SCHEMA_VERSION = 5
+MEASURED = ("ok", "empty")
 KEYS = [
     *("scope", "condition", "baseline", "axis", "profession", "word"),
     *("measure", "setting", "part", "control", "quantity"),
@@ -48,7 +48,6 @@ COLUMNS = [*KEYS, "estimate", "low", "high", "n", "p", "p_adjusted", "method"]
 CURVE = tuple(f"{percent / 100:g}" for percent in range(50, 0, -5))
 """Settings of IoU on the threshold curve, the largest masks first."""
 
-MEASURED = ("ok", "empty")
 _UNTESTED = ("soft_iou",)  # its column chance is that of hard masks
 _PICTURE = ["condition", "profession", "seed"]
 _PAIR = ["condition", "axis", "word", "measure", "setting"]
@@ -81,7 +80,9 @@ class Summary:
     def records(self) -> list[dict[str, Any]]:
         """Returns the figures as dicts for JSON, ``None`` for numbers that a figure lacks."""
         rows = self.figures.astype(object).where(self.figures.notna(), None)
-        return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
+        return [
+            {str(name): value for name, value in row.items()} for row in rows.to_dict("records")
+        ]
 
 
 def lead(plan: AuditPlan) -> dict[str, str]:
@@ -139,14 +140,14 @@ def summarise(
     table.parts(pairs[pairs["part"] != ""])
     if masks is not None:
         table.null(masks)
-    table.outputs(pictures)
-    table.shares(pictures)
+    _outputs(table, pictures)
+    _shares(table, pictures)
     if truth is not None:
-        table.planted(truth)
+        _planted(table, truth)
     if ledger is not None and len(ledger):
-        table.energy(ledger)
+        _energy(table, ledger)
     if precision is not None:
-        table.widths(precision)
+        _widths(table, precision)
     run = _run(plan, pictures, measurements, precision)
     return Summary(table.finished(), run, None if precision is None else dict(precision))
 
@@ -193,41 +194,31 @@ class _Table:
 
     def level(self, names: Mapping[str, str], x: pd.DataFrame, chance: pd.DataFrame) -> None:
         """Means of one measure and their distance from chance, tested."""
-        leads = lead(self.plan).items() <= names.items()
-        precision = self.plan.precision if leads else None
+        precision = self.plan.precision if lead(self.plan).items() <= names.items() else None
         seed = self.seed("overall", names)
-        total = crossed_mean_interval(x.to_numpy(), seed=seed)
-        self.add(names, "mean", total)
-        tested = names["measure"] not in _UNTESTED and bool(chance.notna().any(axis=None))
+        tested = names["measure"] not in _UNTESTED
+        level, pictures = float(np.nanmean(chance)), int(chance.count().sum())
+        fixed = float(np.nanmax(chance)) == float(np.nanmin(chance))
+        scale = (1 / (1 - level), -level / (1 - level))
+        corrected = (x - chance) / (1 - chance)
         if tested:
-            level = float(np.nanmean(chance))
-            fixed = float(np.nanmax(chance)) == float(np.nanmin(chance))
-            corrected = (x - chance) / (1 - chance)
-            pictures = int(chance.count().sum())
             self.add(names, "chance", Figure(level, None, None, pictures, "mean over pictures"))
-
-        def of_chance(figure: Figure, otherwise: Any) -> Figure:
-            # exact, and cut to the possible values, if chance is the same for all pictures
-            span = 1 - level
-            return figure.scaled(1 / span, -level / span) if fixed else otherwise()
-
         for profession, row in x.iterrows():
-            own = {**names, "profession": str(profession)}
-            kept = row.dropna()
+            own, kept = {**names, "profession": str(profession)}, row.dropna()
             figure = mean_interval(kept, precision=precision)
-            p = None
+            p = chance_test(kept, chance.loc[profession, kept.index], precision)
+            self.add(own, "mean", figure, p if tested else None)
             if tested:
-                p = chance_test(kept, chance.loc[profession, kept.index], precision)
                 rest = corrected.loc[profession].dropna()
-                figure_of = of_chance(figure, lambda rest=rest: mean_interval(rest, lowest=-np.inf))
-                self.add(own, "corrected", figure_of)
-            self.add(own, "mean", figure, p)
+                # a constant chance keeps the cut to possible values
+                of_chance = figure.scaled(*scale) if fixed else mean_interval(rest, lowest=-np.inf)
+                self.add(own, "corrected", of_chance)
+        figure = crossed_mean_interval(x.to_numpy(), seed=seed)
+        self.add(names, "mean", figure)
         if tested:
-            figure = of_chance(
-                total,
-                lambda: crossed_mean_interval(corrected.to_numpy(), lowest=-np.inf, seed=seed),
-            )
-            self.add(names, "corrected", figure)
+            values = corrected.to_numpy()
+            rest = crossed_mean_interval(values, lowest=-np.inf, seed=seed)
+            self.add(names, "corrected", figure.scaled(*scale) if fixed else rest)
 
     def controls(self, names: Mapping[str, str], x: pd.DataFrame, controls: pd.DataFrame) -> None:
         """Level of every control, and the difference of the pair from it on the same pictures."""
@@ -243,13 +234,12 @@ class _Table:
             self.differences(named, x - other, seed)
 
     def differences(self, names: Mapping[str, str], change: pd.DataFrame, seed: int) -> None:
-        """Paired differences ``[professions, seeds]``, with their tests and effect sizes."""
+        """Paired differences ``[professions, seeds]``, with their tests."""
         known = [name for name in self.plan.professions if name in change.index]
         change = change.reindex(known).dropna(how="all")
         for profession, row in change.iterrows():
             own, kept = {**names, "profession": str(profession)}, row.dropna()
             self.add(own, "difference", mean_interval(kept, lowest=-1.0), sign_flip_test(kept))
-            self.add(own, "effect size", hedges_g(kept))
         figure = crossed_mean_interval(change.to_numpy(), lowest=-1.0, seed=seed)
         self.add(names, "difference", figure, crossed_sign_flip_test(change.to_numpy()))
 
@@ -320,136 +310,6 @@ class _Table:
             figure = Figure(figure.value, figure.low, figure.high, figure.n, method)
             self.add(names, "difference", figure)
 
-    def outputs(self, pictures: pd.DataFrame) -> None:
-        """What the classifier reads under each condition: profession right, score, CLIP score."""
-        right = pictures["labels"].map(lambda labels: dict(labels or ()).get("profession"))
-        scores = pictures["scores"].map(lambda scores: next(iter(dict(scores or ()).values()), None))
-        read = pictures.assign(right=right == pictures["profession"], score=scores.astype(float))
-        before: pd.DataFrame | None = None
-        for condition in self.plan.conditions:
-            own = read[read["condition"] == condition]
-            names = {"scope": "run", "condition": condition}
-            kept = own[own["score"].notna()]
-            if len(kept):
-                figure = share_interval(int(kept["right"].sum()), len(kept))
-                self.add({**names, "measure": "right"}, "right", figure)
-                self.add({**names, "measure": "score"}, "score", mean_interval(kept["score"]))
-            clip = own[own["clip_score"].notna()]
-            if not len(clip):
-                continue
-            x = self.matrix(clip, "clip_score") / 100  # shares, as intervals are cut to
-            seed = stable_seed("clip score", condition)
-            names["measure"] = "clip score"
-            figure = crossed_mean_interval(x.to_numpy(), seed=seed).scaled(100, 0)
-            self.add(names, "clip score", figure)
-            if before is not None:
-                change = (x - before).to_numpy()
-                figure = crossed_mean_interval(change, lowest=-1.0, seed=seed).scaled(100, 0)
-                names["baseline"] = self.plan.conditions[0]
-                self.add(names, "difference", figure, crossed_sign_flip_test(change))
-            elif condition == self.plan.conditions[0]:
-                before = x
-
-    def shares(self, pictures: pd.DataFrame) -> None:
-        """Share of each word among the pictures that were read, and its change by a condition."""
-        for axis, words in self.plan.axes.items():
-            labels = pictures["labels"].map(lambda labels, axis=axis: dict(labels or ()).get(axis))
-            read = pictures.assign(label=labels)[labels.notna()]
-            # a classifier that reads other words need not know all of the axis
-            known = set(read["label"]) if set(read["label"]) - set(words) else set(words)
-            wide = read.pivot(index=["condition", "profession"], columns="seed", values="label")
-            scored = pictures["scores"].map(lambda scores: bool(scores))
-            for (condition, profession), row in wide.iterrows():
-                kept = row.dropna()
-                names = {"condition": condition, "axis": axis, "profession": profession}
-                names["measure"] = "share"
-                for word in words:
-                    if word in known:
-                        figure = share_interval(int((kept == word).sum()), len(kept))
-                        self.add({**names, "word": word}, "share", figure)
-                looked = pictures["condition"].eq(condition) & pictures["profession"].eq(profession)
-                if unread := int((looked & scored).sum()) - len(kept):
-                    count = Figure(unread, None, None, unread + len(kept), "count of pictures")
-                    self.add(names, "unread", count)
-            for condition in self.plan.conditions[1:]:
-                for word in words[1:] if len(words) == 2 else words:
-                    if word in known:
-                        self.share_change(wide, axis, word, condition)
-
-    def share_change(self, wide: pd.DataFrame, axis: str, word: str, condition: str) -> None:
-        """Change of a word's share on the same seeds."""
-        baseline = self.plan.conditions[0]
-        names = {"condition": condition, "baseline": baseline, "axis": axis, "word": word}
-        names["measure"] = "share"
-        changes = {}
-        for profession in self.plan.professions:
-            if not {(baseline, profession), (condition, profession)} <= set(wide.index):
-                continue
-            both = wide.loc[[(baseline, profession), (condition, profession)]].dropna(axis=1) == word
-            pairs = [(bool(a), bool(b)) for a, b in both.T.to_numpy()]
-            if pairs:
-                named = {**names, "profession": profession}
-                self.add(named, "share difference", share_difference(pairs), mcnemar_test(pairs))
-                changes[profession] = both.iloc[1].astype(float) - both.iloc[0].astype(float)
-        if changes:
-            x = pd.DataFrame(changes).sort_index().T.to_numpy()
-            figure = crossed_mean_interval(x, lowest=-1.0)
-            self.add(names, "share difference", figure, crossed_sign_flip_test(x))
-
-    def planted(self, truth: Iterable[Any]) -> None:
-        """What is planted, and the rank correlation of every measure with it."""
-        known = {row.profession: {"overlap": row.overlap, "share": row.shares} for row in truth}
-        for profession in self.plan.professions:
-            for measure, by_word in known.get(profession, {}).items():
-                for axis, words in self.plan.axes.items():
-                    for word in words:
-                        if word in by_word:
-                            figure = Figure(by_word[word], None, None, 1, "as planted")
-                            names = {"axis": axis, "profession": profession, "word": word}
-                            self.add({**names, "measure": measure}, "planted", figure)
-        means: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for row in self.rows:
-            plain = not (row["part"] or row["control"]) and row["estimate"] is not None
-            if plain and (row["scope"], row["quantity"]) == ("profession", "mean"):
-                means.setdefault(tuple(row[name] for name in _PAIR), []).append(row)
-        for key, rows in means.items():
-            names = dict(zip(_PAIR, key, strict=True))
-            for against in ("overlap", "share"):
-                pairs = [
-                    (row["estimate"], known[row["profession"]][against][names["word"]])
-                    for row in rows
-                    if names["word"] in known.get(row["profession"], {}).get(against, {})
-                ]
-                if pairs:
-                    figure = rank_correlation(*zip(*pairs, strict=True))
-                    self.add({**names, "baseline": f"planted {against}"}, "rank", figure)
-
-    def energy(self, ledger: pd.DataFrame) -> None:
-        """The ledger over the run: medians and quartiles of each call, and what was left out."""
-        ledger = ledger.assign(iou=ledger["iou"].map(np.mean))
-        columns = {"energy": "energy", "iou": "iou", "gradient_norm": "gradient norm"}
-        for (condition, call), rows in ledger.groupby(["condition", "call"]):
-            names = {"scope": "run", "condition": condition, "part": f"step:{call}"}
-            for column, measure in columns.items():
-                finite = rows[column][np.isfinite(rows[column])]
-                if len(finite):
-                    low, middle, high = (float(q) for q in finite.quantile([0.25, 0.5, 0.75]))
-                    method = "median and quartiles over pictures"
-                    figure = Figure(middle, low, high, len(rows), method)
-                    self.add({**names, "measure": measure}, "energy", figure)
-        for (condition, reason), rows in ledger[~ledger["applied"]].groupby(["condition", "reason"]):
-            names = {"scope": "run", "condition": condition, "measure": "energy"}
-            figure = Figure(len(rows), None, None, len(ledger), "count of calls of a picture")
-            self.add({**names, "part": f"skipped:{reason}"}, "skipped", figure)
-
-    def widths(self, precision: Mapping[str, Any]) -> None:
-        """Half-width of each profession's widest interval under a precision."""
-        for row in precision["professions"]:
-            names = {"profession": row["profession"], **lead(self.plan)}
-            method = FIXED_WIDTH if row["reached"] else "the precision was not reached"
-            figure = Figure(row["half_width"], None, None, row["seeds"], method)
-            self.add(names, "half-width", figure)
-
     def finished(self) -> pd.DataFrame:
         """The table, sorted, with p values adjusted over what is claimed together."""
         table = pd.DataFrame(self.rows, columns=[name for name in COLUMNS if name != "p_adjusted"])
@@ -469,11 +329,158 @@ class _Table:
         return table.sort_values(KEYS, ignore_index=True)[COLUMNS]
 
 
+def _outputs(table: _Table, pictures: pd.DataFrame) -> None:
+    """What the classifier reads under each condition: profession right, score, CLIP score."""
+    right = pictures["labels"].map(lambda labels: dict(labels or ()).get("profession"))
+    scores = pictures["scores"].map(lambda scores: next(iter(dict(scores or ()).values()), None))
+    read = pictures.assign(right=right == pictures["profession"], score=scores.astype(float))
+    before: pd.DataFrame | None = None
+    for condition in table.plan.conditions:
+        own = read[read["condition"] == condition]
+        names = {"scope": "run", "condition": condition}
+        kept = own[own["score"].notna()]
+        if len(kept):
+            figure = share_interval(int(kept["right"].sum()), len(kept))
+            table.add({**names, "measure": "right"}, "right", figure)
+            table.add({**names, "measure": "score"}, "score", mean_interval(kept["score"]))
+        clip = own[own["clip_score"].notna()]
+        if not len(clip):
+            continue
+        x = table.matrix(clip, "clip_score") / 100  # shares, as intervals are cut to
+        seed = stable_seed("clip score", condition)
+        names["measure"] = "clip score"
+        figure = crossed_mean_interval(x.to_numpy(), seed=seed).scaled(100, 0)
+        table.add(names, "clip score", figure)
+        if before is not None:
+            change = (x - before).to_numpy()
+            figure = crossed_mean_interval(change, lowest=-1.0, seed=seed).scaled(100, 0)
+            names["baseline"] = table.plan.conditions[0]
+            table.add(names, "difference", figure, crossed_sign_flip_test(change))
+        elif condition == table.plan.conditions[0]:
+            before = x
+
+
+def _shares(table: _Table, pictures: pd.DataFrame) -> None:
+    """Share of each word among the pictures that were read, and its change by a condition."""
+    for axis, words in table.plan.axes.items():
+        labels = _entry(pictures["labels"], axis)
+        read = pictures.assign(label=labels)[labels.notna()]
+        # a classifier that reads other words need not know all of the axis
+        known = set(read["label"]) if set(read["label"]) - set(words) else set(words)
+        wide = read.pivot(index=["condition", "profession"], columns="seed", values="label")
+        scored = pictures["scores"].map(lambda given: bool(_dict(given)))
+        for (condition, profession), row in wide.iterrows():
+            kept = row.dropna()
+            names = {"condition": condition, "axis": axis, "profession": profession}
+            names["measure"] = "share"
+            for word in words:
+                if word in known:
+                    figure = share_interval(int((kept == word).sum()), len(kept))
+                    table.add({**names, "word": word}, "share", figure)
+            looked = pictures["condition"].eq(condition) & pictures["profession"].eq(profession)
+            if unread := int((looked & scored).sum()) - len(kept):
+                count = Figure(unread, None, None, unread + len(kept), "count of pictures")
+                table.add(names, "unread", count)
+        for condition in table.plan.conditions[1:]:
+            for word in words[1:] if len(words) == 2 else words:
+                if word in known:
+                    _share_change(table, wide, axis, word, condition)
+
+
+def _share_change(table: _Table, wide: pd.DataFrame, axis: str, word: str, condition: str) -> None:
+    """Change of a word's share on the same seeds."""
+    baseline = table.plan.conditions[0]
+    names = {"condition": condition, "baseline": baseline, "axis": axis, "word": word}
+    names["measure"] = "share"
+    changes = {}
+    for profession in table.plan.professions:
+        if not {(baseline, profession), (condition, profession)} <= set(wide.index):
+            continue
+        both = wide.loc[[(baseline, profession), (condition, profession)]].dropna(axis=1) == word
+        pairs = [(bool(a), bool(b)) for a, b in both.T.to_numpy()]
+        if pairs:
+            named = {**names, "profession": profession}
+            table.add(named, "share difference", share_difference(pairs), mcnemar_test(pairs))
+            changes[profession] = both.iloc[1].astype(float) - both.iloc[0].astype(float)
+    if changes:
+        x = pd.DataFrame(changes).sort_index().T.to_numpy()
+        figure = crossed_mean_interval(x, lowest=-1.0)
+        table.add(names, "share difference", figure, crossed_sign_flip_test(x))
+
+
+def _planted(table: _Table, truth: Iterable[Any]) -> None:
+    """What is planted, and the rank correlation of every measure with it."""
+    known = {
+        (row.profession, measure, word): value
+        for row in truth
+        for measure, by_word in (("overlap", row.overlap), ("share", row.shares))
+        for word, value in by_word.items()
+        if row.profession in table.plan.professions
+    }
+    for (profession, measure, word), value in known.items():
+        for axis, words in table.plan.axes.items():
+            if word in words:
+                names = {"axis": axis, "profession": profession, "word": word, "measure": measure}
+                table.add(names, "planted", Figure(value, None, None, 1, "as planted"))
+    rows = pd.DataFrame(table.rows)
+    means = rows[rows["scope"].eq("profession") & rows["quantity"].eq("mean")]
+    means = means[means["part"].eq("") & means["control"].eq("") & means["estimate"].notna()]
+    for key, own in means.groupby(_PAIR):
+        names = dict(zip(_PAIR, key, strict=True))
+        for against in ("overlap", "share"):
+            keys = [(profession, against, names["word"]) for profession in own["profession"]]
+            pairs = [
+                (estimate, known[name])
+                for estimate, name in zip(own["estimate"], keys, strict=True)
+                if name in known
+            ]
+            if pairs:
+                figure = rank_correlation(*zip(*pairs, strict=True))
+                table.add({**names, "baseline": f"planted {against}"}, "rank", figure)
+
+
+def _energy(table: _Table, ledger: pd.DataFrame) -> None:
+    """The ledger over the run: medians and quartiles of each call, and what was left out."""
+    ledger = ledger.assign(iou=ledger["iou"].map(np.mean))
+    columns = {"energy": "energy", "iou": "iou", "gradient_norm": "gradient norm"}
+    for (condition, call), rows in ledger.groupby(["condition", "call"]):
+        names = {"scope": "run", "condition": condition, "part": f"step:{call}"}
+        for column, measure in columns.items():
+            finite = rows[column][np.isfinite(rows[column])]
+            if len(finite):
+                low, middle, high = (float(q) for q in finite.quantile([0.25, 0.5, 0.75]))
+                method = "median and quartiles over pictures"
+                figure = Figure(middle, low, high, len(rows), method)
+                table.add({**names, "measure": measure}, "energy", figure)
+    for (condition, reason), rows in ledger[~ledger["applied"]].groupby(["condition", "reason"]):
+        names = {"scope": "run", "condition": condition, "measure": "energy"}
+        figure = Figure(len(rows), None, None, len(ledger), "count of calls of a picture")
+        table.add({**names, "part": f"skipped:{reason}"}, "skipped", figure)
+
+
+def _widths(table: _Table, precision: Mapping[str, Any]) -> None:
+    """Half-width of each profession's widest interval under a precision."""
+    for row in precision["professions"]:
+        names = {"profession": row["profession"], **lead(table.plan)}
+        method = FIXED_WIDTH if row["reached"] else "the precision was not reached"
+        figure = Figure(row["half_width"], None, None, row["seeds"], method)
+        table.add(names, "half-width", figure)
+
+
 def unpacked(rows: pd.DataFrame, side: str) -> Any:
     """Masks ``[S, height * width]`` of one side (``"profession"``, ``"word"``) of mask rows."""
     bits = np.stack([np.frombuffer(packed, np.uint8) for packed in rows[f"{side}_bits"]])
     pixels = int(rows["height"].iloc[0] * rows["width"].iloc[0])
     return np.unpackbits(bits, axis=1, count=pixels).astype(bool)
+
+
+def _dict(given: Any) -> dict[str, Any]:
+    # Parquet gives a map as pairs, and none as None or NaN
+    return dict(given) if isinstance(given, (dict, list)) else {}
+
+
+def _entry(column: pd.Series[Any], name: str) -> pd.Series[Any]:
+    return column.map(lambda given: _dict(given).get(name))
 
 
 def _over_professions(means: pd.Series[float]) -> Figure:
@@ -489,12 +496,13 @@ def _run(
 ) -> dict[str, Any]:
     rows = measurements[measurements["control"].eq("") & measurements["part"].eq("")]
     good = rows["status"].isin(MEASURED)
-    measured, failed = (set(rows[kept][_PICTURE].itertuples(index=False, name=None)) for kept in (good, ~good))
-    drawn = pictures[_PICTURE].drop_duplicates()
+    measured, failed = (
+        set(rows[kept][_PICTURE].itertuples(index=False, name=None)) for kept in (good, ~good)
+    )
     planned = len(plan.conditions) * len(plan.professions) * len(plan.seeds)
     if precision is not None:
         planned = int(precision["planned"])
-    ended = True if precision is None else bool(precision["ended"])
+    ended = precision is None or bool(precision["ended"])
     # a picture has the first status that is not "ok", its own or that of a value
     statuses = pd.concat([pictures[[*_PICTURE, "status"]], rows[[*_PICTURE, "status"]]])
     statuses["status"] = statuses["status"].replace("empty", "ok")
@@ -505,10 +513,10 @@ def _run(
     failures = failures.reindex(columns=columns).fillna("").drop_duplicates(columns[:5])
     return {
         "planned": planned,
-        "drawn": len(drawn),
+        "drawn": len(pictures),
         "measured": len(measured),
         "measured_in_part": len(measured & failed),
-        "complete": ended and len(drawn) == planned,
+        "complete": ended and len(pictures) == planned,
         "status": {str(name): int(count) for name, count in counts.items()},
         "failed": len(failures),
         "failures": failures.head(50).to_dict("records"),
