@@ -48,7 +48,11 @@ def first_edition():
         name: pd.read_parquet(FIRST_EDITION / f"{name}.parquet")
         for name in ("pictures", "measurements", "masks")
     }
-    return {"plan": plan, **tables, "truth": list(testbed.truth())}
+    truth = [
+        {"profession": row.profession, "shares": row.shares, "overlap": row.overlap}
+        for row in testbed.truth()
+    ]
+    return {"plan": plan, **tables, "truth": truth}
 
 
 @pytest.fixture(scope="session")

@@ -182,7 +182,11 @@ def strips(
     scales = {}
     for side in sides:
         values = np.stack(
-            [m[f"{axis}/{word}/{side}"].numpy() for *_, m in loaded for word in words]
+            [
+                m[f"{axis}/{word}/{plan.measure}/{side}"].numpy()
+                for *_, m in loaded
+                for word in words
+            ]
         )
         # one pixel in 200 is hotter: the hottest of all would leave the other maps dark
         scales[side] = float(values.min()), float(np.quantile(values, 0.995))
@@ -194,7 +198,7 @@ def strips(
         panels = [(_data_uri(image), f"picture of {profession}", prompt)]
         for word in words:
             for side, name in zip(sides, (profession, word), strict=True):
-                heat = _heat(image, maps[f"{axis}/{word}/{side}"], scales[side])
+                heat = _heat(image, maps[f"{axis}/{word}/{plan.measure}/{side}"], scales[side])
                 panels.append((heat, f"map of {name} over the picture", f"“{name}”"))
             for text, *masks in regions.get((profession, word), []):
                 shown = f"regions of {profession} and {word}, {text}"

@@ -139,11 +139,11 @@ def precision(found: Mapping[str, Any]) -> str:
         there = sum(row["reached"] for row in found["professions"])
         return f"Seeds are drawn {goal} So far {_count(there, 'profession')} came to that."
     texts = [f"Seeds were drawn {goal}"]
-    if found["images_fixed"] is not None:
+    if found["pictures_fixed"] is not None:
         saved = found["saved"]
         texts.append(
-            f"That took {_count(found['images'], 'picture')}; one number of seeds for every "
-            f"profession would have taken {found['images_fixed']} for the widest interval to be as "
+            f"That took {_count(found['pictures'], 'picture')}; one number of seeds for every "
+            f"profession would have taken {found['pictures_fixed']} for the widest interval to be as "
             f"narrow ({abs(100 * saved):.0f} % {'fewer' if saved >= 0 else 'more'} were drawn)."
         )
     if found["not_reached"]:

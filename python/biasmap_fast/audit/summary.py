@@ -95,7 +95,7 @@ def summarise(
     pictures: pd.DataFrame,
     measurements: pd.DataFrame,
     *,
-    truth: Iterable[Any] | None = None,
+    truth: Iterable[Mapping[str, Any]] | None = None,
     ledger: pd.DataFrame | None = None,
     masks: pd.DataFrame | None = None,
     precision: Mapping[str, Any] | None = None,
@@ -109,8 +109,8 @@ def summarise(
         plan: Plan of the run.
         pictures: One row per picture.
         measurements: One row per value.
-        truth: What is planted in the embedded model (`testbed.truth`): per profession ``shares``
-            and ``overlap`` of each word.
+        truth: What is planted in the embedded model: rows with profession, and shares and overlap
+            of each word.
         ledger: What guidance did, one row per picture and guided call.
         masks: Masks of the measured pairs.
         precision: What a precision came to (`rounds.figures`).
@@ -408,14 +408,14 @@ def _share_change(table: _Table, wide: pd.DataFrame, axis: str, word: str, condi
         table.add(names, "share difference", figure, crossed_sign_flip_test(x))
 
 
-def _planted(table: _Table, truth: Iterable[Any]) -> None:
+def _planted(table: _Table, truth: Iterable[Mapping[str, Any]]) -> None:
     """What is planted, and the rank correlation of every measure with it."""
     known = {
-        (row.profession, measure, word): value
+        (row["profession"], measure, word): value
         for row in truth
-        for measure, by_word in (("overlap", row.overlap), ("share", row.shares))
+        for measure, by_word in (("overlap", row["overlap"]), ("share", row["shares"]))
         for word, value in by_word.items()
-        if row.profession in table.plan.professions
+        if row["profession"] in table.plan.professions
     }
     for (profession, measure, word), value in known.items():
         for axis, words in table.plan.axes.items():
@@ -501,7 +501,7 @@ def _run(
     )
     planned = len(plan.conditions) * len(plan.professions) * len(plan.seeds)
     if precision is not None:
-        planned = int(precision["planned"])
+        planned = max(int(precision["pictures"]), len(pictures))
     ended = precision is None or bool(precision["ended"])
     # a picture has the first status that is not "ok", its own or that of a value
     statuses = pd.concat([pictures[[*_PICTURE, "status"]], rows[[*_PICTURE, "status"]]])
