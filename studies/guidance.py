@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from biasmap_fast.audit.files import write_text
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import biasmap_fast as bm
 from biasmap_fast.attribution import Recorder, attribute
-from biasmap_fast.audit.files import write_text
 from biasmap_fast.audit.plan import AuditPlan
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
 from biasmap_fast.guidance import Guidance

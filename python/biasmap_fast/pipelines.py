@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
 
 TESTBED = "testbed"
 
@@ -34,6 +36,8 @@ def load_pipeline(
         >>> type(pipe).__name__
         'StableDiffusionPipeline'
     """
+    import torch
+
     kind = getattr(torch, dtype)
     pipe = _testbed(kind) if model == TESTBED else _pretrained(model, revision, kind)
     try:
@@ -88,6 +92,7 @@ def _networks(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     Tensors that a class does not use are common (a T5 file has a decoder) and harmless.
     """
     import diffusers
+    import torch
     import transformers
 
     index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))

@@ -10,13 +10,13 @@ import shutil
 
 import numpy as np
 import pytest
+from biasmap_fast.audit.inference import chance_test
 from pydantic import ValidationError
 from scipy import stats
 
 from biasmap_fast import testbed
 from biasmap_fast.audit import AuditError, AuditPlan, run, run_audit, validate, work
 from biasmap_fast.audit import rounds as rounds_module
-from biasmap_fast.audit.inference import chance_test
 from biasmap_fast.audit.plan import explain
 from biasmap_fast.audit.records import part_path, read_part, read_records, to_table, write_part
 from biasmap_fast.audit.rounds import asked, boundaries, figures

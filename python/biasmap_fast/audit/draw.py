@@ -92,7 +92,9 @@ def draw(
             width=plan.width,
             output_type="np" if all_decoded else "latent",
         )
-    maps = {by: recorder.maps_by_prompt(by) for by in _kept_apart(plan)}
+    maps: dict[str, Mapping[str, AttributionMaps]] = {
+        by: recorder.maps_by_prompt(by) for by in _kept_apart(plan)
+    }
     if other is not None:
         maps["branch"] = other.maps_by_prompt()
     blocked = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)

@@ -148,8 +148,9 @@ class PlanSettings(_Settings):
     seeds: Accepts[tuple[Seed, ...], Sequence[int]] = Field(
         default=_kept(tuple(range(20))), max_length=_MOST_SEEDS
     )
-    """One picture is drawn per profession, seed and condition. With a precision these are the
-    first round, at least 10. [default: 0 to 19; with a precision 1 / precision if that is more]"""
+    """One picture is drawn per profession, seed and condition. On the command line a count ('20':
+    0 to 19), a range ('5-24') or a list. With a precision they are the first round, at least 10.
+    [default: 20; with a precision 1 / precision if that is more]"""
     precision: float | None = Field(default=None, ge=1e-4, lt=0.5)
     """Draw as many seeds as needed: in rounds, until the 95 % interval of each profession's mean
     measure is within plus and minus this, with every word and under every condition.
