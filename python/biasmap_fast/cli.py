@@ -262,7 +262,9 @@ def maps(
         from . import attribute
         from .concepts import AttributionPrompt
         from .generate import check_free, pair_overlaps, write_maps
+        from .overlap import chance_iou
 
+        chance_iou(fraction)  # refuses what is no fraction before anything is drawn
         check_free(out, "maps.safetensors", overwrite=overwrite)
         pipe, arguments = _pipeline(settings)
         attributed = AttributionPrompt(attribution_prompt or prompt, tuple(concept))
@@ -488,25 +490,15 @@ def _checked(model: Any, settings: dict[str, Any]) -> Any:
 
 def _pipeline(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns the pipeline that settings name, and its arguments and those of attribution."""
-    import torch
+    from .audit.plan import AuditPlan
+    from .pipelines import load_pipeline
 
-    from .pipelines import TESTBED, load_pipeline
-
-    model = settings.get("model", TESTBED)
-    choices = {"branch": ("cond", "uncond"), "dtype": ("float32", "float16", "bfloat16")}
-    for name, allowed in choices.items():
-        if (value := settings.get(name, allowed[0])) not in allowed:
-            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {value!r}")
-    pipe = load_pipeline(
-        model,
-        revision=settings.get("revision"),
-        dtype=settings.get("dtype", "float32"),
-        device=settings.get("device", "cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    plan = _checked(AuditPlan, settings)
+    pipe = load_pipeline(plan.model, revision=plan.revision, dtype=plan.dtype, device=plan.device)
     return pipe, {
-        "branch": settings.get("branch", "cond"),
-        "num_inference_steps": settings.get("steps", 25),
-        "guidance_scale": settings.get("guidance_scale", 1.0 if model == TESTBED else 7.5),
+        "branch": plan.branch,
+        "num_inference_steps": plan.steps,
+        "guidance_scale": plan.guidance_scale,
     }
 
 

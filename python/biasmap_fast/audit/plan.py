@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import ValidationError, model_validator
 
 from .. import presets
@@ -337,6 +336,8 @@ class AuditPlan(PlanSettings):
 
     def to_yaml(self) -> str:
         """Returns the complete plan as YAML; `from_yaml` reads it back unchanged."""
+        import yaml
+
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     @classmethod
@@ -362,6 +363,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         ValueError: The file is no YAML mapping.
     """
+    import yaml
+
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
