@@ -205,7 +205,11 @@ def test_generate_draws_before_and_after(invoke, tmp_path):
         maps = biasmap_fast.AttributionMaps.load(tmp_path / "g" / f"maps-{when}.safetensors")
         iou = biasmap_fast.iou(maps["doctor"], maps["man"], fraction=0.3)
         assert [row[f"iou_{when}"] for row in found["overlaps"]] == pytest.approx(iou.tolist())
-    again = invoke(*args, "--scale", "0", "--pair", "doctor,man", "--json")
+    flags = ["--scale", "0", "--pair", "doctor,man", "--json"]
+    refused = invoke(*args, *flags)
+    assert refused.exit_code == 1
+    assert "has the pictures of an earlier run: choose another folder" in refused.stderr
+    again = invoke(*args, *flags, "--overwrite")
     for row in json.loads(again.stdout)["overlaps"]:
         assert row["iou_before"] == row["iou_after"]
 
@@ -216,8 +220,8 @@ def test_generate_draws_before_and_after(invoke, tmp_path):
         (["--pair", "doctor"], "--pair must be two concepts, 'doctor,woman', got 'doctor'"),
         (["--pair", "doctor,pilot"], "names 'pilot', which is no concept of"),
         (["--branch", "both"], "--branch must be cond or uncond, got 'both'"),
-        (["--start", "0.9", "--stop", "0.1"], "0 <= start < stop <= 1, got 0.9 and 0.1"),
-        (["--inner-steps", "0"], "`inner_steps` must be at least 1, got 0"),
+        (["--start", "0.9", "--stop", "0.1"], "expected start < stop, got 0.9 and 0.1"),
+        (["--inner-steps", "0"], "inner_steps Input should be greater than or equal to 1"),
     ],
 )
 def test_generate_says_what_is_wrong(invoke, tmp_path, flags, expected):
