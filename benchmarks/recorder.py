@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast.accumulate import ConceptMaps, prompt_keys
+from biasmap_fast.accumulate import add_maps, prompt_keys
 from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
@@ -185,7 +185,6 @@ def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...])
         return lambda _: {"layer": keys[None]}
 
     given = [prompt_keys(w[None], states[None], own_keys(k)) for _, k, w in inputs]
-    adding = ConceptMaps()
 
     def kept() -> list[torch.Tensor]:
         return [(q @ k.transpose(1, 2)).softmax(-1) for q, k, _ in inputs]
@@ -197,7 +196,7 @@ def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...])
     def recorded() -> None:
         for (query, *_), group in zip(inputs, given, strict=True):
             rows = query.transpose(1, 2).flatten(2)  # as `to_q` leaves them: a view
-            adding.add([sums[query.shape[2]]], rows, group, "layer")
+            add_maps([sums[query.shape[2]]], rows, group, "layer")
 
     tokens = sum(query.shape[1] * query.shape[2] * TOKENS for query, *_ in inputs)
     depths = sum(query.numel() * TOKENS for query, *_ in inputs)

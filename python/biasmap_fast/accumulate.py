@@ -3,8 +3,7 @@
 Prompts with as many tokens and as many concepts, on the same images, are a group, and read the
 queries together. Behind a causal text encoder prompts that begin alike have the same keys there:
 on a CPU one kernel computes what is the same once (of "a photo of a doctor and" with seven last
-words, a third of the tokens). A GPU's kernel takes prompt by prompt. Elsewhere one matrix product
-and one softmax serve all of them, in tiles of bounded memory.
+words, a third of the tokens). Elsewhere their maps are made prompt by prompt.
 
 Sums and bilinear resizing are linear: maps are added per resolution, in place, and resized once at
 the end, so that what is held does not grow with steps or layers.
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from .maps import resize
-from .ops import add_concept_map, add_prompt_maps, fused_attention, fused_prompts
+from .ops import add_concept_map, add_prompt_maps, fused_prompts
 from .reference import concept_map
 from .unet import split_heads
 
@@ -29,9 +28,6 @@ Size = tuple[int, int]
 Rows = slice | list[int]
 
 ALL = slice(None)
-# Numbers in a tile: 1 MiB of float32 for every thread of a CPU; elsewhere it only bounds memory.
-_CACHED, _HELD = 2**18, 2**26
-_PIXELS = 128  # of a tile, before it has more prompts
 
 
 @dataclass(frozen=True)
@@ -132,95 +128,47 @@ def prompt_keys(
         member = member.view(prompts, tokens, -1)
         by_layer = {name: keys[0].contiguous() for name, keys in layers.items()}
         return PromptKeys(weights @ member, by_layer, member.sum(1))
-    layers = keys_of(states)
-    if not fused_attention(weights):  # the order in which one product reads them
-        layers = {
-            name: keys.transpose(0, 1).contiguous().transpose(0, 1) for name, keys in layers.items()
-        }
-    return PromptKeys(weights, layers)
+    return PromptKeys(weights, keys_of(states))
 
 
-class ConceptMaps:
-    """Adds concept maps of groups; keeps the memory of its tiles from call to call."""
+def add_maps(
+    maps: Sequence[torch.Tensor], query: torch.Tensor, keys: PromptKeys, layer: str
+) -> None:
+    """Adds `reference.concept_map` of prompts to each of ``maps``.
 
-    def __init__(self) -> None:
-        self._space = torch.empty(0)
-
-    def add(
-        self, maps: Sequence[torch.Tensor], query: torch.Tensor, keys: PromptKeys, layer: str
-    ) -> None:
-        """Adds `reference.concept_map` of prompts to each of ``maps``.
-
-        Args:
-            maps: ``[P', B, K, n]`` each, a map's pixels in a row: those of the first P' prompts are
-                added.
-            query: ``[B, n, heads * d]`` of the layer, any floating dtype, any strides.
-            keys: Keys of the prompts.
-            layer: Name of the layer.
-        """
-        if keys.members is not None:
-            add_prompt_maps(maps, query, keys.by_layer[layer], keys.members, keys.weights)
-        elif len(maps) > 1:
-            most = max(maps, key=len)
-            sums = torch.zeros_like(most, memory_format=torch.contiguous_format)
-            self._add(sums, query, keys, layer)
+    Args:
+        maps: ``[P', B, K, n]`` each, a map's pixels in a row: those of the first P' prompts are
+            added.
+        query: ``[B, n, heads * d]`` of the layer, any floating dtype, any strides.
+        keys: Keys of the prompts.
+        layer: Name of the layer.
+    """
+    by_prompt = keys.by_layer[layer]
+    if keys.members is not None:
+        add_prompt_maps(maps, query, by_prompt, keys.members, keys.weights)
+        return
+    with torch.no_grad():
+        split = split_heads(query, by_prompt.shape[1])  # [B, heads, n, d]
+        sums = max(maps, key=len)
+        if len(maps) > 1:
+            sums = torch.zeros_like(sums, memory_format=torch.contiguous_format)
+        for index, target in enumerate(sums):
+            add_concept_map(target, split, by_prompt[index], keys.weights[index])
+        if len(maps) > 1:
             for target in maps:
                 target += sums[: len(target)]
-        else:
-            self._add(maps[0], query, keys, layer)
-
-    @torch.no_grad()
-    def add_heads(
-        self, maps: Sequence[torch.Tensor], query: torch.Tensor, keys: PromptKeys, layer: str
-    ) -> None:
-        """As `add`, but the map of each head to one of ``maps``."""
-        split = split_heads(query, len(maps))  # [B, heads, n, d]
-        for index, weights in enumerate(keys.weights):
-            by_head = concept_map(split, keys.by_layer[layer][index], weights, per_head=True)
-            for head, target in enumerate(maps):
-                target[index] += by_head[:, head]
-
-    @torch.no_grad()
-    def _add(self, maps: torch.Tensor, query: torch.Tensor, group: PromptKeys, layer: str) -> None:
-        keys = group.by_layer[layer][: len(maps)]  # [P', heads, T', d]
-        weights = group.weights[: len(maps)]
-        query = split_heads(query, keys.shape[1])  # [B, heads, n, d]
-        if fused_attention(query, keys):
-            for target, prompt, pieces in zip(maps, keys, weights, strict=True):
-                add_concept_map(target, query, prompt, pieces)
-            return
-        prompts, heads, tokens, _ = keys.shape
-        batch, _, pixels, _ = query.shape
-        columns = query.to(keys.dtype).transpose(-1, -2)  # [B, heads, d, n]
-        merged = keys.transpose(0, 1).flatten(1, 2)  # [heads, P * T', d]
-        most = _CACHED * torch.get_num_threads() if query.device.type == "cpu" else _HELD
-        column = heads * tokens  # scores of one prompt at one pixel
-        p_step = _within(most // (column * min(pixels, _PIXELS)), prompts)
-        n_step = _within(most // (column * p_step) // 64 * 64, pixels, 64)
-        b_step = _within(most // (column * p_step * n_step), batch)
-        space = self._memory(b_step * column * p_step * n_step, merged)
-        for b, p, n in itertools.product(
-            range(0, batch, b_step), range(0, prompts, p_step), range(0, pixels, n_step)
-        ):
-            rows = merged[:, p * tokens : (p + p_step) * tokens]
-            pieces = weights[p : p + p_step]
-            part = columns[b : b + b_step, :, :, n : n + n_step]
-            shape = (part.shape[0], heads, len(pieces), tokens, part.shape[-1])
-            scores = space[: torch.Size(shape).numel()].view(shape)
-            torch.matmul(rows, part, out=scores.flatten(2, 3))
-            torch.softmax(scores, dim=3, out=scores)
-            tile = pieces @ scores.sum(1)  # [b, p, K, n]
-            maps[p : p + p_step, b : b + b_step, :, n : n + n_step] += tile.transpose(0, 1)
-
-    def _memory(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        space = self._space
-        if (space.device, space.dtype) != (like.device, like.dtype) or space.numel() < count:
-            self._space = torch.empty(count, dtype=like.dtype, device=like.device)
-        return self._space
 
 
-def _within(value: int, most: int, least: int = 1) -> int:
-    return max(1, min(most, max(least, value)))
+@torch.no_grad()
+def add_heads(
+    maps: Sequence[torch.Tensor], query: torch.Tensor, keys: PromptKeys, layer: str
+) -> None:
+    """As `add_maps`, but the map of each head to one of ``maps``."""
+    split = split_heads(query, len(maps))  # [B, heads, n, d]
+    for index, weights in enumerate(keys.weights):
+        by_head = concept_map(split, keys.by_layer[layer][index], weights, per_head=True)
+        for head, target in enumerate(maps):
+            target[index] += by_head[:, head]
 
 
 @dataclass

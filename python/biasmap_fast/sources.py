@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .accumulate import ALL, By, ConceptMaps, PromptKeys, Rows, Size, prompt_keys
+from .accumulate import ALL, By, PromptKeys, Rows, Size, add_heads, add_maps, prompt_keys
 from .concepts import AttributionPrompt, TokenizedPrompt, encode, tokenize_all
 from .unet import CrossAttention, cross_attention_layers
 
@@ -147,7 +147,6 @@ class LayerSource:
         self.parts = cache.layers(pipe, layers)
         self._pipe, self._cache = pipe, cache
         self._per_head = by == ("head",)
-        self._maps = ConceptMaps()
         self.keys: list[PromptKeys] = []
 
     def attach(
@@ -186,7 +185,7 @@ class LayerSource:
         if query.requires_grad:
             query = query.detach()
         query = query if rows is ALL else query[rows]
-        add = self._maps.add_heads if self._per_head else self._maps.add
+        add = add_heads if self._per_head else add_maps
         if isinstance(images, slice):
             targets = sums if images is ALL else [tensor[:, images] for tensor in sums]
             add(targets, query, self.keys[group], part.name)

@@ -222,7 +222,7 @@ def test_generate_draws_before_and_after(invoke, tmp_path):
     [
         (["--pair", "doctor"], "--pair must be two concepts, 'doctor,woman', got 'doctor'"),
         (["--pair", "doctor,pilot"], "names 'pilot', which is no concept of"),
-        (["--branch", "both"], "--branch must be one of cond, uncond, got 'both'"),
+        (["--branch", "both"], "branch: Input should be 'cond' or 'uncond', got 'both'"),
         (["--start", "0.9", "--stop", "0.1"], "got 0.9 and 0.1"),
         (["--inner-steps", "0"], "inner_steps: Input should be greater than or equal to 1, got 0"),
     ],
