@@ -15,17 +15,16 @@ if TYPE_CHECKING:
     from .attribution import Recorder, attribute
     from .audit import AuditPlan, AuditResult, load_audit, run_audit
     from .concepts import AttributionPrompt
+    from .energy import Energy
     from .engines import export_unet, load_engine
     from .guidance import Guidance, guide
     from .ledger import LedgerRow
     from .maps import AttributionMaps
     from .overlap import (
         block_iou,
-        chance_containment,
         chance_iou,
         containment,
-        corrected_containment,
-        corrected_iou,
+        corrected,
         iou,
         pairwise_iou,
         soft_containment,
@@ -41,16 +40,15 @@ _EXPORTS = {
     "AttributionPrompt": "concepts",
     "AuditPlan": "audit",
     "AuditResult": "audit",
+    "Energy": "energy",
     "Guidance": "guidance",
     "LedgerRow": "ledger",
     "Recorder": "attribution",
     "attribute": "attribution",
     "block_iou": "overlap",
-    "chance_containment": "overlap",
     "chance_iou": "overlap",
     "containment": "overlap",
-    "corrected_containment": "overlap",
-    "corrected_iou": "overlap",
+    "corrected": "overlap",
     "export_unet": "engines",
     "guide": "guidance",
     "iou": "overlap",
@@ -72,17 +70,16 @@ __all__ = [
     "AttributionPrompt",
     "AuditPlan",
     "AuditResult",
+    "Energy",
     "Guidance",
     "LedgerRow",
     "Recorder",
     "__version__",
     "attribute",
     "block_iou",
-    "chance_containment",
     "chance_iou",
     "containment",
-    "corrected_containment",
-    "corrected_iou",
+    "corrected",
     "export_unet",
     "guide",
     "iou",

@@ -27,7 +27,7 @@ _PACKAGES = (
     "tensorrt_rtx_cu13_libs",
 )
 _EXTRAS = {
-    "audit": ("filelock", "jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy"),
+    "audit": ("filelock", "jinja2", "matplotlib", "pyarrow", "yaml", "scipy"),
     "cluster": ("ray",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "tensorrt": ("tensorrt",),

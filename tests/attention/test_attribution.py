@@ -135,17 +135,17 @@ def test_several_things_are_kept_apart_in_one_pass(sd_pipe, own_prompts):
 
     recorder = record(choices)
     for by in choices:
-        for name, expected in record(by).maps().items():
-            found = recorder.maps(by)[name]
+        for name, expected in record(by).maps_by_prompt().items():
+            found = recorder.maps_by_prompt(by)[name]
             assert found.by == by
             assert found.images == expected.images
             assert list(found.parts) == list(expected.parts)
             for part in expected.parts:
                 assert torch.equal(found.parts[part], expected.parts[part])
             assert torch.equal(found.values, expected.values)
-    assert recorder.maps()[DOCTOR.name].by == "block"
+    assert recorder.maps_by_prompt()[DOCTOR.name].by == "block"
     with pytest.raises(ValueError, match="recorded by block and step.*not by 'head'"):
-        recorder.maps("head")
+        recorder.maps_by_prompt("head")
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -160,16 +160,16 @@ def test_parts_of_some_prompts_alone(sd_pipe, backend, own_prompts, monkeypatch)
         return recorder
 
     everything, second = record(), record(detailed=[WOMAN.name])
-    for name, expected in everything.maps().items():
-        assert torch.equal(second.maps()[name].values, expected.values)
-    (found,) = second.maps("step").items()
-    expected = everything.maps("step")[WOMAN.name]
+    for name, expected in everything.maps_by_prompt().items():
+        assert torch.equal(second.maps_by_prompt()[name].values, expected.values)
+    (found,) = second.maps_by_prompt("step").items()
+    expected = everything.maps_by_prompt("step")[WOMAN.name]
     assert found[0] == WOMAN.name
     assert list(found[1].parts) == list(expected.parts)
     for part in expected.parts:
         assert torch.equal(found[1].parts[part], expected.parts[part])
     assert second.nbytes["maps"] < everything.nbytes["maps"]
-    assert record(detailed=[]).maps("step") == {}
+    assert record(detailed=[]).maps_by_prompt("step") == {}
     with bm.attribute(sd_pipe, DOCTOR, by=("block", "step"), detailed=[]) as single:
         draw(sd_pipe)
     assert single.maps().by_block
@@ -195,7 +195,9 @@ def test_two_prompts_share_one_pass(sd_pipe, reference_of):
     reference = reference_of(sd_pipe)
     with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
         draw(sd_pipe)
-    maps = recorder.maps()
+    with pytest.raises(ValueError, match=r"2 attribution prompts were recorded: use maps_by_pro"):
+        recorder.maps()
+    maps = recorder.maps_by_prompt()
     assert list(maps) == [DOCTOR.name, WOMAN.name]
     for prompt in (DOCTOR, WOMAN):
         assert_maps(maps[prompt.name].values, reference.maps(prompt, (16, 16), COND))
@@ -267,11 +269,11 @@ def test_batch_equals_single_runs_for_mixed_prompts(sd_pipe):
     seeds = tuple(range(8))
     with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
         draw(sd_pipe, texts, seeds)
-    batched = recorder.maps()
+    batched = recorder.maps_by_prompt()
     for index, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
         with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
             draw(sd_pipe, [text], (seed,))
-        for name, maps in recorder.maps().items():
+        for name, maps in recorder.maps_by_prompt().items():
             torch.testing.assert_close(
                 maps.values[0], batched[name].values[index], rtol=1e-4, atol=1e-4
             )
@@ -540,9 +542,9 @@ class TestAttributionMaps:
             _ = maps.by_step
 
     def test_block_iou(self, maps):
-        found = bm.block_iou(maps, "doctor", "man", percentile=50.0)
+        found = bm.block_iou(maps, "doctor", "man", fraction=0.5)
         assert list(found) == ["up_blocks.0", "down_blocks.0"]
-        expected = bm.iou(maps["doctor"], maps["man"], percentile=50.0)  # parts are scaled copies
+        expected = bm.iou(maps["doctor"], maps["man"], fraction=0.5)  # parts are scaled copies
         assert all(torch.equal(values, expected) for values in found.values())
         with pytest.raises(KeyError, match="no concept 'nurse'"):
             bm.block_iou(maps, "doctor", "nurse")

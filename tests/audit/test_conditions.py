@@ -230,7 +230,7 @@ def test_a_picture_without_a_guided_call_is_none_of_the_guided(finished, tmp_pat
 
 
 def test_a_picture_that_was_hardly_guided_is_a_row_without_numbers(finished, tmp_path, monkeypatch):
-    import biasmap_fast.guidance as module
+    import biasmap_fast.evaluators as module
 
     _, pipe = finished
     original = module.soft_iou

@@ -1,15 +1,12 @@
 """Tests, corrections and nulls: against scipy and formulas, and against their own promise.
 
-The calibrations here are short; `benchmarks/calibration.py` repeats them at length.
+The calibrations here are short; `studies/calibration.py` repeats them at length.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
-
-from biasmap_fast.audit import nulls
 from biasmap_fast.audit.inference import (
     benjamini_hochberg,
     chance_test,
@@ -21,6 +18,9 @@ from biasmap_fast.audit.inference import (
     share_difference,
     sign_flip_test,
 )
+from scipy import stats
+
+from biasmap_fast.audit import nulls
 from biasmap_fast.audit.statistics import share_interval
 
 

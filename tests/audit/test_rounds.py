@@ -10,13 +10,13 @@ import shutil
 
 import numpy as np
 import pytest
+from biasmap_fast.audit.inference import chance_test
 from pydantic import ValidationError
 from scipy import stats
 
 from biasmap_fast import testbed
 from biasmap_fast.audit import AuditError, AuditPlan, run, run_audit, validate, work
 from biasmap_fast.audit import rounds as rounds_module
-from biasmap_fast.audit.inference import chance_test
 from biasmap_fast.audit.plan import explain
 from biasmap_fast.audit.records import part_path, read_part, read_records, to_table, write_part
 from biasmap_fast.audit.rounds import asked, boundaries, figures
@@ -269,7 +269,7 @@ def test_values_that_do_not_vary_have_an_interval():
 )
 @pytest.mark.parametrize("precision", [0.03, 0.05])
 def test_the_rule_covers(name, draw, truth, precision):
-    """At length: benchmarks/study_precision.py."""
+    """At length: studies/precision.py."""
     ends = np.array(list(boundaries(math.ceil(1 / precision), 400)))
     x = draw(np.random.default_rng(5), (1500, 400))
     hits = 0

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast import _C, groups, ops, reference
+from biasmap_fast import _C, accumulate, ops, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_GPU = torch.cuda.is_available() and bool(_C.build_info()["cuda"])
@@ -476,7 +476,7 @@ def test_recorder_and_guidance_through_the_kernels(sd_pipe, emulated, monkeypatc
     maps, energy = run()
     monkeypatch.setattr(ops, "_C", emulated[0])
     emulated[1].emulated_pairs_on_gpu(0)
-    monkeypatch.setattr(groups, "fused_prompts", lambda *_: False)
+    monkeypatch.setattr(accumulate, "fused_prompts", lambda *_: False)
     monkeypatch.setattr(ops, "_use_native_attention", lambda *_: True)
     library = torch.library.Library("biasmap", "FRAGMENT")
     for name in ("concept_map", "concept_map_backward", "add_concept_map"):

@@ -35,7 +35,7 @@ def test_guidance(testbed_folder, pipe, prompts, draw):
     """The whole of guidance, over steps, with one prompt and with one an image."""
 
     def guided():
-        with bm.guide(pipe, prompts, scale=1.0) as guidance:
+        with bm.guide(pipe, prompts, bm.Energy(scale=1.0)) as guidance:
             pictures = draw(pipe)
         return torch.as_tensor(pictures), guidance.ledger
 
@@ -84,7 +84,7 @@ def test_gradient_equals_autograd(testbed_folder, pipe, seed, images, assert_nea
 def test_measuring_and_recording_while_guiding(testbed_folder, pipe, draw, assert_near):
     def both(scale):
         with (
-            bm.guide(pipe, DOCTOR, scale=scale) as guidance,
+            bm.guide(pipe, DOCTOR, bm.Energy(scale=scale)) as guidance,
             bm.attribute(pipe, WOMAN, by="block") as recorder,
         ):
             draw(pipe)
@@ -110,15 +110,15 @@ def test_other_shapes_and_options_are_refused(testbed_folder, pipe, draw):
         draw(pipe, width=96)
     with (
         pytest.raises(errors.EngineError, match="fraction 0.2.*there are: 16 x 16 with frac"),
-        bm.guide(pipe, DOCTOR, fraction=0.2),
+        bm.guide(pipe, DOCTOR, bm.Energy(fraction=0.2)),
     ):
         draw(pipe)
     with pytest.raises(ValueError, match="accumulate=True needs the torch UNet"):
-        bm.guide(pipe, DOCTOR, accumulate=True)
+        bm.guide(pipe, DOCTOR, bm.Energy(accumulate=True))
     with pytest.raises(ValueError, match="containment= needs the torch UNet"):
-        bm.guide(pipe, DOCTOR, containment=(0.05, 0.1))
+        bm.guide(pipe, DOCTOR, bm.Energy(containment=(0.05, 0.1)))
     with pytest.raises(ValueError, match="layers of an engine's energy are fixed"):
-        bm.guide(pipe, DOCTOR, layers=("up_blocks",))
+        bm.guide(pipe, DOCTOR, bm.Energy(layers=("up_blocks",)))
     engine, masks = pipe.unet, {"fraction": 0.3, "temperature": 0.01}
     tokens = {prompt: tokenize(prompt, pipe.tokenizer) for prompt in (DOCTOR, WOMAN)}
     engine.check_gradient((16, 16), [tokens[DOCTOR]], **masks)

@@ -85,7 +85,7 @@ def test_recorder_on_an_engine(sd_folder, sd_pipe, draw, assert_near, by, branch
     def record():
         with bm.attribute(sd_pipe, [DOCTOR, WOMAN], by=by, branch=branch) as recorder:
             pictures = draw(sd_pipe)
-        return torch.as_tensor(pictures), recorder.maps()
+        return torch.as_tensor(pictures), recorder.maps_by_prompt()
 
     pictures, expected = record()
     sd_pipe.unet = bm.load_engine(sd_folder, unet=sd_pipe.unet)
@@ -138,13 +138,13 @@ def test_sdxl(sdxl_pipe, tmp_path, draw, assert_near, graph_of, run_both, mild, 
     folder = tmp_path / "sdxl"
     with bm.attribute(sdxl_pipe, [DOCTOR, WOMAN], by="block") as recorder:
         pictures = torch.as_tensor(draw(sdxl_pipe, num_inference_steps=1))
-    expected = recorder.maps()
+    expected = recorder.maps_by_prompt()
     bm.export_unet(sdxl_pipe, folder, shapes=shapes)
     sdxl_pipe.unet = bm.load_engine(folder, unet=sdxl_pipe.unet)
     with bm.attribute(sdxl_pipe, [DOCTOR, WOMAN], by="block") as recorder:
         # One step: in this random model, from sigma 14, rounding errors grow with every step.
         assert_near(torch.as_tensor(draw(sdxl_pipe, num_inference_steps=1)), pictures, 1e-2)
-    for name, maps in recorder.maps().items():
+    for name, maps in recorder.maps_by_prompt().items():
         assert_near(maps.values, expected[name].values)
     names = ("batch", "height", "width", "tokens", "prompts", "attribution_tokens", "concepts")
     grid = [
@@ -167,12 +167,12 @@ def test_sdxl(sdxl_pipe, tmp_path, draw, assert_near, graph_of, run_both, mild, 
 def test_probabilities(small_pipe, tmp_path, draw, assert_near, fixed):
     with bm.attribute(small_pipe, [DOCTOR, WOMAN], by="layer") as recorder:
         draw(small_pipe)
-    expected = recorder.maps()
+    expected = recorder.maps_by_prompt()
     bm.export_unet(small_pipe, tmp_path / "p", shapes=fixed, maps="probabilities")
     small_pipe.unet = bm.load_engine(tmp_path / "p")
     with bm.attribute(small_pipe, [DOCTOR, WOMAN], by="layer") as recorder:
         draw(small_pipe)
-    for name, maps in recorder.maps().items():
+    for name, maps in recorder.maps_by_prompt().items():
         assert list(maps.by_layer) == list(expected[name].by_layer)
         for layer, values in maps.by_layer.items():
             assert_near(values, expected[name].by_layer[layer])
