@@ -114,17 +114,18 @@ def test_an_engine_that_cannot_guide_is_refused_before_a_picture(engine, tmp_pat
     )  # fmt: skip
     assert done.exit_code == 1
     assert "takes at most {'prompts': 1}, and {'prompts': 2} are needed" in done.output
-    assert not list((tmp_path / "run/records").iterdir())
+    assert not list((tmp_path / "run").rglob("*.parquet"))
 
 
-def test_dry_run_writes_nothing(tmp_path):
-    done = run_cli("export", "--out", tmp_path / "e", "--dry-run", "--json", "--dtype", "float16")
+def test_a_dry_run_says_the_size_and_writes_nothing(engine, tmp_path):
+    done = run_cli(
+        "export", "--out", tmp_path / "e", "--dry-run", "--json", "--gradient", "16x16"
+    )  # fmt: skip
     assert done.exit_code == 0, done.output
-    said = json.loads(done.stdout)
-    unet = bm.testbed.pipeline().unet
-    weights = 2 * sum(p.numel() for p in unet.parameters())
-    assert said["files_mib"] == pytest.approx(weights / 2**20, abs=0.1)
-    assert said["shapes"] == "testbed"
+    announced = json.loads(done.stdout)
+    files = sum(path.stat().st_size for path in engine.iterdir())
+    assert announced["files_mib"] == pytest.approx(files / 2**20, rel=0.1)
+    assert announced["shapes"] == "testbed"
     assert not (tmp_path / "e").exists()
 
 
@@ -136,6 +137,9 @@ def test_dry_run_writes_nothing(tmp_path):
         (["--maps", "all"], "`maps` must be one of"),
         (["--format", "openvino"], "`format` must be one of"),
         (["--convolutions", "fft"], "`convolutions` must be one of"),
+        (["--gradient", "18x16"], "multiples of 4, got 18 x 16"),
+        (["--gradient", "16x16", "--maps", "none"], "gradient graphs need maps='reduced'"),
+        (["--layer", "up_blocks.9"], "no cross-attention layer matches"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
@@ -146,7 +150,8 @@ def test_bad_flags(tmp_path, flags, message, dry_run):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder(tmp_path):
-    done = run_cli("export", "--out", tmp_path)
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_an_existing_folder(tmp_path, dry_run):
+    done = run_cli("export", "--out", tmp_path, *dry_run)
     assert done.exit_code == 1
     assert "exists: give a new folder" in done.output

@@ -126,9 +126,9 @@ def test_other_shapes_and_options_are_refused(testbed_folder, pipe, draw):
         errors.ShapeError, match=r"at most {'prompts': 1}, and {'prompts': 2} are needed"
     ):
         engine.check_gradient((16, 16), list(tokens.values()), **masks)
-    long = AttributionPrompt("a photo of a doctor and man in a zzz", ("doctor", "man"))
+    text = "a photo of a doctor and man and a photo of a nurse and woman"
     with (
-        pytest.raises(errors.ShapeError, match="fixed sizes.*got {'attribution_tokens'"),
-        bm.guide(pipe, long),
+        pytest.raises(errors.ShapeError, match="must have attribution_tokens of 16, got 17"),
+        bm.guide(pipe, AttributionPrompt(text, ("doctor", "man"))),
     ):
         draw(pipe)

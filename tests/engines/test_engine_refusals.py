@@ -28,7 +28,7 @@ def test_wrong_model(sd_folder, sd_pipe, make_sd, draw):
         bm.attribute(wide, DOCTOR),
     ):
         pass
-    with pytest.raises(errors.WrongModelError, match="text states of width 32"):
+    with pytest.raises(errors.ShapeError, match="must have 32 as size 2.*another kind of model"):
         draw(wide)
 
 

@@ -208,14 +208,16 @@ class Export:
                 pixels = self.shapes.height.best * self.shapes.width.best
                 fast = self._graph(use_winograd(prepared(unet, kind, plain=False), pixels))
             program = self._program(fast)
-            writer = _Writer(folder, self.dtype, self.opset, verify, say)
             best = _example_sizes(self.shapes)
             smallest = {name: size.low for name, size in self.shapes.ranges.items()}
-            forward = writer.write("unet", program, graph, [best, smallest])
+            path = folder / "unet.onnx"
+            forward = self._file(path, program, graph, [best, smallest], verify, say)
             del program, fast
             if self.gradients and not self.plain:
                 graph = self._graph(prepared(unet, kind, plain=True))
-            backward = tuple(self._gradient(gradient, graph, writer) for gradient in self.gradients)
+            backward = tuple(
+                self._gradient(gradient, graph, folder, verify, say) for gradient in self.gradients
+            )
             say("manifest")
             manifest = Manifest(
                 dtype=self.dtype,
@@ -257,38 +259,37 @@ class Export:
             return torch.export.export(graph, example, dynamic_shapes={"given": dynamic})
 
     def _gradient(
-        self, gradient: Gradient, graph: AttributionGraph, writer: _Writer
+        self,
+        gradient: Gradient,
+        graph: AttributionGraph,
+        folder: Path,
+        compare: bool,
+        say: Callable[[str], None],
     ) -> GradientFile:
         name = f"gradient-{gradient.height}x{gradient.width}"
-        writer.say(f"trace {name}")
+        say(f"trace {name}")
         energy = EnergyGraph(graph, gradient.fraction, gradient.temperature).eval()
         example = example_inputs(energy.inputs, gradient.sizes)
         with _step("tracing the gradient"), _quiet():
             module = traced(energy, example)
         with _step("torch.export of the gradient"), torch.no_grad(), _quiet():
             program = torch.export.export(module, example)
-        file = writer.write(name, program, energy, [gradient.sizes])
+        path = folder / f"{name}.onnx"
+        file = self._file(path, program, energy, [gradient.sizes], compare, say)
         return GradientFile(file, gradient.sizes, gradient.fraction, gradient.temperature)
 
-
-@dataclass(frozen=True)
-class _Writer:
-    """Translates, writes and compares the graphs of one folder."""
-
-    folder: Path
-    dtype: str
-    opset: int
-    verify: bool
-    say: Callable[[str], None]
-
-    def write(
+    def _file(
         self,
-        name: str,
+        path: Path,
         program: Any,
         graph: AttributionGraph | EnergyGraph,
         calls: Sequence[Mapping[str, int]],
+        compare: bool,
+        say: Callable[[str], None],
     ) -> GraphFile:
-        self.say(f"translate {name}")
+        """Translates, writes and compares a graph."""
+        name = path.stem
+        say(f"translate {name}")
         with _step(f"translating {name} to ONNX"), _quiet():
             translated = torch.onnx.export(
                 program,
@@ -301,11 +302,14 @@ class _Writer:
         if translated is None:
             raise ExportError(f"translating {name} to ONNX gave nothing")
         _tidy(translated, graph.inputs)
-        self.say(f"write {name}")
-        path = self.folder / f"{name}.onnx"
+        say(f"write {name}")
         translated.save(path, external_data=True)
         del translated, program
         gc.collect()  # gigabytes, held by cycles
+        parity: dict[str, Any] = {}
+        if compare:
+            say(f"compare {name} with torch")
+            parity = {**self._parity(path, graph, calls), "shapes": [dict(s) for s in calls]}
         return GraphFile(
             file=path.name,
             sha256=file_hash(path),
@@ -313,31 +317,30 @@ class _Writer:
             opset=self.opset,
             inputs=graph.inputs,
             outputs=graph.outputs,
-            parity=self._parity(path, graph, calls) if self.verify else {},
+            parity=parity,
         )
 
     def _parity(
         self, path: Path, graph: AttributionGraph | EnergyGraph, calls: Sequence[Mapping[str, int]]
-    ) -> dict[str, Any]:
-        self.say(f"compare {path.stem} with torch")
+    ) -> dict[str, float]:
         session = OnnxSession(path, torch.device("cpu"), graph.outputs)
-        worst: dict[str, Any] = {}
+        names = [tensor.name for tensor in graph.inputs]
+        worst = dict.fromkeys((tensor.name for tensor in graph.outputs), 0.0)
         for sizes in calls:
             inputs = example_inputs(graph.inputs, sizes)
             with torch.no_grad():
                 expected = graph(*inputs)
-            names = [tensor.name for tensor in graph.inputs]
             outputs = session.run(dict(zip(names, inputs, strict=True)), sizes)
-            for tensor, right in zip(graph.outputs, expected, strict=True):
-                difference = relative(outputs[tensor.name], right)
-                worst[tensor.name] = max(difference, worst.get(tensor.name, 0.0))
+            for name, right in zip(worst, expected, strict=True):
+                difference = relative(outputs[name], right)
+                worst[name] = float(torch.tensor([worst[name], difference]).max())  # keeps NaN
         limit = TOLERANCE[self.dtype]
         if wrong := {name: value for name, value in worst.items() if not value <= limit}:
             raise ParityError(
                 f"{path.name} differs from torch by {wrong} of the outputs' scale; at most {limit} "
                 f"is allowed for {self.dtype}"
             )
-        return {**worst, "shapes": [dict(sizes) for sizes in calls]}
+        return worst
 
 
 def relative(values: torch.Tensor, expected: torch.Tensor) -> float:

@@ -282,13 +282,6 @@ class EngineUNet(torch.nn.Module):
                 f"the engine runs on {self.device}, got latents on {sample.device}: move the "
                 "pipeline, or load the engine with device="
             )
-        width, channels = self.config["cross_attention_dim"], self.config["in_channels"]
-        if states.shape[-1] != width or sample.shape[1] != channels:
-            raise WrongModelError(
-                f"the engine takes text states of width {width} and latents of {channels} "
-                f"channels, got {states.shape[-1]} and {sample.shape[1]}: it was exported from "
-                "another model than this pipeline's"
-            )
         times = torch.as_tensor(timestep, device=sample.device).to(torch.float32).reshape(-1)
         inputs = {
             "sample": sample.detach(),

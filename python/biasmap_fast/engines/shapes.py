@@ -40,6 +40,8 @@ class Range:
         return self.low <= size <= self.high and size % self.multiple == 0
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return str(self.low)
         step = f" in steps of {self.multiple}" if self.multiple > 1 else ""
         return f"{self.low} to {self.high}{step}"
 
@@ -164,7 +166,7 @@ def check_sizes(
                     )
             elif size not in bounds[dim]:
                 raise ShapeError(
-                    f"`{expected.name}` must have a {dim} of {bounds[dim]}, got {size}: export an "
+                    f"`{expected.name}` must have {dim} of {bounds[dim]}, got {size}: export an "
                     "engine with these sizes"
                 )
             elif sizes.setdefault(dim, size) != size:
