@@ -394,7 +394,7 @@ def export(
         ),
     ] = "direct",
     output_format: Annotated[
-        str, typer.Option("--format", help="onnx, or tensorrt to build a plan as well.")
+        str, typer.Option("--format", help="onnx; tensorrt or tensorrt-rtx build plans as well.")
     ] = "onnx",
     verify: Annotated[bool, typer.Option(help="Compare with torch before naming it.")] = True,
     dry_run: Annotated[
