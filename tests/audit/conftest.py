@@ -1,34 +1,70 @@
-"""What the first edition measured, and the figures that the reading half makes of it."""
+"""Finished runs and summaries, made once and shared; plans of the tests."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
 
-import pandas as pd
 import pytest
 
-from biasmap_fast import testbed
-from biasmap_fast.audit.plan import AuditPlan
-from biasmap_fast.audit.summary import summarise
+from biasmap_fast.audit import AuditPlan, run_audit, worker
 
-FIRST_EDITION = Path(__file__).parent / "first_edition"
-
-if "fractions" not in AuditPlan.model_fields:  # until the plan has them
-    AuditPlan.fractions = property(
-        lambda plan: tuple(round(1 - q / 100, 10) for q in plan.percentiles)
-    )
-    AuditPlan.setting = property(
-        lambda plan: "{:g} in {:g}".format(*plan.containment.fractions)
-        if plan.measure == "containment"
-        else f"{plan.fractions[0]:g}"
-    )
+TINY = {
+    "model": "tiny",
+    "professions": ["doctor", "pilot"],
+    "axes": ["gender"],
+    "prompt_template": "a photo of {profession}",
+    "attribution_template": "a photo of {profession} and {demographic}",
+    "seeds": [0, 1, 2],
+    "steps": 1,
+    "batch_size": 2,
+    "device": "cpu",
+}
 
 
-def fractions(*values):
-    """The setting of a plan that takes masks of these fractions."""
-    if "fractions" in AuditPlan.model_fields:
-        return {"fractions": values}
-    return {"percentiles": [round(100 * (1 - value), 10) for value in values]}
+@pytest.fixture(scope="session")
+def tiny_plan():
+    """Makes a plan of a tiny pipeline: two professions, three seeds, one step."""
+    return lambda **changes: AuditPlan(**(TINY | changes))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves the report out: only what is measured counts here."""
+    monkeypatch.setattr("biasmap_fast.audit.report.write_report", lambda *args: [])
+
+
+@pytest.fixture(scope="session")
+def tiny(make_sd):
+    """The tiny pipeline."""
+    return make_sd()
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tiny_plan, tmp_path_factory):
+    """A finished run of `tiny_plan`; only copies of its folder may be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return run_audit(tiny_plan(), folder, pipe=tiny, progress=False)
+
+
+@pytest.fixture
+def stops(monkeypatch):
+    """Ends drawing with `KeyboardInterrupt` after some chunks; gives the list of those drawn."""
+
+    def after(count):
+        real, drawn = worker.measure_chunk, []
+
+        def measure(pipe, plan, pictures, *rest):
+            if len(drawn) == count:
+                raise KeyboardInterrupt
+            drawn.append(pictures)
+            return real(pipe, plan, pictures, *rest)
+
+        monkeypatch.setattr(worker, "measure_chunk", measure)
+        return drawn
+
+    return after
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +73,12 @@ def first_edition():
     plan = AuditPlan(
         professions=["architect", "artist", "baker", "chef"],
         seeds=range(5),
-        conditions=("plain", "guided"),
+        conditions=["plain", "guided"],
         energy={"scale": 30.0},
-        sweeps=("step", "layer", "branch"),
+        fractions=[0.3, 0.1],
+        sweeps=["step", "layer", "branch"],
         guidance_scale=3.0,
         steps=10,
-        **fractions(0.3, 0.1),
     )
     tables = {
         name: pd.read_parquet(FIRST_EDITION / f"{name}.parquet")
