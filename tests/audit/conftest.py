@@ -1,14 +1,17 @@
-"""Finished runs and summaries, made once and shared; plans of the tests."""
+"""Finished runs of a tiny random pipeline, made once and shared; plans of the tests."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from biasmap_fast.audit import AuditPlan, run_audit, worker
+from biasmap_fast.audit.run import planted
+from biasmap_fast.audit.summary import summarise
+
+FIRST_EDITION = Path(__file__).parent / "first_edition"
 
 TINY = {
     "model": "tiny",
@@ -80,15 +83,9 @@ def first_edition():
         guidance_scale=3.0,
         steps=10,
     )
-    tables = {
-        name: pd.read_parquet(FIRST_EDITION / f"{name}.parquet")
-        for name in ("pictures", "measurements", "masks")
-    }
-    truth = [
-        {"profession": row.profession, "shares": row.shares, "overlap": row.overlap}
-        for row in testbed.truth()
-    ]
-    return {"plan": plan, **tables, "truth": truth}
+    names = ("pictures", "measurements", "masks")
+    tables = {name: pd.read_parquet(FIRST_EDITION / f"{name}.parquet") for name in names}
+    return {"plan": plan, **tables, "truth": planted(plan)}
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-_EXTRA = ("filelock", "jinja2", "matplotlib", "pyarrow", "pydantic", "scipy", "yaml")
+_EXTRA = ("filelock", "jinja2", "matplotlib", "pandas", "pyarrow", "pydantic", "scipy", "yaml")
 
 try:
+    from .classifiers import Reading
     from .conditions import ConditionError
     from .folder import AuditError
-    from .measure import Reading
     from .plan import AuditPlan
     from .records import RecordError
     from .run import AuditResult, load_audit, render, run_audit, validate
