@@ -234,7 +234,14 @@ AuditPlan(profession=["doctor"])  # type: ignore[call-arg]
 """
     (tmp_path / "user.py").write_text(code)
     package = Path(testbed.__file__).parents[2]
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file="]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--follow-imports=silent",
+        "--config-file=",
+    ]
     command += ["--ignore-missing-imports", f"--cache-dir={tmp_path}", str(tmp_path / "user.py")]
     done = subprocess.run(
         command, capture_output=True, text=True, env={"MYPYPATH": str(package), "PATH": ""}

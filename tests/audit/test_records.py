@@ -61,7 +61,9 @@ def test_a_file_that_is_not_the_one_that_was_written_is_named(tmp_path, damage):
     else:
         flipped = data[:60] + bytes([data[60] ^ 1]) + data[61:]
         path.write_bytes({"half": data[: len(data) // 2], "empty": b"", "bit": flipped}[damage])
-    with pytest.raises(RecordError, match=r"part-00000\.parquet cannot be read.*SHA-256.*delete th"):
+    with pytest.raises(
+        RecordError, match=r"part-00000\.parquet cannot be read.*SHA-256.*delete th"
+    ):
         read(tmp_path, "measurements")
     assert read(tmp_path, "pictures").num_rows == 1
 
