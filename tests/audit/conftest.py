@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from biasmap_fast.audit import AuditPlan, run_audit, worker
+from biasmap_fast.audit.run import planted
+from biasmap_fast.audit.summary import summarise
+
+FIRST_EDITION = Path(__file__).parent / "first_edition"
 
 TINY = {
     "model": "tiny",
@@ -21,21 +24,6 @@ TINY = {
     "batch_size": 2,
     "device": "cpu",
 }
-
-
-def _stub_reading_half() -> None:
-    # Until the new reading half is merged there is nothing to summarise with.
-    try:
-        importlib.import_module("biasmap_fast.audit.summary").Summary  # noqa: B018
-    except (ImportError, AttributeError):
-        summary = ModuleType("biasmap_fast.audit.summary")
-        summary.summarise = lambda plan, pictures, measurements, **rest: SimpleNamespace(**rest)
-        report = ModuleType("biasmap_fast.audit.report")
-        report.write_report = lambda folder, plan, summary: []
-        sys.modules |= {summary.__name__: summary, report.__name__: report}
-
-
-_stub_reading_half()
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +68,27 @@ def stops(monkeypatch):
         return drawn
 
     return after
+
+
+@pytest.fixture(scope="session")
+def first_edition():
+    """Plan and tables of the first edition's run, as keyword arguments of `summarise`."""
+    plan = AuditPlan(
+        professions=["architect", "artist", "baker", "chef"],
+        seeds=range(5),
+        conditions=["plain", "guided"],
+        energy={"scale": 30.0},
+        fractions=[0.3, 0.1],
+        sweeps=["step", "layer", "branch"],
+        guidance_scale=3.0,
+        steps=10,
+    )
+    names = ("pictures", "measurements", "masks")
+    tables = {name: pd.read_parquet(FIRST_EDITION / f"{name}.parquet") for name in names}
+    return {"plan": plan, **tables, "truth": planted(plan)}
+
+
+@pytest.fixture(scope="session")
+def summary(first_edition):
+    """The first edition's run, summarised."""
+    return summarise(**first_edition)
