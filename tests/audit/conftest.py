@@ -1,4 +1,4 @@
-"""Runs that tests share: finished ones of a tiny random pipeline, and the first edition's."""
+"""Finished runs of a tiny random pipeline, made once and shared; plans of the tests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from biasmap_fast import testbed
 from biasmap_fast.audit import AuditPlan, run_audit, worker
+from biasmap_fast.audit.run import planted
 from biasmap_fast.audit.summary import summarise
 
 FIRST_EDITION = Path(__file__).parent / "first_edition"
@@ -76,22 +76,16 @@ def first_edition():
     plan = AuditPlan(
         professions=["architect", "artist", "baker", "chef"],
         seeds=range(5),
-        conditions=("plain", "guided"),
+        conditions=["plain", "guided"],
         energy={"scale": 30.0},
-        sweeps=("step", "layer", "branch"),
+        fractions=[0.3, 0.1],
+        sweeps=["step", "layer", "branch"],
         guidance_scale=3.0,
         steps=10,
-        fractions=(0.3, 0.1),
     )
-    tables = {
-        name: pd.read_parquet(FIRST_EDITION / f"{name}.parquet")
-        for name in ("pictures", "measurements", "masks")
-    }
-    truth = [
-        {"profession": row.profession, "shares": row.shares, "overlap": row.overlap}
-        for row in testbed.truth()
-    ]
-    return {"plan": plan, **tables, "truth": truth}
+    names = ("pictures", "measurements", "masks")
+    tables = {name: pd.read_parquet(FIRST_EDITION / f"{name}.parquet") for name in names}
+    return {"plan": plan, **tables, "truth": planted(plan)}
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 
 from biasmap_fast import testbed
-from biasmap_fast.audit import AuditPlan, run_audit
+from biasmap_fast.audit import AuditPlan, records, run_audit
 
 FIXTURE = Path(__file__).parent / "first_edition"
 KEY = ["condition", "profession", "seed"]
-MEASURED = [*KEY, "axis", "word", "measure", "setting", "part", "control"]
+MASKED = [*KEY, "axis", "word", "measure", "setting"]
+MEASURED = [*MASKED, "part", "control"]
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +68,10 @@ def test_measurements(result):
     found, expected = both("measurements", MEASURED, result.measurements)
     same(found, expected, ["value", "chance"])
     assert found["status"].tolist() == expected["status"].tolist()
+
+
+def test_masks_of_iou(result):
+    masks = records.read(result.folder, "masks").to_pandas()
+    found, expected = both("masks", MASKED, masks[masks["measure"] == "iou"])
+    for name in ("height", "width", "profession_bits", "word_bits"):
+        assert found[name].tolist() == expected[name].tolist()

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .sentences import measure_name
-from .summary import unpacked
+from .summary import unpacked, where
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ _STYLE: dict[Any, Any] = {
 }
 _DASHED: dict[str, Any] = {"color": "#333333", "linestyle": (0, (4, 3)), "linewidth": 1}
 _TICK: dict[str, Any] = {"color": "#111111", "markersize": 10, "markeredgewidth": 1.8}
-_WIDTH = 6.6  # inches: at the width of a phone the text is still read
+_WIDTH = 5.8  # inches: at the width of a phone the text is still read
 _PANEL = 176  # pixels of a panel's longer side
 
 
@@ -216,13 +216,13 @@ def _regions(
     names = {"condition": condition, "axis": axis, "seed": plan.seeds[0]}
     part = [(name, "==", value) for name, value in names.items()]
     masks, values = (pd.read_parquet(folder / t, filters=part) for t in ("masks", "measurements"))
-    values = values[values["part"].eq("") & values["control"].eq("")]
+    values = where(values, part="", control="")
     keys = ["profession", "word", "measure", "setting"]
     rows = masks.merge(values[[*keys, "value"]], on=keys)
     regions: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
     shown = dict.fromkeys([(plan.measure, plan.setting), ("iou", f"{plan.fractions[0]:.10g}")])
     for measure, setting in shown:
-        own = rows[rows["measure"].eq(measure) & rows["setting"].eq(setting)]
+        own = where(rows, measure=measure, setting=setting)
         for place, (_, row) in enumerate(own.iterrows()):
             one = own.iloc[place : place + 1]
             size = (int(row["height"]), int(row["width"]))

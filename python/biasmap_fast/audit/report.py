@@ -16,7 +16,7 @@ from ..files import write_file, write_text
 from ..pipelines import TESTBED
 from . import charts, sentences
 from .sentences import interval, number, p_value, percent
-from .summary import SCHEMA_VERSION
+from .summary import SCHEMA_VERSION, where
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ def write_report(folder: Path, plan: AuditPlan, summary: Summary) -> list[Path]:
     """Writes the report and the figures into a run folder.
 
     Args:
-        folder: Run folder; pictures, maps, masks and environment are read from it if they are there.
+        folder: Run folder; pictures, maps, masks and environment are read from it.
         plan: Plan of the run.
         summary: Its summary.
 
@@ -67,7 +67,7 @@ def summary_json(summary: Summary) -> str:
 
 
 def model_card(plan: AuditPlan, summary: Summary) -> str:
-    """A section for a model card, in Markdown: what was measured, what it says, what it does not."""
+    """A section for a model card, in Markdown: what was measured, what it says and what not."""
     model = _plain(f"Model {plan.model}. {sentences.headline(plan, summary)}")
     parts = ["## Bias: where a profession and a demographic overlap in cross-attention", model]
     for axis in plan.axes:
@@ -127,17 +127,16 @@ class _Axis:
         self.name, self.words = name, plan.axes[name]
         self._folder, self._plan, self._summary = folder, plan, summary
         self._rows = summary.find(condition=plan.conditions[0], axis=name, baseline="")
-        self._main = self._rows[self._rows["part"].eq("") & self._rows["control"].eq("")]
+        self._main = where(self._rows, part="", control="")
         self._planted = summary.find(axis=name, quantity="planted")
-        means = self._main[self._main["quantity"].eq("mean")]
-        means = means[means["scope"].eq("profession")]
+        means = where(self._main, quantity="mean", scope="profession")
         first = (plan.measure, plan.setting)
         pairs = set(zip(means["measure"], means["setting"], strict=True))
         # the lead first, soft forms last; not the points of the curve, which no profession has
         self._measures = sorted(
             pairs, key=lambda pair: (pair != first, pair[0] == "soft_iou", pair)
         )
-        leading = means[means["measure"].eq(first[0]) & means["setting"].eq(first[1])]
+        leading = where(means, measure=plan.measure, setting=plan.setting)
         levels = leading.groupby("profession")["estimate"].mean()
         self.order = sorted(plan.professions, key=lambda profession: -levels.get(profession, -1.0))
 
@@ -150,21 +149,17 @@ class _Axis:
     def strips(self, condition: str) -> charts.Strips | None:
         return charts.strips(self._folder, self._plan, self.name, condition, self.order)
 
-    def _of(self, measure: str, setting: str, rows: pd.DataFrame | None = None) -> pd.DataFrame:
-        own = self._main if rows is None else rows
-        return own[own["measure"].eq(measure) & own["setting"].eq(setting)]
-
     def _truth(self, measure: str) -> dict[str, pd.Series[float]]:
-        own = self._planted[self._planted["measure"] == measure]
+        own = where(self._planted, measure=measure)
         return {word: rows["estimate"] for word, rows in _by_word(own, self.words).items()}
 
     def charts(self) -> list[dict[str, str]]:
         """Every measure of every profession, with chance and what is planted."""
         shown = []
         for measure, setting in self._measures:
-            own = self._of(measure, setting)
-            means = own[own["quantity"] == "mean"].replace({"profession": {"": _MEAN}})
-            level = own[own["quantity"] == "chance"]["estimate"].mean()
+            own = where(self._main, measure=measure, setting=setting)
+            means = where(own, quantity="mean").replace({"profession": {"": _MEAN}})
+            level = where(own, quantity="chance")["estimate"].mean()
             text = f"{_title(measure, setting)}: mean and 95 % interval of each profession."
             ticks = self._truth("overlap") if measure == "containment" else {}
             if ticks:
@@ -183,7 +178,7 @@ class _Axis:
 
     def shares(self) -> str:
         """Shares of one word of two (they sum to one), of all words otherwise."""
-        rows = self._main[self._main["quantity"] == "share"]
+        rows = where(self._main, quantity="share")
         read = [word for word in self.words if word in set(rows["word"])]
         shown = read[1:] if len(read) == 2 else read
         truth = self._truth("share")
@@ -202,15 +197,14 @@ class _Axis:
     def tables(self) -> list[Table]:
         """Every profession and word of each measure, with shares and what is planted if known."""
         index = pd.MultiIndex.from_product([self.order, self.words], names=["profession", "word"])
-        beside = {"share, %": (self._main[self._main["quantity"] == "share"], percent)}
+        beside = {"share, %": (where(self._main, quantity="share"), percent)}
         for name, measure in (("planted share, %", "share"), ("planted overlap", "overlap")):
             show = percent if measure == "share" else interval
-            beside[name] = (self._planted[self._planted["measure"] == measure], show)
+            beside[name] = (where(self._planted, measure=measure), show)
         tables = []
         for measure, setting in self._measures:
-            own = self._of(measure, setting)
-            own = own[own["scope"] == "profession"]
-            mean, corrected = (own[own["quantity"] == name] for name in ("mean", "corrected"))
+            own = where(self._main, measure=measure, setting=setting, scope="profession")
+            mean, corrected = (where(own, quantity=name) for name in ("mean", "corrected"))
             columns = {
                 "profession": [profession for profession, _ in index],
                 "word": [word for _, word in index],
@@ -234,20 +228,18 @@ class _Axis:
     def controls(self) -> list[dict[str, Any]]:
         """Per measure a chart and a table of the word beside its null and its control words."""
         shown = []
-        whole = self._rows[self._rows["part"].eq("")]
         for measure, setting in self._measures:
-            own = self._of(measure, setting, whole)
+            own = where(self._rows, measure=measure, setting=setting, part="")
             kinds = {"": "the word itself"}
             for kind in own["control"].unique():
                 kinds.setdefault(kind, sentences.control_name(kind, self._plan))
             if len(kinds) == 1:
                 continue
-            changes = own[own["quantity"].eq("difference")]
-            single = changes[changes["scope"].eq("profession")]
+            single = where(own, quantity="difference", scope="profession")
             more = single["p_adjusted"].le(0.05) & single["estimate"].gt(0)
             counts = more.groupby([single["word"], single["control"]]).agg(["sum", "count"])
-            changes = changes[changes["scope"].eq("overall")]
-            means = own[own["scope"].eq("overall") & own["quantity"].eq("mean")]
+            changes = where(own, quantity="difference", scope="overall")
+            means = where(own, quantity="mean", scope="overall")
             index = pd.MultiIndex.from_frame(changes[["word", "control"]])
             columns = {
                 "word": [word for word, _ in index],
@@ -263,7 +255,7 @@ class _Axis:
                 list(kinds.values()),
                 _by_word(means.assign(control=means["control"].map(kinds)), self.words, "control"),
                 label=f"controls: {sentences.measure_name(measure)} ({setting}), {self.name}",
-                reference=own[own["quantity"] == "chance"]["estimate"].mean(),
+                reference=where(own, quantity="chance")["estimate"].mean(),
             )
             caption = f"{_title(measure, setting)}: the word minus its control"
             shown.append({"svg": svg, "table": _table(caption, columns)})
@@ -271,11 +263,10 @@ class _Axis:
 
     def curve(self) -> dict[str, str] | None:
         """Corrected IoU over the size of the regions."""
-        rows = self._main[self._main["scope"].eq("overall")]
-        areas = rows[rows["quantity"].eq("area")]
+        areas = where(self._main, scope="overall", quantity="area")
         if areas.empty:
             return None
-        points = rows[rows["measure"].eq("iou") & rows["quantity"].eq("corrected")]
+        points = where(self._main, scope="overall", measure="iou", quantity="corrected")
         svg = charts.lines(
             _by_word(points.assign(size=points["setting"].astype(float)), self.words, "size"),
             x_label="fraction of the pixels in each region",
@@ -287,7 +278,7 @@ class _Axis:
 
     def parts(self) -> list[dict[str, str]]:
         """Measures on parts of the maps: blocks, calls, layers, branches."""
-        rows = self._rows[self._rows["part"].ne("") & self._rows["scope"].eq("overall")]
+        rows = where(self._rows[self._rows["part"] != ""], scope="overall")
         split = rows["part"].str.partition(":")
         rows = rows.assign(kind=split[0], name=split[2])
         shown = []
@@ -322,11 +313,11 @@ def _condition(
 ) -> dict[str, Any]:
     """What the report shows of a condition against the first one."""
     rows = summary.find(condition=name, baseline=plan.conditions[0])
-    rows = rows[rows["quantity"].isin(["difference", "share difference"])]
-    main = rows[rows["measure"].eq(plan.measure) & rows["setting"].eq(plan.setting)]
+    rows = where(rows, quantity=["difference", "share difference"])
+    main = where(rows, measure=plan.measure, setting=plan.setting)
     changes = []
     for axis in axes:
-        own = main[main["axis"] == axis.name].replace({"profession": {"": _MEAN}})
+        own = where(main, axis=axis.name).replace({"profession": {"": _MEAN}})
         svg = charts.dots(
             [*axis.order, _MEAN],
             _by_word(own, axis.words),
@@ -346,9 +337,9 @@ def _condition(
         if len(energy)
     ]
     shown = {
-        "Mean over professions": rows[rows["scope"] == "overall"],
-        "Each profession": rows[rows["scope"] == "profession"],
-        "What the classifier reads": summary.find(
+        "Mean over professions": where(rows, scope="overall"),
+        "Each profession": where(rows, scope="profession"),
+        "The classifier's reading": summary.find(
             scope="run", quantity=["right", "score", "clip score"]
         ),
     }
@@ -386,15 +377,15 @@ def _means_table(plan: AuditPlan, summary: Summary) -> Table:
     """The mean over professions of every word and measure under the first condition."""
     names = {"scope": "overall", "condition": plan.conditions[0], "baseline": ""}
     rows = summary.find(**names, part="", control="")
-    means = rows[rows["quantity"] == "mean"]
+    means = where(rows, quantity="mean")
     index = pd.MultiIndex.from_frame(means[["axis", "word", "measure", "setting"]])
     columns = _measured(means) | {
         "professions": list(means["n"]),
         "mean": [interval(row, 3) for _, row in means.iterrows()],
         "chance": _cells(
-            rows[rows["quantity"] == "chance"], index, lambda row: number(row["estimate"])
+            where(rows, quantity="chance"), index, lambda row: number(row["estimate"])
         ),
-        "corrected": _cells(rows[rows["quantity"] == "corrected"], index, interval),
+        "corrected": _cells(where(rows, quantity="corrected"), index, interval),
     }
     return _table("Mean over professions, 95 % intervals", columns)
 
@@ -417,7 +408,7 @@ def _by_word(
     rows: pd.DataFrame, words: Iterable[str], index: str = "profession"
 ) -> dict[str, pd.DataFrame]:
     """Word -> figures indexed by another column."""
-    series = {word: rows[rows["word"] == word].set_index(index) for word in words}
+    series = {word: where(rows, word=word).set_index(index) for word in words}
     return {word: own for word, own in series.items() if len(own)}
 
 

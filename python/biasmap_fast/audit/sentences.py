@@ -8,7 +8,7 @@ import pandas as pd
 
 from .plan import GUIDED
 from .statistics import share_interval
-from .summary import lead
+from .summary import lead, where
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +22,6 @@ NEGATIVE = ("function", "object", "person")
 
 _DASH = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
-_PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 # of the first word of an axis, and of further ones
 _WHERE = {
     "containment": (
@@ -65,7 +64,7 @@ def p_value(p: float | None) -> str:
         >>> p_value(0.0312), p_value(0.0002)
         ('0.031', '< 0.001')
     """
-    return _DASH if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return _DASH if p is None or pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def measure_name(measure: str) -> str:
@@ -74,14 +73,12 @@ def measure_name(measure: str) -> str:
 
 
 def regions(setting: str) -> str:
-    """What a setting means: ``"the top 30 % of the pixels"``."""
+    """What a setting means: ``"top 30 % of the pixels"``, ``"top 5 % in top 10 %"``."""
     try:
-        parts = [f"{100 * float(part):g} %" for part in setting.split(" in ")]
+        parts = [f"top {100 * float(part):g} %" for part in setting.split(" in ")]
     except ValueError:
         return setting
-    if len(parts) == 1:
-        return f"the top {parts[0]} of the pixels"
-    return f"the top {parts[0]} of the profession's map in the top {parts[1]} of the word's"
+    return " in ".join(parts) if len(parts) > 1 else f"{parts[0]} of the pixels"
 
 
 def control_name(control: str, plan: AuditPlan) -> str:
@@ -130,32 +127,28 @@ def headline(plan: AuditPlan, summary: Summary) -> str:
 
 def precision(found: Mapping[str, Any]) -> str:
     """What a precision came to: pictures drawn, pictures that a fixed number would have taken."""
-    goal = (
-        f"in rounds until the 95 % interval of mean {measure_name(found['measure'])} of a "
-        "profession, with every word and under every condition, "
-        f"{'was' if found['ended'] else 'is'} within {_PLUS_MINUS}{found['target']:g}."
+    ended = found["ended"]
+    text = (
+        f"Seeds {'were' if ended else 'are'} drawn in rounds until the 95 % interval of mean "
+        f"{measure_name(found['measure'])} of a profession, with every word and under every "
+        f"condition, {'was' if ended else 'is'} within \N{PLUS-MINUS SIGN}{found['target']:g}."
     )
-    if not found["ended"]:
+    if not ended:
         there = sum(row["reached"] for row in found["professions"])
-        return f"Seeds are drawn {goal} So far {_count(there, 'profession')} came to that."
-    texts = [f"Seeds were drawn {goal}"]
+        return f"{text} So far {_count(there, 'profession')} came to that."
     if found["pictures_fixed"] is not None:
         saved = found["saved"]
-        texts.append(
-            f"That took {_count(found['pictures'], 'picture')}; one number of seeds for every "
-            f"profession would have taken {found['pictures_fixed']} for the widest interval to be as "
-            f"narrow ({abs(100 * saved):.0f} % {'fewer' if saved >= 0 else 'more'} were drawn)."
+        text += (
+            f" That took {_count(found['pictures'], 'picture')}; one number of seeds for every "
+            f"profession would have taken {found['pictures_fixed']} for the widest interval to be "
+            f"as narrow ({abs(100 * saved):.0f} % {'fewer' if saved >= 0 else 'more'} were drawn)."
         )
-    if found["not_reached"]:
-        widths = {row["profession"]: row["half_width"] for row in found["professions"]}
-        told = [
-            f"{name} ({_PLUS_MINUS}{widths[name]:.3f})"
-            if widths[name] is not None
-            else f"{name} (nothing measured)"
-            for name in found["not_reached"]
-        ]
-        texts.append(f"Not reached by {_listed(told)}.")
-    return " ".join(texts)
+    widths = {row["profession"]: row["half_width"] for row in found["professions"]}
+    told = [
+        f"{name} ({'nothing measured' if widths[name] is None else f'±{widths[name]:.3f}'})"
+        for name in found["not_reached"]
+    ]
+    return f"{text} Not reached by {_listed(told)}." if told else text
 
 
 def console(plan: AuditPlan, summary: Summary) -> list[str]:
@@ -216,9 +209,9 @@ def _over_professions(
     """
     scope = "profession" if len(plan.professions) == 1 else "overall"
     rows = _rows(axis, plan, summary, word=word, scope=scope)
-    chance = rows["quantity"].eq("corrected") & rows["estimate"].notna()
-    control = rows["quantity"].eq("difference") & rows["control"].isin(NEGATIVE)
-    return {str(row["control"]): row for _, row in rows[chance | control].iterrows()}
+    chance = where(rows, quantity="corrected").dropna(subset="estimate")
+    controls = where(rows, quantity="difference", control=NEGATIVE)
+    return {str(row["control"]): row for _, row in pd.concat([chance, controls]).iterrows()}
 
 
 def _shares(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
@@ -226,7 +219,7 @@ def _shares(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
     rows = summary.find(condition=condition, axis=axis, quantity="share")
     texts = []
     for word in words[1:] if len(words) == 2 else words:
-        own = rows[rows["word"] == word].sort_values("estimate", kind="stable")
+        own = where(rows, word=word).sort_values("estimate", kind="stable")
         if own.empty:
             continue
         least, most = own.iloc[0], own.iloc[-1]
@@ -235,37 +228,28 @@ def _shares(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
             text += f" ({least['profession']}) to {_whole(most)} ({most['profession']})"
         text += " of the pictures of a profession."
         if len(words) == 2:
-            n = int(own["n"].max())
-            apart = int(((own["low"] > 0.5) | (own["high"] < 0.5)).sum())
-            least_count = next((k for k in range(n + 1) if share_interval(k, n).low > 0.5), None)
-            tells = (
-                "no share can be told from it"
-                if least_count is None
-                else f"only shares of {100 * least_count / n:.0f} % and more, or of "
-                f"{100 - 100 * least_count / n:.0f} % and less, can be told from it"
-            )
-            text += (
-                f" {apart} of {len(own)} surely differ from one half; with {n} pictures per "
-                f"profession {tells}."
-            )
+            n, apart = int(own["n"].max()), int(((own["low"] > 0.5) | (own["high"] < 0.5)).sum())
+            counts = [k / n for k in range(n + 1) if (share_interval(k, n).low or 0.0) > 0.5]
+            tells = "no share can be told from it"
+            if counts:
+                least_told, most_told = 100 * counts[0], 100 - 100 * counts[0]
+                tells = f"only shares of {least_told:.0f} % and more, or of {most_told:.0f} % and "
+                tells += "less, can be told from it"
+            text += f" {apart} of {len(own)} surely differ from one half; with {n} pictures per "
+            text += f"profession {tells}."
         texts.append(text)
     return texts
 
 
 def _where(axis: str, plan: AuditPlan, summary: Summary) -> str:
     rows = _rows(axis, plan, summary, scope="overall", control="")
-    means = rows[rows["quantity"].eq("mean") & rows["estimate"].notna()].set_index("word")
-    chance = rows[rows["quantity"] == "chance"]["estimate"].mean()
-    measure = lead(plan)["measure"]
-    generic = (
-        f"the {measure_name(measure)} of the profession and “{{word}}” is {{x}}",
-        "“{word}” {x}",
-    )
-    first, further = _WHERE.get(measure, generic)
-    words = [word for word in plan.axes[axis] if word in means.index]
+    means = where(rows, quantity="mean").set_index("word")
+    chance = where(rows, quantity="chance")["estimate"].mean()
+    name = measure_name(plan.measure)
+    generic = (f"the {name} of the profession and “{{word}}” is {{x}}", "“{word}” {x}")
     told = [
-        (further if index else first).format(x=_whole(means.loc[word]), word=word)
-        for index, word in enumerate(words)
+        _WHERE.get(plan.measure, generic)[bool(index)].format(x=_whole(means.loc[word]), word=word)
+        for index, word in enumerate(word for word in plan.axes[axis] if word in means.index)
     ]
     n = int(means["n"].max())
     average = "" if n == 1 else f"averaged over {n} professions, "
@@ -273,20 +257,12 @@ def _where(axis: str, plan: AuditPlan, summary: Summary) -> str:
 
 
 def above_chance(rows: pd.DataFrame) -> pd.Series[bool]:
-    """Word and profession -> whether a measure lies above chance after Holm's correction.
-
-    Args:
-        rows: Figures of one measure, setting and condition.
-    """
-    own = rows[rows["scope"].eq("profession") & rows["control"].eq("") & rows["baseline"].eq("")]
-    own = own[own["quantity"].isin(["mean", "corrected"])]
+    """Word and profession -> whether one measure lies above chance after Holm's correction."""
+    own = where(rows, scope="profession", control="", baseline="", quantity=["mean", "corrected"])
     wide = own.pivot(index=["word", "profession"], columns="quantity").reindex(
         columns=[("estimate", "corrected"), ("p_adjusted", "mean")]
     )
-    above: pd.Series[bool] = (wide["estimate", "corrected"] > 0) & (
-        wide["p_adjusted", "mean"] <= 0.05
-    )
-    return above
+    return (wide["estimate", "corrected"] > 0) & (wide["p_adjusted", "mean"] <= 0.05)
 
 
 def surely_above(axis: str, plan: AuditPlan, summary: Summary) -> dict[str, list[str]]:
@@ -311,25 +287,21 @@ def surely_above(axis: str, plan: AuditPlan, summary: Summary) -> dict[str, list
 def details(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
     """The statistics behind `first_screen`: intervals, controls, planted truth, other measures."""
     condition = plan.conditions[0]
-    rows = summary.find(condition=condition, axis=axis, part="", control="", baseline="")
-    tested = rows[rows["scope"].eq("profession") & rows["quantity"].eq("corrected")]
+    rows = summary.find(condition=condition, part="", control="", baseline="")
+    tested = where(rows, axis=axis, scope="profession", quantity="corrected")
     texts = []
     for (measure, setting), _ in tested.groupby(["measure", "setting"]):
-        own = rows[rows["measure"].eq(measure) & rows["setting"].eq(setting)]
-        overall = own[own["scope"] == "overall"]
-        means = overall[overall["quantity"] == "mean"]
-        family = summary.find(condition=condition, part="", measure=measure, setting=setting)
+        family = where(rows, measure=measure, setting=setting)
         above = above_chance(family)
+        overall = where(family, axis=axis, scope="overall")
         told = [
             f"{interval(row)} with “{row['word']}” ({int(above[row['word']].sum())} of "
             f"{len(above[row['word']])} professions above chance)"
-            for _, row in means.iterrows()
+            for _, row in where(overall, quantity="mean").iterrows()
         ]
-        level = overall[overall["quantity"] == "chance"]["estimate"].mean()
-        texts.append(
-            f"{_capital(measure_name(measure))}, {regions(setting)}: {_listed(told)}; chance "
-            f"{number(level, 2)}."
-        )
+        level = where(overall, quantity="chance")["estimate"].mean()
+        name = f"{_capital(measure_name(measure))}, {regions(setting)}"
+        texts.append(f"{name}: {_listed(told)}; chance {number(level, 2)}.")
     texts += [_beside(axis, word, plan, summary) for word in plan.axes[axis]]
     ranks = summary.find(condition=condition, axis=axis, quantity="rank", **lead(plan))
     texts += [rank(row) for _, row in ranks.iterrows()]
@@ -345,16 +317,15 @@ def details(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
 def _beside(axis: str, word: str, plan: AuditPlan, summary: Summary) -> str:
     """Whether the lead measure exceeds control words, nulls and the rest."""
     rows = _over_professions(axis, word, plan, summary)
-    rows.pop("", None)
-    if not (known := {kind: row for kind, row in rows.items() if pd.notna(row["low"])}):
-        return ""
-    names = {kind: control_name(kind, plan) for kind in known}
-    name = _capital(measure_name(lead(plan)["measure"]))
-    if lost := [kind for kind, row in known.items() if not row["low"] > 0]:
-        told = [f"{names[kind]} (difference {interval(known[kind], 3)})" for kind in lost]
-        return f"{name} with “{word}” is not shown to exceed {_listed(told)}."
-    told = [f"{names[kind]} (by {interval(row, 3)})" for kind, row in known.items()]
-    return f"{name} with “{word}” exceeds {_listed(told)}."
+    known = {kind: row for kind, row in rows.items() if kind and pd.notna(row["low"])}
+    lost = {kind: row for kind, row in known.items() if not row["low"] > 0}
+    told = [
+        f"{control_name(kind, plan)} (by {interval(row, 3)})"
+        for kind, row in (lost or known).items()
+    ]
+    verb = "is not shown to exceed" if lost else "exceeds"
+    name = _capital(measure_name(plan.measure))
+    return f"{name} with “{word}” {verb} {_listed(told)}." if told else ""
 
 
 def rank(row: pd.Series[Any]) -> str:
@@ -383,14 +354,14 @@ def rank(row: pd.Series[Any]) -> str:
 def changes(condition: str, plan: AuditPlan, summary: Summary) -> list[str]:
     """What a condition changes against the first one, on the same seeds."""
     rows = summary.find(scope="overall", condition=condition, baseline=plan.conditions[0])
-    measures = {lead(plan)["measure"]: lead(plan)["setting"]}
-    measures.setdefault("iou", f"{plan.fractions[0]:g}")
+    measures = {plan.measure: plan.setting}
+    measures.setdefault("iou", f"{plan.fractions[0]:.10g}")
     texts = []
     for measure, setting in measures.items():
-        own = rows[rows["measure"].eq(measure) & rows["setting"].eq(setting)]
-        for _, row in own[own["quantity"] == "difference"].iterrows():
+        own = where(rows, measure=measure, setting=setting, quantity="difference")
+        for _, row in own.iterrows():
             texts.append(_change(f"{measure_name(measure)} with “{row['word']}”", row))
-    for _, row in rows[rows["quantity"] == "share difference"].iterrows():
+    for _, row in where(rows, quantity="share difference").iterrows():
         texts.append(_change(f"the share of pictures read as “{row['word']}”", row))
     if condition == GUIDED:
         texts.append(

@@ -58,14 +58,10 @@ _EXACT = 13  # differences up to which all 2 ** n sign patterns are tried
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a report.
+    """One number of a report with its 95 % interval; ``None`` for what the data do not carry.
 
-    Attributes:
-        value: Estimate; ``None`` if nothing was measured.
-        low: Lower end of the 95 % interval; ``None`` if the data carry none.
-        high: Upper end.
-        n: Number of pictures behind ``value``; of professions, for a figure over professions.
-        method: How the interval was made, or why there is none.
+    ``n`` counts pictures, or professions for a figure over professions; ``method`` says how the
+    interval was made, or why there is none.
     """
 
     value: float | None
@@ -80,11 +76,9 @@ class Figure:
 
     def scaled(self, factor: float, shift: float) -> Figure:
         """Returns the figure of ``factor * x + shift``, ``factor`` positive."""
-
-        def move(x: float | None) -> float | None:
-            return None if x is None else factor * x + shift
-
-        return Figure(move(self.value), move(self.low), move(self.high), self.n, self.method)
+        ends = (self.value, self.low, self.high)
+        value, low, high = (None if x is None else factor * x + shift for x in ends)
+        return Figure(value, low, high, self.n, self.method)
 
 
 def _t(degrees: int) -> float:
@@ -94,15 +88,8 @@ def _t(degrees: int) -> float:
 def mean_interval(values: Values, *, lowest: float = 0.0, precision: float | None = None) -> Figure:
     """Mean of independent measurements with Student's t interval, cut to the possible values.
 
-    Args:
-        values: ``[n]`` measurements in [lowest, 1].
-        lowest: Smallest possible value: 0 for overlaps, -1 for differences.
-        precision: Half-width at which drawing stopped. The interval is then mean +- that, or
-            +- `half_width` if that is more.
-
-    Returns:
-        A figure without interval for n < 2, and for values that are alike to 0.001 unless a
-        precision is given.
+    With a precision, at whose half-width drawing stopped, it is mean +- that, or +- `half_width` if
+    that is more. No interval for n < 2, and without a precision for values alike to 0.001.
 
     Raises:
         ValueError: A value is not finite, or outside [lowest, 1].
@@ -142,13 +129,7 @@ def half_width(values: Values) -> float | None:
     ``t * sqrt((s ** 2 + 1 / (4 n)) / n)``. Chow and Robbins (1965) add ``1 / n`` to the variance,
     so that drawing does not stop on a spread that is small by accident; here it is the largest
     variance of values in [0, 1], 1 / 4, over n.
-
-    Args:
-        values: ``[n]`` in [0, 1].
-
-    Returns:
-        ``None`` for n < 2. ``3 / n`` for values that are alike to 0.001: the rule of three (Hanley
-        and Lippman-Hand, JAMA 1983).
+    Values alike to 0.001: ``3 / n``, the rule of three (Hanley and Lippman-Hand, JAMA 1983).
 
     Example:
         >>> round(half_width([0.2, 0.4] * 20), 3), half_width([0.0] * 100)
@@ -166,10 +147,7 @@ def half_width(values: Values) -> float | None:
 def images_for(spread: float, precision: float) -> int:
     """Smallest fixed number of pictures whose Student's 95 % half-width is within a precision.
 
-    Args:
-        spread: Standard deviation of the values; 0 for values that are alike, which need
-            ``3 / precision`` pictures (`half_width`).
-        precision: Half-width, above 0.
+    ``spread`` is the values' standard deviation; 0 if they are alike (`half_width`).
 
     Example:
         >>> images_for(0.1, 0.02), images_for(0.0, 0.02)
@@ -184,15 +162,7 @@ def images_for(spread: float, precision: float) -> int:
 
 
 def standard_error(values: Values, precision: float | None = None) -> float | None:
-    """Standard error of a mean; with a precision, the one behind `mean_interval`'s interval.
-
-    Args:
-        values: ``[n]``.
-        precision: Half-width at which drawing stopped; ``None`` for a fixed number.
-
-    Returns:
-        ``None`` below two values and, without a precision, for values that are alike to 0.001.
-    """
+    """Standard error behind `mean_interval`; ``None`` if that has no interval."""
     x = np.asarray(values, dtype=np.float64)
     n = int(x.size)
     if n < 2:
@@ -212,9 +182,6 @@ def crossed_mean_interval(
         lowest: Smallest possible value: 0 for overlaps, -1 for differences.
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap's random numbers.
-
-    Returns:
-        A figure whose ``n`` counts professions; without interval below two professions or seeds.
     """
     kept = _two_dimensions(values)
     kept = kept[np.isfinite(kept).any(axis=1)]  # [K, S]
@@ -245,14 +212,7 @@ def crossed_mean_interval(
 
 
 def share_interval(count: int, n: int) -> Figure:
-    """A share with Wilson's score interval.
-
-    Args:
-        count: Pictures with the label, 0 <= count <= n.
-        n: All pictures.
-
-    Raises:
-        ValueError: ``count`` is negative or larger than ``n``.
+    """Share of ``count`` in ``n`` pictures with Wilson's score interval.
 
     Example:
         >>> figure = share_interval(8, 10)
@@ -274,12 +234,8 @@ def share_difference(pairs: Sequence[tuple[bool, bool]]) -> Figure:
     Newcombe, Statistics in Medicine 17 (1998), method 10: Wilson's ends of both shares, joined with
     the correlation of the pairs (corrected for continuity).
 
-    Args:
-        pairs: For each seed whether the picture has the label in the baseline, and in the
-            condition.
-
-    Returns:
-        Share in the condition minus share in the baseline.
+    ``pairs`` say for each seed whether the picture has the label in the baseline, and in the
+    condition; the figure is the condition's share minus the baseline's.
 
     Example:
         >>> figure = share_difference([(True, False)] * 5 + [(True, True)] * 10)
@@ -325,22 +281,10 @@ def mcnemar_test(pairs: Sequence[tuple[bool, bool]]) -> float | None:
 def rank_correlation(measured: Values, planted: Values) -> Figure:
     """Spearman's coefficient over professions with Bonett and Wright's interval.
 
-    Args:
-        measured: ``[K]`` one figure per profession.
-        planted: ``[K]`` the known values of the same professions.
-
-    Returns:
-        A figure without interval below five professions and for a coefficient of 1 or -1 (Fisher's
-        z is infinite), without value if one side does not vary.
-
-    Raises:
-        ValueError: The two differ in length.
+    No interval below five professions and for a coefficient of 1 or -1, for which Fisher's z is
+    infinite; no value if one side does not vary.
     """
     x, y = np.asarray(measured, dtype=np.float64), np.asarray(planted, dtype=np.float64)
-    if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(
-            f"`measured` and `planted` must both be [K], got {list(x.shape)} and {list(y.shape)}"
-        )
     n = int(x.size)
     if n < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Figure(None, None, None, n, "no rank correlation: no variation")
@@ -358,14 +302,8 @@ def rank_correlation(measured: Values, planted: Values) -> Figure:
 def sign_flip_test(differences: Values) -> float | None:
     """Two-sided p value of the sign-flip permutation test of paired differences.
 
-    scipy's ``permutation_test`` gives the same exact p value, but draws random signs in a Python
-    loop, too slow for the hundreds of tests of a report.
-
-    Args:
-        differences: ``[n]``, one per seed; NaN for a side that was not measured.
-
-    Returns:
-        At least ``2 ** (1 - n)``; ``None`` below two differences or if all of them are 0.
+    ``None`` below two differences or if all are 0; NaN does not count. scipy's ``permutation_test``
+    gives the same exact p value, but draws random signs in a Python loop, too slow for a report.
 
     Example:
         >>> sign_flip_test([0.1, 0.2, 0.1, 0.3, 0.2, 0.1])
@@ -384,11 +322,7 @@ def sign_flip_test(differences: Values) -> float | None:
 
 
 def crossed_sign_flip_test(differences: FloatArray) -> float | None:
-    """`sign_flip_test` over seeds of the mean over professions, each with the same weight.
-
-    Args:
-        differences: ``[professions, seeds]``, NaN for pictures that were not measured.
-    """
+    """`sign_flip_test` over seeds of the mean of ``[professions, seeds]`` over professions."""
     x = _two_dimensions(differences)
     present = np.isfinite(x)
     shares = np.where(present, x, 0.0) / np.maximum(present.sum(axis=1, keepdims=True), 1)
@@ -398,10 +332,7 @@ def crossed_sign_flip_test(differences: FloatArray) -> float | None:
 def chance_test(values: Values, chance: Any, precision: float | None = None) -> float | None:
     """Two-sided p value of Student's t test of ``mean = chance``; ``None`` without a spread.
 
-    Args:
-        values: ``[n]``.
-        chance: Chance level, a number or ``[n]``.
-        precision: As in `mean_interval`: p is below 0.05 if that interval leaves ``chance``.
+    With a precision, p is below 0.05 if `mean_interval`'s interval leaves ``chance``.
 
     Example:
         >>> round(chance_test([0.3, 0.35, 0.28, 0.31], 0.1765), 4)
@@ -451,8 +382,8 @@ def shuffled(matrix: FloatArray, seed: int = 0) -> tuple[Figure, Figure, float |
         seed: Seed of the permutations.
 
     Returns:
-        The null's mean without interval, the difference from it, the p value, and the jackknife's
-        pseudo-values ``[S]``, whose mean is the difference.
+        The null's mean, the difference from it, its p value, and the jackknife's pseudo-values
+        ``[S]``, whose mean is the difference.
     """
     n = matrix.shape[0]
     if n < 3:

@@ -6,7 +6,7 @@ on whatever values they have: a new measure needs no new code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,11 +58,9 @@ class Summary:
     """Every figure of a run.
 
     Attributes:
-        figures: One row per figure: `KEYS`, estimate, low and high (95 % interval), n, p,
-            p_adjusted (Holm) and method.
+        figures: One row per figure: `COLUMNS`, with 95 % intervals and Holm's adjusted p values.
         run: Numbers of pictures (planned, drawn, measured, measured_in_part), whether the run is
-            complete, ``status`` (how many pictures ended in each) and ``failures`` (the first 50
-            values that could not be measured).
+            complete, ``status`` (pictures of each), and the first ``failures`` of all ``failed``.
         precision: What a precision came to (`rounds.figures`); ``None`` for fixed seeds.
     """
 
@@ -71,11 +69,8 @@ class Summary:
     precision: dict[str, Any] | None = None
 
     def find(self, **values: Any) -> pd.DataFrame:
-        """Returns the figures that have these values (or one of a list) in these columns."""
-        rows = self.figures
-        for name, value in values.items():
-            rows = rows[rows[name].isin(value if isinstance(value, (list, tuple)) else [value])]
-        return rows
+        """Returns the figures with these values (or one of a list) in these columns."""
+        return where(self.figures, **values)
 
     def records(self) -> list[dict[str, Any]]:
         """Returns the figures as dicts for JSON, ``None`` for numbers that a figure lacks."""
@@ -83,6 +78,13 @@ class Summary:
         return [
             {str(name): value for name, value in row.items()} for row in rows.to_dict("records")
         ]
+
+
+def where(rows: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """Rows with these values (or one of a list) in these columns."""
+    for name, value in values.items():
+        rows = rows[rows[name].isin(value if isinstance(value, (list, tuple)) else [value])]
+    return rows
 
 
 def lead(plan: AuditPlan) -> dict[str, str]:
@@ -118,28 +120,29 @@ def summarise(
     table = _Table(plan)
     pictures = pictures.sort_values(_PICTURE, ignore_index=True)
     measurements = measurements.sort_values([*_PICTURE, *_PAIR[1:], "part", "control"])
-    values = measurements[measurements["status"].isin(MEASURED) & measurements["value"].notna()]
-    pairs, controls = (values[values["control"].eq("") == pair] for pair in (True, False))
+    values = where(measurements[measurements["value"].notna()], status=MEASURED)
+    pairs, controls = where(values, control=""), values[values["control"] != ""]
+    whole = where(pairs, part="")
     settings = {f"{fraction:.10g}" for fraction in plan.fractions}
     levels = {
         key: (table.matrix(rows), table.matrix(rows, "chance"))
-        for key, rows in pairs[pairs["part"] == ""].groupby(_PAIR)
-        if key[3] != "iou" or key[4] in settings
+        for key, rows in whole.groupby(_PAIR)
+        if key[3] != "iou" or key[4] in settings  # the others are points of the curve
     }
-    for key, (matrix, chance) in levels.items():
+    for key, (x, chance) in levels.items():
         names = dict(zip(_PAIR, key, strict=True))
-        table.level(names, matrix, chance)
-        table.controls(names, matrix, controls)
+        table.level(names, x, chance)
+        table.controls(names, x, controls)
         before = levels.get((plan.conditions[0], *key[1:]))
         if before is not None and key[0] != plan.conditions[0]:
-            names["baseline"] = plan.conditions[0]
             name = "soft_iou" if key[3] == "soft_iou" else "iou"
-            table.differences(names, matrix - before[0], table.seed("difference", names, name))
+            seed = table.seed("difference", names, name)
+            table.differences({**names, "baseline": plan.conditions[0]}, x - before[0], seed)
     if plan.curve:
-        table.curves(pairs[pairs["measure"].eq("iou") & pairs["part"].eq("")], settings)
+        table.curves(where(whole, measure="iou", setting=CURVE), settings)
     table.parts(pairs[pairs["part"] != ""])
     if masks is not None:
-        table.null(masks)
+        table.null(where(masks, measure="iou"))
     _outputs(table, pictures)
     _shares(table, pictures)
     if truth is not None:
@@ -171,16 +174,11 @@ class _Table:
         return wide.reindex([name for name in self.plan.professions if name in wide.index])
 
     def seed(self, what: str, names: Mapping[str, str], *more: str) -> int:
-        """Seed of a resampling, of the same words as ever, so that intervals stay the same.
-
-        What has no fraction of its own goes by the percentile of the plan's first one.
-        """
-        try:
-            fraction = float(names["setting"])
-        except ValueError:
-            fraction = self.plan.fractions[0]
-        percentile = round(100 * (1 - fraction), 10)
-        part = (names["condition"], names["axis"], names["word"], percentile)
+        # the words of the first edition, so that intervals stay the same
+        setting = names["setting"]
+        single = setting.replace(".", "", 1).isdecimal()
+        fraction = float(setting) if single else self.plan.fractions[0]
+        part = (names["condition"], names["axis"], names["word"], round(100 * (1 - fraction), 10))
         return stable_seed(what, *more, *part)
 
     def means(
@@ -222,9 +220,7 @@ class _Table:
 
     def controls(self, names: Mapping[str, str], x: pd.DataFrame, controls: pd.DataFrame) -> None:
         """Level of every control, and the difference of the pair from it on the same pictures."""
-        rows = controls
-        for column in ("condition", "measure", "setting"):
-            rows = rows[rows[column] == names[column]]
+        rows = where(controls, **{k: names[k] for k in ("condition", "measure", "setting")})
         swapped = rows["axis"].eq(names["axis"]) & rows["word"].eq(names["word"])
         for control, own in rows[rows["axis"].eq("") | swapped].groupby("control"):
             other = self.matrix(own)
@@ -250,7 +246,7 @@ class _Table:
         identity, and no single fraction decides it.
         """
         percentiles = [round(100 - 100 * float(setting)) for setting in CURVE]
-        for part, own in rows[rows["setting"].isin(CURVE)].groupby(_PAIR[:3]):
+        for part, own in rows.groupby(_PAIR[:3]):
             names = dict(zip(_PAIR[:3], part, strict=True)) | {"measure": "iou"}
             own = own.assign(value=(own["value"] - own["chance"]) / (1 - own["chance"]))
             wide = own.pivot(index=["profession", "seed"], columns="setting", values="value")
@@ -286,20 +282,19 @@ class _Table:
 
         Not of containment: what the null leaves of that follows nothing (docs/validity.md).
         """
-        for key, rows in masks[masks["measure"] == "iou"].groupby(_PAIR):
+        for key, rows in masks.groupby(_PAIR):
             names = dict(zip(_PAIR, key, strict=True)) | {"control": "shuffled"}
+            percentile = round(100 * (1 - float(names["setting"])), 10)
             levels, pseudo = {}, {}
             for profession in self.plan.professions:
-                own = rows[rows["profession"] == profession].sort_values("seed")
-                if not len(own):
+                own = where(rows, profession=profession).sort_values("seed")
+                if own.empty:
                     continue
                 matrix = cross_iou(*(unpacked(own, side) for side in ("profession", "word")))
-                percentile = round(100 * (1 - float(names["setting"])), 10)
                 seed = stable_seed("shuffled", *key[:3], percentile, profession)
                 level, difference, p, values = shuffled(matrix, seed)
-                named = {**names, "profession": profession}
-                self.add(named, "mean", level)
-                self.add(named, "difference", difference, p)
+                self.add({**names, "profession": profession}, "mean", level)
+                self.add({**names, "profession": profession}, "difference", difference, p)
                 if level.value is not None:
                     levels[profession] = level.value
                     pseudo[profession] = pd.Series(values, own["seed"])
@@ -307,8 +302,7 @@ class _Table:
             x = pd.DataFrame(pseudo, dtype=float).sort_index().T.to_numpy()
             figure = crossed_mean_interval(x, lowest=-1.0, seed=self.seed("shuffled", names))
             method = f"jackknife's pseudo-values, {figure.method}"
-            figure = Figure(figure.value, figure.low, figure.high, figure.n, method)
-            self.add(names, "difference", figure)
+            self.add(names, "difference", replace(figure, method=method))
 
     def finished(self) -> pd.DataFrame:
         """The table, sorted, with p values adjusted over what is claimed together."""
@@ -336,15 +330,15 @@ def _outputs(table: _Table, pictures: pd.DataFrame) -> None:
     read = pictures.assign(right=right == pictures["profession"], score=scores.astype(float))
     before: pd.DataFrame | None = None
     for condition in table.plan.conditions:
-        own = read[read["condition"] == condition]
+        own = where(read, condition=condition)
         names = {"scope": "run", "condition": condition}
-        kept = own[own["score"].notna()]
+        kept = own.dropna(subset="score")
         if len(kept):
             figure = share_interval(int(kept["right"].sum()), len(kept))
             table.add({**names, "measure": "right"}, "right", figure)
             table.add({**names, "measure": "score"}, "score", mean_interval(kept["score"]))
-        clip = own[own["clip_score"].notna()]
-        if not len(clip):
+        clip = own.dropna(subset="clip_score")
+        if clip.empty:
             continue
         x = table.matrix(clip, "clip_score") / 100  # shares, as intervals are cut to
         seed = stable_seed("clip score", condition)
@@ -362,43 +356,41 @@ def _outputs(table: _Table, pictures: pd.DataFrame) -> None:
 
 def _shares(table: _Table, pictures: pd.DataFrame) -> None:
     """Share of each word among the pictures that were read, and its change by a condition."""
+    scored = pictures[pictures["scores"].map(lambda given: bool(_dict(given)))]
     for axis, words in table.plan.axes.items():
-        labels = _entry(pictures["labels"], axis)
-        read = pictures.assign(label=labels)[labels.notna()]
+        read = pictures.assign(label=_entry(pictures["labels"], axis)).dropna(subset="label")
         # a classifier that reads other words need not know all of the axis
-        known = set(read["label"]) if set(read["label"]) - set(words) else set(words)
+        foreign = set(read["label"]) - set(words)
+        known = [word for word in words if not foreign or word in set(read["label"])]
         wide = read.pivot(index=["condition", "profession"], columns="seed", values="label")
-        scored = pictures["scores"].map(lambda given: bool(_dict(given)))
         for (condition, profession), row in wide.iterrows():
-            kept = row.dropna()
-            names = {"condition": condition, "axis": axis, "profession": profession}
-            names["measure"] = "share"
-            for word in words:
-                if word in known:
-                    figure = share_interval(int((kept == word).sum()), len(kept))
-                    table.add({**names, "word": word}, "share", figure)
-            looked = pictures["condition"].eq(condition) & pictures["profession"].eq(profession)
-            if unread := int((looked & scored).sum()) - len(kept):
-                count = Figure(unread, None, None, unread + len(kept), "count of pictures")
+            labels = row.dropna()
+            part = {"condition": condition, "profession": profession}
+            names = {**part, "axis": axis, "measure": "share"}
+            for word in known:
+                figure = share_interval(int(labels.eq(word).sum()), len(labels))
+                table.add({**names, "word": word}, "share", figure)
+            looked = len(where(scored, **part))
+            if looked > len(labels):
+                count = Figure(looked - len(labels), None, None, looked, "count of pictures")
                 table.add(names, "unread", count)
         for condition in table.plan.conditions[1:]:
-            for word in words[1:] if len(words) == 2 else words:
-                if word in known:
-                    _share_change(table, wide, axis, word, condition)
+            for word in [word for word in known if len(words) != 2 or word == words[1]]:
+                _share_change(table, wide, axis, word, condition)
 
 
 def _share_change(table: _Table, wide: pd.DataFrame, axis: str, word: str, condition: str) -> None:
-    """Change of a word's share on the same seeds."""
     baseline = table.plan.conditions[0]
     names = {"condition": condition, "baseline": baseline, "axis": axis, "word": word}
     names["measure"] = "share"
     changes = {}
     for profession in table.plan.professions:
-        if not {(baseline, profession), (condition, profession)} <= set(wide.index):
+        keys = [(baseline, profession), (condition, profession)]
+        if not set(keys) <= set(wide.index):
             continue
-        both = wide.loc[[(baseline, profession), (condition, profession)]].dropna(axis=1) == word
-        pairs = [(bool(a), bool(b)) for a, b in both.T.to_numpy()]
-        if pairs:
+        both = wide.loc[keys].dropna(axis=1).eq(word)
+        if both.shape[1]:
+            pairs = [(bool(a), bool(b)) for a, b in both.T.to_numpy()]
             named = {**names, "profession": profession}
             table.add(named, "share difference", share_difference(pairs), mcnemar_test(pairs))
             changes[profession] = both.iloc[1].astype(float) - both.iloc[0].astype(float)
@@ -422,10 +414,10 @@ def _planted(table: _Table, truth: Iterable[Mapping[str, Any]]) -> None:
             if word in words:
                 names = {"axis": axis, "profession": profession, "word": word, "measure": measure}
                 table.add(names, "planted", Figure(value, None, None, 1, "as planted"))
-    rows = pd.DataFrame(table.rows)
-    means = rows[rows["scope"].eq("profession") & rows["quantity"].eq("mean")]
-    means = means[means["part"].eq("") & means["control"].eq("") & means["estimate"].notna()]
-    for key, own in means.groupby(_PAIR):
+    rows = pd.DataFrame(table.rows, columns=[*KEYS, "estimate"]).dropna(subset="estimate")
+    for key, own in where(rows, scope="profession", quantity="mean", part="", control="").groupby(
+        _PAIR
+    ):
         names = dict(zip(_PAIR, key, strict=True))
         for against in ("overlap", "share"):
             keys = [(profession, against, names["word"]) for profession in own["profession"]]
@@ -452,7 +444,7 @@ def _energy(table: _Table, ledger: pd.DataFrame) -> None:
                 method = "median and quartiles over pictures"
                 figure = Figure(middle, low, high, len(rows), method)
                 table.add({**names, "measure": measure}, "energy", figure)
-    for (condition, reason), rows in ledger[~ledger["applied"]].groupby(["condition", "reason"]):
+    for (condition, reason), rows in where(ledger, applied=False).groupby(["condition", "reason"]):
         names = {"scope": "run", "condition": condition, "measure": "energy"}
         figure = Figure(len(rows), None, None, len(ledger), "count of calls of a picture")
         table.add({**names, "part": f"skipped:{reason}"}, "skipped", figure)
@@ -484,8 +476,7 @@ def _entry(column: pd.Series[Any], name: str) -> pd.Series[Any]:
 
 
 def _over_professions(means: pd.Series[float]) -> Figure:
-    figure = mean_interval(means)
-    return Figure(figure.value, figure.low, figure.high, figure.n, "Student t over professions")
+    return replace(mean_interval(means), method="Student t over professions")
 
 
 def _run(
@@ -494,7 +485,7 @@ def _run(
     measurements: pd.DataFrame,
     precision: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    rows = measurements[measurements["control"].eq("") & measurements["part"].eq("")]
+    rows = where(measurements, control="", part="")
     good = rows["status"].isin(MEASURED)
     measured, failed = (
         set(rows[kept][_PICTURE].itertuples(index=False, name=None)) for kept in (good, ~good)

@@ -50,7 +50,7 @@ def validate(folder: Path, truth: Iterable[Mapping[str, Any]] | None = None) -> 
     pictures, measurements = tables.pop("pictures"), tables.pop("measurements")
     asked = rounds.asked(plan, pictures, measurements)
     for number in sorted(set(_chunks(folder)) - set(range(len(asked.chunks)))):
-        differences.append(f"chunk {number}: the plan has {len(asked.chunks)} chunks")
+        differences += [f"chunk {number}: the plan has {len(asked.chunks)} chunks"]
     expected = {(p.condition, p.profession, p.seed) for chunk in asked.chunks for p in chunk}
     differences += _pictures(plan, expected, pictures)
     differences += _values(plan, pictures, measurements)
