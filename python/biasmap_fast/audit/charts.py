@@ -222,13 +222,13 @@ def _regions(
     regions: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
     shown = dict.fromkeys([(plan.measure, plan.setting), ("iou", f"{plan.fractions[0]:.10g}")])
     for measure, setting in shown:
-        own = where(rows, measure=measure, setting=setting)
-        for place, (_, row) in enumerate(own.iterrows()):
-            one = own.iloc[place : place + 1]
-            size = (int(row["height"]), int(row["width"]))
-            pair = (unpacked(one, side)[0].reshape(size) for side in ("profession", "word"))
-            text = f"{measure_name(measure)} {row['value']:.2f}"
-            regions.setdefault((row["profession"], row["word"]), []).append((text, *pair))
+        for key, own in where(rows, measure=measure, setting=setting).groupby(
+            ["profession", "word"]
+        ):
+            size = (int(own["height"].iloc[0]), int(own["width"].iloc[0]))
+            sides = (unpacked(own, side)[0].reshape(size) for side in ("profession", "word"))
+            text = f"{measure_name(measure)} {own['value'].iloc[0]:.2f}"
+            regions.setdefault(key, []).append((text, *sides))
     return regions
 
 

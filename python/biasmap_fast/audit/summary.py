@@ -104,9 +104,6 @@ def summarise(
 ) -> Summary:
     """Every figure of a run.
 
-    Professions enter every resampling in the plan's order and seeds in theirs, so no figure depends
-    on batches or workers.
-
     Args:
         plan: Plan of the run.
         pictures: One row per picture.
@@ -325,33 +322,30 @@ class _Table:
 
 def _outputs(table: _Table, pictures: pd.DataFrame) -> None:
     """What the classifier reads under each condition: profession right, score, CLIP score."""
-    right = pictures["labels"].map(lambda labels: dict(labels or ()).get("profession"))
-    scores = pictures["scores"].map(lambda scores: next(iter(dict(scores or ()).values()), None))
-    read = pictures.assign(right=right == pictures["profession"], score=scores.astype(float))
-    before: pd.DataFrame | None = None
+    right = _entry(pictures["labels"], "profession") == pictures["profession"]
+    score = pictures["scores"].map(lambda given: next(iter(_dict(given).values()), None))
+    read = pictures.assign(right=right, score=score.astype(float))
+    baseline = table.plan.conditions[0]
+    clip = read.dropna(subset="clip_score")
+    before = table.matrix(where(clip, condition=baseline), "clip_score") / 100
     for condition in table.plan.conditions:
-        own = where(read, condition=condition)
         names = {"scope": "run", "condition": condition}
-        kept = own.dropna(subset="score")
+        kept = where(read, condition=condition).dropna(subset="score")
         if len(kept):
             figure = share_interval(int(kept["right"].sum()), len(kept))
             table.add({**names, "measure": "right"}, "right", figure)
             table.add({**names, "measure": "score"}, "score", mean_interval(kept["score"]))
-        clip = own.dropna(subset="clip_score")
-        if clip.empty:
+        x = table.matrix(where(clip, condition=condition), "clip_score") / 100  # in [0, 1]
+        if x.empty:
             continue
-        x = table.matrix(clip, "clip_score") / 100  # shares, as intervals are cut to
-        seed = stable_seed("clip score", condition)
-        names["measure"] = "clip score"
+        seed, names["measure"] = stable_seed("clip score", condition), "clip score"
         figure = crossed_mean_interval(x.to_numpy(), seed=seed).scaled(100, 0)
         table.add(names, "clip score", figure)
-        if before is not None:
+        if condition != baseline and len(before):
             change = (x - before).to_numpy()
             figure = crossed_mean_interval(change, lowest=-1.0, seed=seed).scaled(100, 0)
-            names["baseline"] = table.plan.conditions[0]
-            table.add(names, "difference", figure, crossed_sign_flip_test(change))
-        elif condition == table.plan.conditions[0]:
-            before = x
+            p = crossed_sign_flip_test(change)
+            table.add({**names, "baseline": baseline}, "difference", figure, p)
 
 
 def _shares(table: _Table, pictures: pd.DataFrame) -> None:
