@@ -339,7 +339,7 @@ def _figures(caption: str, rows: pd.DataFrame) -> Table:
     """Rows of the figures table as they are, with the columns that tell them apart."""
     shown = {
         name: list(rows[name])
-        for name in ("condition", "profession", "axis", "word")
+        for name in ("condition", "profession", "axis", "word", "quantity")
         if rows[name].nunique() > 1 or name == "word"
     }
     pairs = zip(rows["measure"], rows["setting"], strict=True)
@@ -355,9 +355,9 @@ def _figures(caption: str, rows: pd.DataFrame) -> Table:
 
 
 def _means(plan: AuditPlan, summary: Summary) -> Table:
-    """The mean over professions of every word and measure under the first condition."""
+    """The mean over professions of every word and measure, with its chance level."""
     names = {"scope": "overall", "condition": plan.conditions[0], "part": "", "control": ""}
-    rows = summary.find(**names, baseline="", quantity="mean")
+    rows = summary.find(**names, baseline="", quantity=["mean", "chance"])
     return _figures("Mean over professions, 95 % intervals", rows)
 
 

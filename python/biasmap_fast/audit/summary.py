@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import integrate
 
+from .records import EMPTY, OK
 from .statistics import (
     FIXED_WIDTH,
     Figure,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from .plan import AuditPlan
 
 SCHEMA_VERSION = 5
-MEASURED = ("ok", "empty")
+MEASURED = (OK, EMPTY)
 KEYS = [
     *("scope", "condition", "baseline", "axis", "profession", "word"),
     *("measure", "setting", "part", "control", "quantity"),
@@ -69,7 +70,7 @@ class Summary:
     precision: dict[str, Any] | None = None
 
     def find(self, **values: Any) -> pd.DataFrame:
-        """Returns the figures with these values (or one of a list) in these columns."""
+        """Returns the figures with these values (or one of a list), see `where`."""
         return where(self.figures, **values)
 
     def records(self) -> list[dict[str, Any]]:
@@ -108,8 +109,7 @@ def summarise(
         plan: Plan of the run.
         pictures: One row per picture.
         measurements: One row per value.
-        truth: What is planted in the embedded model: rows with profession, and shares and overlap
-            of each word.
+        truth: What is planted: rows with profession, and shares and overlap of each word.
         ledger: What guidance did, one row per picture and guided call.
         masks: Masks of the measured pairs.
         precision: What a precision came to (`rounds.figures`).
@@ -287,7 +287,8 @@ class _Table:
                 own = where(rows, profession=profession).sort_values("seed")
                 if own.empty:
                     continue
-                matrix = cross_iou(*(unpacked(own, side) for side in ("profession", "word")))
+                sides = (unpacked(own, side) for side in ("profession", "word"))
+                matrix = cross_iou(*(masks.reshape(len(own), -1) for masks in sides))
                 seed = stable_seed("shuffled", *key[:3], percentile, profession)
                 level, difference, p, values = shuffled(matrix, seed)
                 self.add({**names, "profession": profession}, "mean", level)
@@ -309,10 +310,9 @@ class _Table:
         # means: all professions and words of a condition; differences: all professions
         claim = table["axis"].str.cat(table["word"], "/").where(table["quantity"] != "mean", "")
         family = ["condition", "baseline", "measure", "setting", "part", "control", "quantity"]
-        tested = table[table["scope"].eq("profession") & table["p"].notna()]
-        table["p_adjusted"] = tested.groupby([*(tested[name] for name in family), claim])[
-            "p"
-        ].transform(lambda p: holm(list(p)))
+        tested = where(table, scope="profession").assign(claim=claim).dropna(subset="p")
+        adjusted = tested.groupby([*family, "claim"])["p"].transform(lambda p: holm(list(p)))
+        table["p_adjusted"] = adjusted
         if self.plan.precision is not None:
             open_ended = table["low"].notna() & table["method"].ne(FIXED_WIDTH)
             until = f"; seeds drawn until precision {self.plan.precision:g}"
@@ -453,13 +453,6 @@ def _widths(table: _Table, precision: Mapping[str, Any]) -> None:
         table.add(names, "half-width", figure)
 
 
-def unpacked(rows: pd.DataFrame, side: str) -> Any:
-    """Masks ``[S, height * width]`` of one side (``"profession"``, ``"word"``) of mask rows."""
-    bits = np.stack([np.frombuffer(packed, np.uint8) for packed in rows[f"{side}_bits"]])
-    pixels = int(rows["height"].iloc[0] * rows["width"].iloc[0])
-    return np.unpackbits(bits, axis=1, count=pixels).astype(bool)
-
-
 def _dict(given: Any) -> dict[str, Any]:
     # Parquet gives a map as pairs, and none as None or NaN
     return dict(given) if isinstance(given, (dict, list)) else {}
@@ -467,6 +460,13 @@ def _dict(given: Any) -> dict[str, Any]:
 
 def _entry(column: pd.Series[Any], name: str) -> pd.Series[Any]:
     return column.map(lambda given: _dict(given).get(name))
+
+
+def unpacked(rows: pd.DataFrame, side: str) -> Any:
+    """Masks ``[S, height, width]`` of one side of mask rows: ``"profession"`` or ``"word"``."""
+    size = int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
+    bits = np.stack([np.frombuffer(packed, np.uint8) for packed in rows[f"{side}_bits"]])
+    return np.unpackbits(bits, axis=1, count=size[0] * size[1]).reshape(-1, *size).astype(bool)
 
 
 def _over_professions(means: pd.Series[float]) -> Figure:
@@ -490,8 +490,8 @@ def _run(
     ended = precision is None or bool(precision["ended"])
     # a picture has the first status that is not "ok", its own or that of a value
     statuses = pd.concat([pictures[[*_PICTURE, "status"]], rows[[*_PICTURE, "status"]]])
-    statuses["status"] = statuses["status"].replace("empty", "ok")
-    first = statuses.sort_values("status", key=lambda status: status.eq("ok"), kind="stable")
+    statuses["status"] = statuses["status"].replace(EMPTY, OK)
+    first = statuses.sort_values("status", key=lambda status: status.eq(OK), kind="stable")
     counts = first.drop_duplicates(_PICTURE)["status"].value_counts().sort_index()
     columns = [*_PICTURE, "axis", "word", "status", "reason"]
     failures = pd.concat([pictures[~pictures["status"].isin(MEASURED)], rows[~good]])
