@@ -178,9 +178,7 @@ class _Table:
         part = (names["condition"], names["axis"], names["word"], round(100 * (1 - fraction), 10))
         return stable_seed(what, *more, *part)
 
-    def means(
-        self, names: Mapping[str, str], quantity: str, x: pd.DataFrame, seed: int, lowest: float
-    ) -> None:
+    def means(self, names: Any, quantity: str, x: pd.DataFrame, seed: int, lowest: float) -> None:
         """Mean of each profession, and over professions, of ``[professions, seeds]``."""
         for profession, row in x.iterrows():
             figure = mean_interval(row.dropna(), lowest=lowest)
@@ -237,11 +235,7 @@ class _Table:
         self.add(names, "difference", figure, crossed_sign_flip_test(change.to_numpy()))
 
     def curves(self, rows: pd.DataFrame, known: set[str]) -> None:
-        """Corrected IoU over the size of the masks, and the area under that curve.
-
-        The area is the mean of the corrected IoU over the fractions (trapezoids): 0 at chance, 1 at
-        identity, and no single fraction decides it.
-        """
+        """Corrected IoU over the size of the masks, and its mean: the area under that curve."""
         percentiles = [round(100 - 100 * float(setting)) for setting in CURVE]
         for part, own in rows.groupby(_PAIR[:3]):
             names = dict(zip(_PAIR[:3], part, strict=True)) | {"measure": "iou"}
@@ -275,10 +269,7 @@ class _Table:
             self.add(names, "mean", _over_professions(x.mean(axis=1)))
 
     def null(self, masks: pd.DataFrame) -> None:
-        """The seed-shuffled null of IoU.
-
-        Not of containment: what the null leaves of that follows nothing (docs/validity.md).
-        """
+        """The seed-shuffled null of IoU; what it leaves of containment follows nothing."""
         for key, rows in masks.groupby(_PAIR):
             names = dict(zip(_PAIR, key, strict=True)) | {"control": "shuffled"}
             percentile = round(100 * (1 - float(names["setting"])), 10)
@@ -403,15 +394,14 @@ def _planted(table: _Table, truth: Iterable[Mapping[str, Any]]) -> None:
         for word, value in by_word.items()
         if row["profession"] in table.plan.professions
     }
-    for (profession, measure, word), value in known.items():
-        for axis, words in table.plan.axes.items():
+    for axis, words in table.plan.axes.items():
+        for (profession, measure, word), value in known.items():
+            names = {"axis": axis, "profession": profession, "word": word, "measure": measure}
             if word in words:
-                names = {"axis": axis, "profession": profession, "word": word, "measure": measure}
                 table.add(names, "planted", Figure(value, None, None, 1, "as planted"))
     rows = pd.DataFrame(table.rows, columns=[*KEYS, "estimate"]).dropna(subset="estimate")
-    for key, own in where(rows, scope="profession", quantity="mean", part="", control="").groupby(
-        _PAIR
-    ):
+    rows = where(rows, scope="profession", quantity="mean", part="", control="")
+    for key, own in rows.groupby(_PAIR):
         names = dict(zip(_PAIR, key, strict=True))
         for against in ("overlap", "share"):
             keys = [(profession, against, names["word"]) for profession in own["profession"]]
