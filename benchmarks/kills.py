@@ -84,7 +84,7 @@ def state(folder: Path) -> str:
         return "in the middle of a file"
     if (folder / "summary.json").exists():
         return "writing the report"
-    parts, hashes = (len(list((folder / n).glob("part-*"))) for n in ("records", "hashes"))
+    parts, hashes = (len(list((folder / n).glob("part-*"))) for n in ("pictures", "hashes"))
     return "between the files of a chunk" if hashes > parts else "between chunks or drawing"
 
 
@@ -113,7 +113,7 @@ def undisturbed_run(plan: bm.AuditPlan, folder: Path, pipe: Any) -> tuple[float,
     for count in (1, chunks):
 
         def there(count: int = count) -> bool:
-            return len(list((folder / "records").glob("part-*.parquet"))) >= count
+            return len(list((folder / "pictures").glob("part-*.parquet"))) >= count
 
         if wait_for(child, there) is not None:
             sys.exit("the audit ended before its last chunk was seen")
@@ -141,7 +141,7 @@ def killed_run(
     chunks = len(plan.chunks())
     while True:
         child = begin(plan, folder, pipe)
-        parts = len(list((folder / "records").glob("part-*.parquet")))
+        parts = len(list((folder / "pictures").glob("part-*.parquet")))
         if len(log) == kills or parts == chunks:
             wait_for(child, lambda: False)
             return log
@@ -151,7 +151,7 @@ def killed_run(
             return log  # it had ended before its time came
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        parts = len(list((folder / "records").glob("part-*.parquet")))
+        parts = len(list((folder / "pictures").glob("part-*.parquet")))
         log.append({"after_cpu_s": round(delay, 3), "chunks": parts, "state": state(folder)})
         print(f"killed at {parts} of {chunks} chunks, {log[-1]['state']}", flush=True)
 
@@ -173,7 +173,7 @@ def main() -> None:
         start, chunk = undisturbed_run(plan, undisturbed, pipe)
         longest = longest_delay(start, chunk, len(plan.chunks()), options.kills)
         chance = random.Random(options.random)
-        expected, records = content(undisturbed), bm.load_audit(undisturbed).records
+        expected, records = content(undisturbed), bm.load_audit(undisturbed).measurements
         log: list[dict[str, Any]] = []
         different: list[str] = []
         folders = 0
@@ -184,13 +184,13 @@ def main() -> None:
             names = sorted(n for n in expected | found if expected.get(n) != found.get(n))
             different += [f"{killed.name}/{name}" for name in names]
             different += [f"{killed.name}: {line}" for line in validate(killed)]
-            if not bm.load_audit(killed).records.equals(records):
-                different.append(f"{killed.name}: records")
+            if not bm.load_audit(killed).measurements.equals(records):
+                different.append(f"{killed.name}: measurements")
             folders += 1
         table = {
-            "pictures": plan.pictures,
+            "pictures": len(list(plan.pictures())),
             "chunks": len(plan.chunks()),
-            "records": records.num_rows,
+            "measurements": len(records),
             "runs_killed": folders,
             "files_compared_of_each": len(expected),
             "differences": different,

@@ -77,9 +77,6 @@ def measure_chunk(
         pictures: The pictures.
         read: Reads profession and demographic words in pictures, if there is a classifier.
         cache: What prompts became in this pipeline before.
-
-    Raises:
-        ValueError: A concept is not in its attribution prompt, or the prompt is too long.
     """
     swept = [prompts_of(plan, picture.profession) for picture in pictures]
     prompts = [prompts_of(plan, picture.profession, controls=True) for picture in pictures]

@@ -54,10 +54,6 @@ def reader_for(plan: AuditPlan, folder: str = ".") -> Reader | None:
         plan: The plan. ``"module:function"`` (or ``"file.py:function"``) names a function of a list
             of PIL pictures that returns one `Reading` per picture.
         folder: Where the function's module is looked for beside ``sys.path``.
-
-    Raises:
-        ConditionError: The module or function cannot be found.
-        ModelError: The CLIP model cannot be loaded.
     """
     if plan.classifier == "none":
         return None

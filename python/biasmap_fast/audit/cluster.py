@@ -68,10 +68,6 @@ class Cluster(AbstractContextManager["Cluster"]):
             CPUs.
         threads: CPU threads of each worker. Sums of another number of threads may differ in their
             last bits, so it is the same for all.
-
-    Raises:
-        ImportError: Ray is not installed.
-        AuditError: There is no such cluster, it is too small, or its workers have other weights.
     """
 
     def __init__(

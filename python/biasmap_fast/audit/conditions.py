@@ -44,9 +44,6 @@ def parse(text: str) -> tuple[str, str]:
     Returns:
         ``"prompt"``, ``"lora"``, ``"model"`` or ``"function"``, and what follows.
 
-    Raises:
-        ValueError: The text has none of the four forms.
-
     Example:
         >>> parse("lora:styles/fair.safetensors"), parse("mine.factories:fair")
         (('lora', 'styles/fair.safetensors'), ('function', 'mine.factories:fair'))
@@ -75,11 +72,6 @@ def make(
         load: Loads a model and revision anew; with ``None`` the plan's model.
         stack: Holds a user's context manager open.
         folder: Where modules are looked for beside ``sys.path``: the user's working directory.
-
-    Raises:
-        ConditionError: The LoRA cannot be loaded, the function does not exist or raised, or it
-            returned something that cannot draw.
-        ModelError: The model cannot be loaded.
     """
     kind, target = parse(text)
     if kind == "model":
@@ -114,11 +106,7 @@ def make(
 
 
 def find(target: str, folder: str) -> Callable[..., Any]:
-    """Returns the function that ``module:function`` or ``file.py:function`` names.
-
-    Raises:
-        ConditionError: There is no such module or function, or its module cannot be imported.
-    """
+    """Returns the function that ``module:function`` or ``file.py:function`` names."""
     path, _, name = target.rpartition(":")
     try:
         module = _file_module(path, folder) if path.endswith(".py") else _module(path, folder)
@@ -280,11 +268,7 @@ def default_controls(template: Any, professions: Any, *, testbed: bool) -> dict[
 def check_template(
     template: str, required: tuple[str, ...] = (), one_of: tuple[str, ...] = ()
 ) -> str:
-    """Checks that a template has the required fields, one of ``one_of``, and nothing else.
-
-    Raises:
-        ValueError: Another field, a format specification, or an article before ``{profession}``.
-    """
+    """Checks that a template has the required fields, one of ``one_of``, and nothing else."""
     try:
         fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
@@ -310,11 +294,7 @@ def check_template(
 
 
 def check_once(text: str, concept: str) -> None:
-    """Refuses a concept that its attribution prompt has twice: the map would mix both.
-
-    Raises:
-        ValueError: The concept is not in the text, or more than once.
-    """
+    """Refuses a concept that its attribution prompt has twice: the map would mix both."""
     words = re.findall(r"\w+", text.lower())
     wanted = re.findall(r"\w+", concept.lower())
     starts = range(len(words) - len(wanted) + 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..attribution import AttributionCache, attribute, placement_of, tokens_of
-from ..guidance import Guidance, guide
+from ..guidance import guide
 from ..unet import engine_of
 from .plan import Picture
 from .settings import GUIDED
@@ -19,6 +19,7 @@ from .settings import GUIDED
 if TYPE_CHECKING:
     from ..attribution import Recorder
     from ..concepts import AttributionPrompt
+    from ..guidance import Guidance
     from ..ledger import LedgerRow
     from ..maps import AttributionMaps
     from .plan import AuditPlan
@@ -78,10 +79,16 @@ def draw(
         cache: Of this pipeline.
     """
     (guided,) = {picture.condition == GUIDED for picture in pictures}
-    recorder = _recorder(pipe, plan, prompts, swept, cache)
-    guidance = _guidance(pipe, plan, pictures, cache) if guided else nullcontext()
+    detailed = {prompt.name for listed in swept for prompt in listed}
     all_decoded = all(wanted) or not _leaves_latents(pipe, any(wanted))
-    with recorder, _other_branch(pipe, plan, swept, cache) as other, guidance:
+    other = guidance = None
+    with ExitStack() as stack:
+        recorder = _recorder(pipe, plan, prompts, cache, detailed)
+        stack.enter_context(recorder)
+        if "branch" in plan.sweeps:
+            other = stack.enter_context(_recorder(pipe, plan, swept, cache, other_branch=True))
+        if guided:
+            guidance = stack.enter_context(_guidance(pipe, plan, pictures, cache))
         output = pipe(
             **_words(pipe, plan, pictures, cache),
             # One CPU generator per picture: it depends on its seed, not on its batch.
@@ -108,20 +115,14 @@ def draw(
         faults=faults,
         filtered=[bool(filtered) for filtered in blocked],
         maps=maps,
-        ledger=guidance.ledger if isinstance(guidance, Guidance) else [],
+        ledger=[] if guidance is None else guidance.ledger,
     )
 
 
 def check_drawable(pipe: Any, plan: AuditPlan, condition: str) -> None:
-    """Refuses what would fail in every picture of a condition: layers, an engine's graphs.
-
-    Raises:
-        EngineError: The engine has no graph for the energy, or a smaller one.
-        TypeError: The pipeline has no UNet or no CLIP text encoder.
-        ValueError: An unknown layer, or something that cannot be recorded or guided.
-    """
+    """Refuses what would fail in every picture of a condition: layers, an engine's graphs."""
     cache, first = Cache(), plan.professions[0]
-    _recorder(pipe, plan, [prompts_of(plan, first)], [], cache)
+    _recorder(pipe, plan, [prompts_of(plan, first)], cache)
     if condition != GUIDED:
         return
     _guidance(pipe, plan, [Picture(first, 0, condition)], cache)
@@ -167,38 +168,22 @@ def _recorder(
     pipe: Any,
     plan: AuditPlan,
     prompts: Sequence[Sequence[AttributionPrompt]],
-    swept: Sequence[Sequence[AttributionPrompt]],
     cache: Cache,
+    detailed: Collection[str] | None = None,
+    *,
+    other_branch: bool = False,
 ) -> Recorder:
     return attribute(
         pipe,
         list(prompts),
-        branch=plan.branch,
+        branch="uncond" if (plan.branch == "cond") == other_branch else "cond",
         layers=plan.layers,
-        by=_kept_apart(plan),
+        by="total" if other_branch else _kept_apart(plan),
         # a pipeline that does not say how many copies of the latents it guides may be told
         chunks=getattr(pipe, "attribution_chunks", None),
-        detailed={prompt.name for prompts in swept for prompt in prompts},
+        detailed=detailed,
         cache=cache.attribution,
     )
-
-
-@contextmanager
-def _other_branch(
-    pipe: Any, plan: AuditPlan, swept: Sequence[Sequence[AttributionPrompt]], cache: Cache
-) -> Iterator[Recorder | None]:
-    if "branch" not in plan.sweeps:
-        yield None
-        return
-    with attribute(
-        pipe,
-        swept,
-        branch="uncond" if plan.branch == "cond" else "cond",
-        layers=plan.layers,
-        chunks=getattr(pipe, "attribution_chunks", None),
-        cache=cache.attribution,
-    ) as recorder:
-        yield recorder
 
 
 @torch.no_grad()

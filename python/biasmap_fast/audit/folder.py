@@ -60,10 +60,6 @@ def open_folder(plan: AuditPlan, folder: Path) -> Iterator[None]:
     """Holds the run folder for this process: made if it is new, checked if a run goes on.
 
     The lock is the kernel's (``flock``), so it ends with the process, however that ends.
-
-    Raises:
-        AuditError: Another process holds the folder, it holds another plan or other files, or it
-            cannot be written.
     """
     _check_plan(plan, folder)
     try:
@@ -136,11 +132,7 @@ def _may_be_left(name: str) -> bool:
 
 
 def read_plan(folder: Path) -> AuditPlan:
-    """Reads the plan of a run folder.
-
-    Raises:
-        AuditError: There is none, it cannot be read, or an older release wrote it.
-    """
+    """Reads the plan of a run folder."""
     path = folder / "plan.yaml"
     if not path.is_file():
         raise AuditError(f"{folder} is no run folder: it has no plan.yaml")
@@ -164,9 +156,6 @@ def check_environment(folder: Path, here: dict[str, Any], condition: str | None 
         folder: The run folder.
         here: `environment.describe` and `environment.describe_pipeline` of the pipeline.
         condition: The condition that has this pipeline to itself; ``None`` for the plan's model.
-
-    Raises:
-        AuditError: The run was begun with other weights or another scheduler.
     """
     path = folder / ("environment.json" if condition is None else f"conditions/{condition}.json")
     if not path.exists():
@@ -202,11 +191,7 @@ def plan_hash(folder: Path) -> str:
 
 
 def store(folder: Path, index: int, chunk: Chunk, plan_sha256: str) -> None:
-    """Writes all files of a chunk: images, maps, tables, hashes, and its pictures table last.
-
-    Raises:
-        OSError: The disk is full or cannot be written; the chunk is then not finished.
-    """
+    """Writes all files of a chunk: images, maps, tables, hashes, and its pictures table last."""
     from safetensors.torch import save
 
     files: dict[Path, bytes] = {}
@@ -263,12 +248,7 @@ class Writer:
             self._pool.shutdown(wait=True)  # what was handed over is whole and worth keeping
 
     def add(self, index: int, chunk: Chunk) -> None:
-        """Hands one chunk over.
-
-        Raises:
-            AuditError: Too many chunks in a row of which nothing could be drawn.
-            OSError: An earlier chunk could not be written.
-        """
+        """Hands one chunk over."""
         if chunk.raised:
             self._failed.append((index, chunk))
             if len(self._failed) >= _FAILED_IN_A_ROW:
@@ -279,12 +259,7 @@ class Writer:
         self._write(index, chunk)
 
     def flush(self) -> None:
-        """Writes everything that was handed over, and waits until it is on the disk.
-
-        Raises:
-            AuditError: Nothing could be drawn so far.
-            OSError: A chunk could not be written.
-        """
+        """Writes everything that was handed over, and waits until it is on the disk."""
         if self._failed and not self._measured:
             raise self._hopeless()
         self._write_failed()

@@ -339,12 +339,7 @@ class AuditPlan(PlanSettings):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> AuditPlan:
-        """Reads a plan, complete or partial, from a YAML file.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is no YAML mapping, or a setting is wrong.
-        """
+        """Reads a plan, complete or partial, from a YAML file."""
         return cls(**read_settings(path))
 
 
@@ -354,12 +349,7 @@ def setting_of(fractions: Sequence[float]) -> str:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Reads the settings in a YAML file, not yet checked.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no YAML mapping.
-    """
+    """Reads the settings in a YAML file, not yet checked."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

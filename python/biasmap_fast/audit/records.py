@@ -128,11 +128,7 @@ TABLES: dict[str, tuple[pa.Schema, tuple[str, ...]]] = {
 
 
 def to_table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Returns rows as a table of a schema; columns that a row does not have are null.
-
-    Raises:
-        RecordError: A row has a column that the schema does not know, or lacks a required one.
-    """
+    """Returns rows as a table of a schema; columns that a row does not have are null."""
     listed, known = list(rows), set(schema.names)
     for row in listed:
         if not row.keys() <= known:
@@ -161,12 +157,7 @@ def hashes_path(folder: Path, chunk: int) -> Path:
 
 
 def read_hashes(folder: Path, chunk: int) -> tuple[str, dict[str, str]]:
-    """Reads the SHA-256 of the plan and of each file of a chunk, by its path in the folder.
-
-    Raises:
-        FileNotFoundError: The chunk is not finished.
-        RecordError: The file is damaged, or names a file that is none of a chunk's.
-    """
+    """Reads the SHA-256 of the plan and of each file of a chunk, by its path in the folder."""
     path = hashes_path(folder, chunk)
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
@@ -184,11 +175,7 @@ def read_hashes(folder: Path, chunk: int) -> tuple[str, dict[str, str]]:
 
 
 def is_whole(folder: Path, chunk: int) -> bool:
-    """Whether all files of a chunk are there; one that lacks a file is measured again.
-
-    Raises:
-        RecordError: The hashes of the chunk cannot be read.
-    """
+    """Whether all files of a chunk are there; one that lacks a file is measured again."""
     if not part_path(folder, "pictures", chunk).exists():
         return False
     try:
@@ -199,23 +186,14 @@ def is_whole(folder: Path, chunk: int) -> bool:
 
 
 def chunks_of(folder: Path) -> list[int]:
-    """Returns the numbers of the whole chunks of a run.
-
-    Raises:
-        RecordError: The hashes of a chunk cannot be read.
-    """
+    """Returns the numbers of the whole chunks of a run."""
     parts = (folder / "pictures").glob("part-*.parquet")
     numbers = sorted(int(p.stem[5:]) for p in parts if p.stem[5:].isdecimal())
     return [number for number in numbers if is_whole(folder, number)]
 
 
 def read_part(folder: Path, name: str, chunk: int) -> pa.Table:
-    """Reads a chunk's part of a table; empty if the chunk has none.
-
-    Raises:
-        RecordError: The file is not the one that was written, or has other columns; the message
-            says what to do.
-    """
+    """Reads a chunk's part of a table; empty if the chunk has none."""
     schema, _ = TABLES[name]
     path = part_path(folder, name, chunk)
     stated, files = read_hashes(folder, chunk)
@@ -254,9 +232,6 @@ def read(folder: Path, name: str, chunks: Sequence[int] | None = None) -> pa.Tab
         folder: The run folder.
         name: ``"pictures"``, ``"measurements"``, ``"ledger"`` or ``"masks"``.
         chunks: Numbers of the chunks; default all that are whole.
-
-    Raises:
-        RecordError: A damaged or foreign part file, or two rows for one measurement.
     """
     schema, key = TABLES[name]
     numbers = chunks_of(folder) if chunks is None else chunks

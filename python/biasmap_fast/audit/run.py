@@ -222,13 +222,7 @@ def _asked(plan: AuditPlan, folder: Path) -> Asked:
 
 
 def _unfinished(plan: AuditPlan, folder: Path, asked: Asked) -> list[_Work]:
-    """Chunks that are not whole.
-
-    Raises:
-        AuditError: A chunk has the records of other pictures.
-        RecordError: A record file is damaged: it must stop the run before hours are spent on the
-            rest.
-    """
+    """Chunks that are not whole."""
     todo = []
     for index, pictures in enumerate(asked.chunks):
         if not is_whole(folder, index):

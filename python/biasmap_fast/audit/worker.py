@@ -124,11 +124,7 @@ class Worker:
         }
 
     def measure(self, pictures: Sequence[Picture]) -> Chunk:
-        """Measures one chunk, whose condition was prepared.
-
-        Raises:
-            OSError: Files or the network failed, which is no fault of a picture.
-        """
+        """Measures one chunk, whose condition was prepared."""
         condition = self._plan.pipeline_of(pictures[0].condition)
         if condition is None or self._separate is None:
             return self._attempt(self._pipe, self._cache, pictures)
