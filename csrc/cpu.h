@@ -1,6 +1,10 @@
 // What the CPU kernels share: code for several levels of x86-64, and when to use several threads.
 #pragma once
 
+#include <atomic>
+
+#include <pthread.h>
+
 // One function body, of which the best level is chosen when the module loads (BIASMAP_CLONES), or
 // functions that a caller chooses among (BIASMAP_X86_LEVELS).
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
@@ -22,8 +26,11 @@ inline int x86_level() {
 #endif
 }
 
+inline std::atomic<bool> forked{false};
+inline const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 // False in a forked process: OpenMP's threads are not copied by fork(), and waiting for them would
 // last for ever.
-bool may_use_threads();
+inline bool may_use_threads() { return watching_forks == 0 && !forked; }
 
 } // namespace biasmap

@@ -41,11 +41,11 @@ __device__ void sum_pixels(unsigned n, Sums<kSums> &work, const Add &add) {
                 work.partial[warp][s] = sum;
         }
         __syncthreads();
-        if (threadIdx.x < kSums) {
-            double total = start == 0 ? 0.0 : work.total[threadIdx.x];
+        for (int s = threadIdx.x; s < kSums; s += blockDim.x) {
+            double total = start == 0 ? 0.0 : work.total[s];
             for (unsigned w = 0; w < warps; ++w)
-                total += work.partial[w][threadIdx.x];
-            work.total[threadIdx.x] = total;
+                total += work.partial[w][s];
+            work.total[s] = total;
         }
         __syncthreads();
     }

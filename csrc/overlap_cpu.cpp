@@ -1,14 +1,12 @@
 #include "overlap.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cfloat>
 #include <limits>
 #include <memory>
 #include <vector>
 
 #include <omp.h>
-#include <pthread.h>
 
 #include "cpu.h"
 
@@ -19,10 +17,6 @@ namespace {
 constexpr int64_t kParallelPixels = 1 << 15;
 // Float sums run over one block at most, then go into a double.
 constexpr int64_t kBlock = 256;
-
-std::atomic<bool> forked{false};
-const int registered =
-    pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
 
 bool worth_threads(int64_t pixels) { return pixels > kParallelPixels && may_use_threads(); }
 
@@ -223,8 +217,6 @@ float *scratch(int64_t count) {
 }
 
 } // namespace
-
-bool may_use_threads() { return registered == 0 && !forked.load(std::memory_order_relaxed); }
 
 void pairs_iou_cpu(const PairsIouParams &p) {
     const auto *maps = static_cast<const float *>(p.maps);
