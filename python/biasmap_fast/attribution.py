@@ -24,6 +24,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import torch
 
 from .concepts import AttributionPrompt, TokenizedPrompt, encode, tokenize_all
+from .denoiser import probing
 from .groups import ConceptMaps, Group, GroupKeys, group_keys, grouped
 from .maps import AttributionMaps, resize
 from .reference import concept_map
@@ -503,6 +504,8 @@ class Recorder:
 
     def _before_call(self, unet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes the latents' size and the guided batch's layout before each UNet call."""
+        if probing.get():
+            return
         guider = guider_of(self._pipe)
         self._other_branch = guider is not None and guider.is_conditional != (
             self._branch == "cond"
@@ -565,7 +568,7 @@ class Recorder:
 
     def _add(self, layer: CrossAttention, query: torch.Tensor) -> None:
         """Adds one layer's concept maps of the attributed branch: query ``[rows, n, C]``."""
-        if self._other_branch:
+        if self._other_branch or probing.get():
             return
         if query.requires_grad:
             query = query.detach()
@@ -603,7 +606,7 @@ class Recorder:
     @torch.no_grad()
     def _add_parts(self, found: Mapping[Any, Sequence[torch.Tensor]]) -> None:
         """Adds an engine's maps: part -> for every prompt ``[rows, K, h, w]``."""
-        if self._other_branch:
+        if self._other_branch or probing.get():
             return
         for part in self._layers:
             for located in self._fresh(part.name, found[part][0].shape[0]):

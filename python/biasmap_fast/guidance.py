@@ -30,6 +30,7 @@ from .attribution import (
     tokens_of,
 )
 from .concepts import AttributionPrompt
+from .denoiser import probing
 from .energy import (
     Capture,
     GivenMaps,
@@ -327,6 +328,8 @@ class Guidance:
     @_around_forward
     def _call(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """One UNet call of the pipeline, guided."""
+        if probing.get():
+            return forward(*args, **kwargs)
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "guidance needs gradients, which torch.inference_mode() forbids for good: use "

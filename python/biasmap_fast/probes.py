@@ -19,18 +19,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from .denoiser import (
-    Arguments,
-    Conditioning,
-    Denoiser,
-    conditionings_of,
-    latents_of,
-    probing,
-    take,
-    text_block,
-    text_rows,
-    time_of,
-)
+from .conditioning import Arguments, Conditionings, equal, latents_of, take, text_of, time_of
+from .denoiser import Denoiser, probing
 from .shares import differs, mixture
 
 if TYPE_CHECKING:
@@ -149,9 +139,7 @@ class _Run:
 
     arguments: Arguments
     measured: list[int] = field(default_factory=list)  # numbers of the calls to measure
-    first: int = 0  # of the rows that the prompt decides, in the first call
-    images: int = 0
-    conditionings: list[Conditioning] = field(default_factory=list)  # of prompts, then the own
+    text: Conditionings | None = None  # of the probes' prompts, then the pipeline's own
     index: int = -1  # of the denoiser call
     last: tuple[float, Any] | None = None  # time and latents of it
     sums: torch.Tensor | None = None  # [B, S, h, w]
@@ -322,7 +310,6 @@ class Probes:
     @contextmanager
     def _drawing(self, arguments: Arguments) -> Iterator[None]:
         self._run = _Run(arguments)
-        self._denoiser.forget()
         try:
             yield
             self._runs.append(self._run)
@@ -339,66 +326,54 @@ class Probes:
         if run is None or probing.get():
             return
         live = self._denoiser.named(args, kwargs)
-        if run.index < 0:
-            self._begin(run, live)
-            start: int | None = run.first
-        else:
-            start = text_block(live, run.conditionings[-1], run.images)
-        time = time_of(live)
+        if run.text is None:
+            run.text = self._begin(run, live)
+        start, time = run.text.locate(live, len(self._prompts)), time_of(live)
         if start is None:
             if run.last is not None and run.last[0] == time:
                 return  # the unconditional branch, in a call of its own
             raise ValueError(
-                "the pipeline changes its text between denoiser calls (at time "
-                f"{time:g}): its predictions have no one prompt to compare with"
+                f"the pipeline's text changed before its denoiser call at time {time:g}: there is "
+                "no one prompt to compare the probes with"
             )
-        rows = list(range(start, start + run.images))
-        latents = take(("x",), latents_of(live), rows)
-        if run.last is not None and run.last[0] == time and _equal_latents(run.last[1], latents):
+        rows = range(start, start + run.text.images)
+        latents = latents_of(live)
+        latents = take(("x",), latents, rows, len(latents))
+        if run.last is not None and run.last[0] == time and equal(run.last[1], latents):
             return  # a second look at the same latents, as skip-layer guidance takes
         run.index, run.last = run.index + 1, (time, latents)
         if run.index in run.measured:
-            self._measure(run, live, start, self._denoiser.prediction(output, live)[rows])
+            own = self._denoiser.prediction(output, live)[rows.start : rows.stop]
+            self._measure(run, run.text, live, start, own)
 
-    def _begin(self, run: _Run, live: Arguments) -> None:
+    def _begin(self, run: _Run, live: Arguments) -> Conditionings:
         """Rehearses the probes' prompts with the arguments of this call of the pipeline."""
         self._denoiser.refuse()
         calls = [self._denoiser.rehearse(run.arguments, prompt) for prompt in self._prompts]
-        run.first, run.images, run.conditionings = conditionings_of(calls)
-        if self._images not in (None, run.images):
+        text = Conditionings.of(calls)
+        if self._images not in (None, text.images):
             raise ValueError(
-                f"swaps are given for {self._images} images, and the pipeline draws {run.images}"
+                f"swaps are given for {self._images} images, and the pipeline draws {text.images}"
             )
-        run.conditionings.append(text_rows(live, run.first, run.images))
+        text.prompts.append(text_of(live, text.first, text.images))
         steps = getattr(self._pipe, "_num_timesteps", None)
         run.measured = measured_calls(self._calls, steps or len(self._pipe.scheduler.timesteps))
+        return text
 
-    def _measure(self, run: _Run, live: Arguments, start: int, own: torch.Tensor) -> None:
-        number = {prompt: index for index, prompt in enumerate(self._prompts)}
-        swaps = self._swaps if self._images else self._swaps * run.images  # of each image
-        wanted: dict[tuple[int, int], None] = {}
-        for image, chosen in enumerate(swaps):
-            for swap in chosen:
-                wanted.update({(number[text], image): None for text in swap.groups.values()})
-        pipeline = run.conditionings[-1]
-        reused = set()
-        if self._pure():
-            reused = {pair for pair in wanted if pipeline.same(run.conditionings[pair[0]], pair[1])}
-        else:
-            wanted.update({(len(self._prompts), image): None for image in range(run.images)})
-        asked = [pair for pair in wanted if pair not in reused]
-        found = {pair: own[pair[1]] for pair in reused}
-        if asked:
-            predictions = self._denoiser.predict(live, run.conditionings, asked, start)
-            found.update(zip(asked, predictions, strict=True))
-        if not self._pure():
-            own = torch.stack([found[len(self._prompts), i] for i in range(run.images)])
+    def _measure(
+        self, run: _Run, text: Conditionings, live: Arguments, start: int, own: torch.Tensor
+    ) -> None:
+        """Adds the effect maps and posteriors of one call."""
+        swaps = self._swaps if self._images else self._swaps * text.images  # of each image
+        found = self._predictions(text, live, start, own, swaps)
+        own = torch.stack([found[len(self._prompts), image] for image in range(text.images)])
         maps, shares = [], []
         for index, name in enumerate(self.names):
+            texts = zip(*(chosen[index].groups.values() for chosen in swaps), strict=True)
             groups = torch.stack(
                 [
-                    torch.stack([found[number[text], image] for image, text in enumerate(texts)])
-                    for texts in zip(*(own[index].groups.values() for own in swaps), strict=True)
+                    torch.stack([found[self._prompts.index(p), i] for i, p in enumerate(prompts)])
+                    for prompts in texts
                 ]
             )  # [G, B, C, h, w]
             if not differs(groups, self._denoiser.precision):
@@ -410,9 +385,35 @@ class Probes:
         run.sums = stacked if run.sums is None else run.sums + stacked
         run.posteriors.append(shares)
 
-    def _pure(self) -> bool:
-        """Whether the pipeline's prediction is the network's: a hook may have changed it."""
-        return not getattr(getattr(self._denoiser.module, "_diffusers_hook", None), "hooks", None)
+    def _predictions(
+        self,
+        text: Conditionings,
+        live: Arguments,
+        start: int,
+        own: torch.Tensor,
+        swaps: Sequence[Sequence[Swap]],
+    ) -> dict[tuple[int, int], torch.Tensor]:
+        """(Prompt, image) -> prediction, of the swaps' prompts and of the pipeline's own."""
+        pipeline = len(self._prompts)
+        wanted = dict.fromkeys(
+            (self._prompts.index(prompt), image)
+            for image, chosen in enumerate(swaps)
+            for swap in chosen
+            for prompt in swap.groups.values()
+        )
+        known = {(pipeline, image): own[image] for image in range(text.images)}
+        if getattr(getattr(self._denoiser.module, "_diffusers_hook", None), "hooks", None):
+            wanted.update(dict.fromkeys(known))  # a hook may have changed the live prediction
+            known = {}
+        else:
+            for index, image in wanted:
+                if text.prompts[index].same(text.prompts[pipeline], image):
+                    known[index, image] = own[image]
+        asked = [pair for pair in wanted if pair not in known]
+        if asked:
+            predictions = self._denoiser.predict(live, text, asked, start)
+            known.update(zip(asked, predictions, strict=True))
+        return known
 
     def _complete(self) -> list[_Run]:
         if self._interrupted is not None:
@@ -502,7 +503,3 @@ def _index(names: Sequence[str], name: str) -> int:
     if name not in names:
         raise KeyError(f"no swap {name!r}; there are {list(names)}")
     return names.index(name)
-
-
-def _equal_latents(first: Any, second: Any) -> bool:
-    return all(map(torch.equal, first, second))

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from .denoiser import Conditioning, Denoiser, conditionings_of
+from .conditioning import Conditionings
+from .denoiser import Denoiser
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +97,13 @@ def share(
             f"a share needs pure noise, and {type(pipe).__name__} starts from a picture: use the "
             "text-to-image pipeline of the same model"
         )
+    denoiser.refuse()
+    if taken := sorted({"generator", "latents", "num_images_per_prompt"} & set(call)):
+        raise ValueError(f"`share` draws its own noise: it takes no {taken}")
     prompts = [prompt, *groups.values()]
     size = max(1, rows // len(prompts))  # draws in one batch
     estimates = []
-    known: tuple[int, int, list[Conditioning]] | None = None
+    text: Conditionings | None = None
     for start in range(0, draws, size):
         count = min(size, draws - start)
         seeds = range(seed + start, seed + start + count)
@@ -108,17 +112,13 @@ def share(
             "prompt": [prompt] * count,
             "generator": [torch.Generator().manual_seed(number) for number in seeds],
         }
-        if known is None or known[1] != count:
-            calls = [denoiser.rehearse(arguments, text) for text in prompts]
-            live, known = calls[0], conditionings_of(calls)
-            denoiser.forget()
-        else:
-            live = denoiser.rehearse(arguments, prompt)
-        denoiser.refuse()
-        first, images, conditionings = known
-        wanted = [(index, image) for index in range(len(prompts)) for image in range(images)]
-        predictions = denoiser.predict(live, conditionings, wanted, first)
-        predictions = predictions.unflatten(0, (len(prompts), images))
+        live = denoiser.rehearse(arguments, prompt)
+        if text is None or text.images != count:
+            others = [denoiser.rehearse(arguments, other) for other in groups.values()]
+            text = Conditionings.of([live, *others])
+        wanted = [(index, image) for index in range(len(prompts)) for image in range(count)]
+        predictions = denoiser.predict(live, text, wanted, text.first)
+        predictions = predictions.view(len(prompts), count, *predictions.shape[1:])
         if not differs(predictions[1:], denoiser.precision):
             raise ValueError("the words do not change the prediction: there is no share")
         estimates.append(mixture(predictions[0], predictions[1:], clip=False))
@@ -210,7 +210,8 @@ def student(freedom: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return exact.get(freedom, sum(term / freedom**i for i, term in enumerate(terms)))
+    expansion: float = sum(term / freedom**i for i, term in enumerate(terms))
+    return exact.get(freedom, expansion)
 
 
 def _guidance(live: Mapping[str, Any]) -> str:

@@ -193,7 +193,10 @@ def pixart(clip):
         norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
     )  # fmt: skip
     pipe = PixArtSigmaPipeline(
-        tokenizer=t5s, text_encoder=t5(t5s), vae=vae(4), transformer=lively(transformer),
+        tokenizer=t5s,
+        text_encoder=t5(t5s),
+        vae=vae(4),
+        transformer=lively(transformer),
         scheduler=diffusion("DPMSolverMultistepScheduler"),
     )
     options = {
@@ -247,8 +250,8 @@ def qwen(clip):
         axes_dims_rope=(8, 4, 4),
     )  # fmt: skip
     autoencoder = AutoencoderKLQwenImage(
-        base_dim=24, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        base_dim=24, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1,
+        temperal_downsample=[False, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
     config = Qwen2_5_VLConfig(
         text_config={
@@ -292,9 +295,7 @@ def z_image(clip):
         scheduler=flow(), vae=vae(4), tokenizer=tokenizer, transformer=lively(transformer),
         text_encoder=decoder(2, "Qwen3Config", "Qwen3Model", vocab_size=len(tokenizer)),
     )  # fmt: skip
-    return Family(
-        pipe, chunk=0, options={"max_sequence_length": 64}, plain={"guidance_scale": 0.0}
-    )
+    return Family(pipe, chunk=0, options={"max_sequence_length": 64}, plain={"guidance_scale": 0.0})
 
 
 def lcm(clip):
@@ -356,10 +357,13 @@ def kandinsky3(clip):
         num_vq_embeddings=12, layers_per_block=1, norm_type="spatial",
     )  # fmt: skip
     pipe = Kandinsky3Pipeline(
-        tokenizer=t5s, text_encoder=t5(t5s), unet=lively(unet), movq=movq.eval(),
+        tokenizer=t5s,
+        text_encoder=t5(t5s),
+        unet=lively(unet),
+        movq=movq.eval(),
         scheduler=diffusion("DDPMScheduler"),
     )
-    return Family(pipe, size=(192, 128))
+    return Family(pipe, size=(128, 64))
 
 
 def hunyuan(clip):
@@ -400,7 +404,10 @@ def lumina2(clip):
         axes_dim_rope=(4, 4, 8), axes_lens=(64, 32, 32), cap_feat_dim=32,
     )  # fmt: skip
     pipe = Lumina2Pipeline(
-        transformer=lively(transformer), scheduler=flow(), vae=vae(4), tokenizer=tokenizer,
+        transformer=lively(transformer),
+        scheduler=flow(),
+        vae=vae(4),
+        tokenizer=tokenizer,
         text_encoder=decoder(2, "Gemma2Config", "Gemma2Model", vocab_size=len(tokenizer)),
     )
     options = {"max_sequence_length": 48, "system_prompt": "draw"}
@@ -419,7 +426,10 @@ def cogview4(clip):
         pos_embed_max_size=32, sample_size=16, rope_axes_dim=(32, 32),
     )  # fmt: skip
     pipe = CogView4Pipeline(
-        tokenizer=tokenizer, vae=vae(4), transformer=lively(transformer), scheduler=flow(),
+        tokenizer=tokenizer,
+        vae=vae(4),
+        transformer=lively(transformer),
+        scheduler=flow(),
         text_encoder=decoder(2, "GlmConfig", "GlmModel", vocab_size=len(tokenizer)),
     )
     guided = {"guidance_scale": 3.0, "negative_prompt": ["a", "a photo"]}
@@ -438,8 +448,11 @@ def aura_flow(clip):
     )  # fmt: skip
     torch.nn.init.normal_(transformer.register_tokens)
     pipe = AuraFlowPipeline(
-        tokenizer=t5s, text_encoder=t5(t5s, kind="UMT5EncoderModel"), vae=vae(4),
-        transformer=lively(transformer), scheduler=flow(),
+        tokenizer=t5s,
+        text_encoder=t5(t5s, kind="UMT5EncoderModel"),
+        vae=vae(4),
+        transformer=lively(transformer),
+        scheduler=flow(),
     )
     return Family(pipe, options={"max_sequence_length": 16})
 
@@ -455,7 +468,10 @@ def chroma(clip):
         approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1,
     )  # fmt: skip
     pipe = ChromaPipeline(
-        scheduler=flow(), vae=vae(4), text_encoder=t5(t5s), tokenizer=t5s,
+        scheduler=flow(),
+        vae=vae(4),
+        text_encoder=t5(t5s),
+        tokenizer=t5s,
         transformer=lively(transformer),
     )
     return Family(pipe, packed=True, separate=True, options={"max_sequence_length": 16})

@@ -14,7 +14,7 @@ import biasmap_fast as bm
 SWAPS = [
     bm.Swap("profession", {"doctor": "a photo of a doctor", "person": "a photo of a person"}),
     bm.Swap("gender", {"woman": "a photo of a woman", "man": "a photo of a man"}),
-    bm.Swap("three", {name: f"a photo of {name}" for name in ("a man", "woman", "person person")}),
+    bm.Swap("three", {name: f"a photo of a {name}" for name in ("man", "woman", "doctor")}),
 ]
 NAMES = [
     "sd_pipe", "sdxl_pipe", "sd3", "flux", "pixart", "sana", "qwen", "z_image", "lcm", "deepfloyd",
