@@ -162,7 +162,7 @@ def test_recorder_on_an_engine(sd_folder, sd_pipe, by, branch):
     def record():
         with bm.attribute(sd_pipe, [DOCTOR, WOMAN], by=by, branch=branch) as recorder:
             pictures = draw(sd_pipe)
-        return torch.as_tensor(pictures), recorder.maps()
+        return torch.as_tensor(pictures), recorder.maps_by_prompt()
 
     pictures, expected = record()
     sd_pipe.unet = bm.load_engine(sd_folder, unet=sd_pipe.unet)
