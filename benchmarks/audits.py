@@ -32,9 +32,10 @@ from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers
-from guidance import RowwiseEnergy
-from harness import Entry, Group
-from settings import Settings
+
+from .guidance import RowwiseEnergy
+from .harness import Entry, Group
+from .settings import Settings
 
 AXES: dict[str, tuple[str, ...]] = {"gender": ("man", "woman"), "other": ("lawyer", "nurse")}
 PROFESSIONS = bm.testbed.PROFESSIONS

@@ -23,9 +23,10 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.engines.onnx import relative
-from guidance import build, flops
-from harness import Entry, Group
-from settings import Settings
+
+from .guidance import build, flops
+from .harness import Entry, Group
+from .settings import Settings
 
 logger = logging.getLogger(__name__)
 PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))

@@ -19,8 +19,9 @@ from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers
-from harness import Entry, Group
-from settings import Settings
+
+from .harness import Entry, Group
+from .settings import Settings
 
 PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
 
@@ -89,12 +90,13 @@ def flops(width: int, chunks: int) -> float:
 class Calls:
     """Ways of one UNet call with ``chunks`` copies of the latents in its batch."""
 
-    def __init__(self, pipe: Any, chunks: int) -> None:
-        self.pipe, self.chunks = pipe, chunks
+    def __init__(self, pipe: Any, chunks: int, side: int = 64) -> None:
+        self.pipe, self.chunks, self.side = pipe, chunks, side
 
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
-        latents = torch.randn(1, 4, 64, 64, generator=generator).repeat(self.chunks, 1, 1, 1)
+        latents = torch.randn(1, 4, self.side, self.side, generator=generator)
+        latents = latents.repeat(self.chunks, 1, 1, 1)
         text = torch.randn(self.chunks, 77, 768, generator=generator)
         unet = self.pipe.unet
         return (

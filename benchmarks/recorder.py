@@ -25,9 +25,10 @@ from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers, resolutions
-from guidance import build
-from harness import Entry, Group
-from settings import Settings
+
+from .guidance import build
+from .harness import Entry, Group
+from .settings import Settings
 
 PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
 OTHER = bm.AttributionPrompt("a photo of the face of a doctor and man", ("doctor", "man"))
@@ -174,7 +175,7 @@ def real_size(settings: Settings, width: int, **kwargs: Any) -> Any:
 
 def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...]) -> list[Entry]:
     """What the recorder computes in one UNet call of one image, with the work there is."""
-    from kernels import MAPS, TOKENS, attention_inputs
+    from .kernels import MAPS, TOKENS, attention_inputs
 
     inputs = [attention_inputs(1, shape, settings.device)[0] for shape in shapes for _ in range(5)]
     sums = {shape[0]: torch.zeros(1, 1, MAPS, shape[0]) for shape in shapes}

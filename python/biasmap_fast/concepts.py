@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # CLIP's byte-pair encoding marks the last piece of every word with this suffix.
 _WORD_END = "</w>"
@@ -118,6 +119,8 @@ def tokenize(prompt: AttributionPrompt, tokenizer: Any, pipe: Any = None) -> Tok
             f"the attribution prompt {prompt.text!r} has {len(ids)} tokens, but the text encoder "
             f"takes at most {limit}: {_listed(pieces)}"
         )
+    import torch
+
     weights = torch.zeros(len(prompt.concepts), len(ids))  # [K, T']
     for row, concept in enumerate(prompt.concepts):
         wanted = _encode(tokenizer, expand(concept, tokenizer), special_tokens=False)
@@ -162,6 +165,8 @@ def encode(tokenized: Sequence[TokenizedPrompt], pipe: Any, device: torch.device
     """
     penultimate = getattr(pipe, "text_encoder_2", None) is not None
     states = []
+    import torch
+
     with torch.no_grad():
         for (_, encoder), tokens in zip(text_encoders(pipe), tokenized, strict=True):
             ids = torch.tensor([tokens.ids], device=device)  # [1, T']

@@ -166,7 +166,7 @@ def write_generated(
     Raises:
         FileExistsError: The folder has the files of an earlier run.
     """
-    check_free(out, overwrite=overwrite)
+    check_free(out, "generate.json", overwrite=overwrite)
     out.mkdir(parents=True, exist_ok=True)
     written, rows = [], []
     sides = (
@@ -203,12 +203,38 @@ def write_generated(
     return written
 
 
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Refuses a folder with the files of an earlier `write_generated`, by a FileExistsError."""
-    if not overwrite and (out / "generate.json").exists():
+def check_free(out: Path, name: str, *, overwrite: bool) -> None:
+    """Refuses a folder with the files of an earlier run, by a FileExistsError."""
+    if not overwrite and (out / name).exists():
         raise FileExistsError(
-            f"{out} has the pictures of an earlier run: choose another folder, or ask to overwrite"
+            f"{out} has the files of an earlier run: choose another folder, or ask to overwrite "
+            "(--overwrite)"
         )
+
+
+def pair_overlaps(maps: AttributionMaps, fraction: float) -> list[dict[str, Any]]:
+    """Returns the IoU of every two concepts on the first picture, with its chance level."""
+    return [
+        {
+            "a": a,
+            "b": b,
+            "iou": float(iou(maps[a], maps[b], fraction=fraction)[0]),
+            "chance": chance_iou(fraction),
+        }
+        for a, b in combinations(maps.concepts, 2)
+    ]
+
+
+def write_maps(picture: Image, maps: AttributionMaps, out: Path) -> list[Path]:
+    """Writes a picture, an overlay per concept (each on its own scale) and the maps."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = [_save(out / "picture.png", picture)]
+    for concept in maps.concepts:
+        word = re.sub(r"[^\w-]+", "-", concept)
+        written.append(_save(out / f"overlay-{word}.png", maps.overlay(picture, concept)))
+    written.append(out / "maps.safetensors")
+    maps.save(written[-1])
+    return written
 
 
 def _sheet(rows: Sequence[Sequence[Image]], titles: Sequence[str]) -> Image:

@@ -6,8 +6,10 @@ import inspect
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import biasmap_fast as bm
+from biasmap_fast.pipelines import ModelError, load_pipeline
 from biasmap_fast.unet import batch_layout, branch_rows
 
 PROMPT = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
@@ -212,3 +214,17 @@ def test_every_inner_step_has_the_features_of_a_t2i_adapter(sd_pipe):
     with bm.guide(pipe, PROMPT, bm.Energy(scale=20.0, inner_steps=2)):
         draw(pipe, image=picture)
     assert features == [3] * 9  # two inner steps and the other chunk, three times
+
+
+@pytest.mark.parametrize("network", ["text_encoder", "unet", "vae"])
+def test_weights_that_lack_a_tensor_are_refused(tmp_path, network):
+    """diffusers and transformers would draw it at random: other figures in every process."""
+    bm.testbed.pipeline().save_pretrained(tmp_path)
+    assert type(load_pipeline(str(tmp_path))).__name__ == "StableDiffusionPipeline"
+    (file,) = (tmp_path / network).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors["renamed"] = tensors.pop(name)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"1 tensors are missing or of another shape.*{name}"):
+        load_pipeline(str(tmp_path))
