@@ -52,7 +52,7 @@ FACTORIES = """
 
     def guided(pipe):
         prompt = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
-        return bm.guide(pipe, prompt, scale=30.0)
+        return bm.guide(pipe, prompt, bm.Energy(scale=30.0))
 
 
     def raises(pipe):

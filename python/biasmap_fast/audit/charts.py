@@ -52,6 +52,7 @@ _STYLE: dict[Any, Any] = {
 _DASHED: dict[str, Any] = {"color": "#333333", "linestyle": (0, (4, 3)), "linewidth": 1}
 _TICK: dict[str, Any] = {"color": "#111111", "markersize": 10, "markeredgewidth": 1.8}
 _WIDTH = 5.8  # inches: at the width of a phone the text is still read
+_SIDES = ("profession", "word")
 _PANEL = 176  # pixels of a panel's longer side
 
 
@@ -113,14 +114,7 @@ def lines(
     label: str,
     reference: float | None = None,
 ) -> str:
-    """Lines with bands around them: SVG.
-
-    Args:
-        series: Name -> figures (estimate, low, high), indexed by position on the horizontal axis.
-        x_label: Label of the horizontal axis.
-        label: Label of the vertical axis.
-        reference: Position of a dashed horizontal line, the chance level.
-    """
+    """Lines with bands around them, series as in `dots` indexed by a number: SVG."""
     with _style():
         figure, axes = _canvas(2.9)
         if reference is not None:
@@ -157,12 +151,7 @@ def strips(
 ) -> Strips | None:
     """Pictures of the plan's first seed with maps, and with the regions that were measured.
 
-    Args:
-        folder: Run folder.
-        plan: Its plan.
-        axis: Axis whose words are shown.
-        condition: Condition of the pictures.
-        order: Professions, the highest first; those without picture or maps are left out.
+    Professions come in this order, the highest first; those without picture or maps are left out.
     """
     from PIL import Image as PILImage
     from safetensors.torch import load_file
@@ -178,9 +167,9 @@ def strips(
                 loaded.append((profession, _sized(opened), load_file(maps)))
     if not loaded:
         return None
-    words, sides = plan.axes[axis], ("profession", "word")
+    words = plan.axes[axis]
     scales = {}
-    for side in sides:
+    for side in _SIDES:
         values = np.stack(
             [
                 m[f"{axis}/{word}/{plan.measure}/{side}"].numpy()
@@ -197,7 +186,7 @@ def strips(
         prompt = plan.prompt(profession, condition)
         panels = [(_data_uri(image), f"picture of {profession}", prompt)]
         for word in words:
-            for side, name in zip(sides, (profession, word), strict=True):
+            for side, name in zip(_SIDES, (profession, word), strict=True):
                 heat = _heat(image, maps[f"{axis}/{word}/{plan.measure}/{side}"], scales[side])
                 panels.append((heat, f"map of {name} over the picture", f"“{name}”"))
             for text, *masks in regions.get((profession, word), []):
@@ -222,13 +211,12 @@ def _regions(
     regions: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
     shown = dict.fromkeys([(plan.measure, plan.setting), ("iou", f"{plan.fractions[0]:.10g}")])
     for measure, setting in shown:
-        own = where(rows, measure=measure, setting=setting)
-        for place, (_, row) in enumerate(own.iterrows()):
-            one = own.iloc[place : place + 1]
-            size = (int(row["height"]), int(row["width"]))
-            pair = (unpacked(one, side)[0].reshape(size) for side in ("profession", "word"))
-            text = f"{measure_name(measure)} {row['value']:.2f}"
-            regions.setdefault((row["profession"], row["word"]), []).append((text, *pair))
+        for key, own in where(rows, measure=measure, setting=setting).groupby(
+            ["profession", "word"]
+        ):
+            sides = (unpacked(own, side)[0] for side in _SIDES)
+            text = f"{measure_name(measure)} {own['value'].iloc[0]:.2f}"
+            regions.setdefault(key, []).append((text, *sides))
     return regions
 
 

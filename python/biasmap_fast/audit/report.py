@@ -76,7 +76,7 @@ def model_card(plan: AuditPlan, summary: Summary) -> str:
     for condition in plan.conditions[1:]:
         parts.append(f"### Condition {_plain(condition)}")
         parts += map(_plain, sentences.changes(condition, plan, summary))
-    table = _means_table(plan, summary)
+    table = _means(plan, summary)
     cells = [
         " | ".join(_plain(str(cell)) for cell in row) for row in (table["head"], *table["rows"])
     ]
@@ -110,7 +110,7 @@ def _html(folder: Path, plan: AuditPlan, summary: Summary) -> str:
         headline=sentences.headline(plan, summary),
         axes=axes,
         conditions=[_condition(name, axes, plan, summary) for name in plan.conditions[1:]],
-        means=_means_table(plan, summary),
+        means=_means(plan, summary),
         failures=_failures(summary),
         limits=sentences.limits(plan, summary),
         settings=_flat(plan.model_dump(mode="json")),
@@ -229,36 +229,22 @@ class _Axis:
         """Per measure a chart and a table of the word beside its null and its control words."""
         shown = []
         for measure, setting in self._measures:
-            own = where(self._rows, measure=measure, setting=setting, part="")
+            own = where(self._rows, measure=measure, setting=setting, part="", scope="overall")
             kinds = {"": "the word itself"}
             for kind in own["control"].unique():
                 kinds.setdefault(kind, sentences.control_name(kind, self._plan))
-            if len(kinds) == 1:
+            own = own.assign(control=own["control"].map(kinds))
+            changes = where(own, quantity="difference")
+            if changes.empty:
                 continue
-            single = where(own, quantity="difference", scope="profession")
-            more = single["p_adjusted"].le(0.05) & single["estimate"].gt(0)
-            counts = more.groupby([single["word"], single["control"]]).agg(["sum", "count"])
-            changes = where(own, quantity="difference", scope="overall")
-            means = where(own, quantity="mean", scope="overall")
-            index = pd.MultiIndex.from_frame(changes[["word", "control"]])
-            columns = {
-                "word": [word for word, _ in index],
-                "control": [kinds[kind] for _, kind in index],
-                "its level": _cells(means, index, lambda row: interval(row, 3)),
-                "difference": _cells(changes, index, lambda row: interval(row, 3)),
-                "p": [p_value(p) for p in changes["p"]],
-                "professions above it (Holm)": [
-                    "{} of {}".format(*counts.loc[key]) for key in index
-                ],
-            }
             svg = charts.dots(
                 list(kinds.values()),
-                _by_word(means.assign(control=means["control"].map(kinds)), self.words, "control"),
+                _by_word(where(own, quantity="mean"), self.words, "control"),
                 label=f"controls: {sentences.measure_name(measure)} ({setting}), {self.name}",
                 reference=where(own, quantity="chance")["estimate"].mean(),
             )
             caption = f"{_title(measure, setting)}: the word minus its control"
-            shown.append({"svg": svg, "table": _table(caption, columns)})
+            shown.append({"svg": svg, "table": _figures(caption, changes)})
         return shown
 
     def curve(self) -> dict[str, str] | None:
@@ -295,17 +281,10 @@ class _Axis:
         return shown
 
     def ranks(self) -> Table | None:
-        rows = self._summary.find(
-            condition=self._plan.conditions[0], axis=self.name, quantity="rank"
-        )
-        if rows.empty:
-            return None
-        columns = _measured(rows) | {
-            "against": list(rows["baseline"]),
-            "professions": list(rows["n"]),
-        }
-        columns[sentences.RHO] = [interval(row) for _, row in rows.iterrows()]
-        return _table("Spearman's rank correlation with what is planted, over professions", columns)
+        names = {"condition": self._plan.conditions[0], "axis": self.name, "quantity": "rank"}
+        rows = self._summary.find(**names, baseline="planted overlap")
+        caption = "Spearman's rank correlation with the planted overlap, over professions"
+        return _figures(caption, rows) if len(rows) else None
 
 
 def _condition(
@@ -347,11 +326,7 @@ def _condition(
         "name": name,
         "answers": sentences.changes(name, plan, summary),
         "axes": changes,
-        "tables": [
-            _table(caption, _changed(own) | _measured(own) | _tested(own))
-            for caption, own in shown.items()
-            if len(own)
-        ],
+        "tables": [_figures(caption, own) for caption, own in shown.items() if len(own)],
         "ledger": ledger,
         "skipped": [
             f"{row['estimate']:.0f} calls of a picture ({row['part'].partition(':')[2]})"
@@ -360,34 +335,30 @@ def _condition(
     }
 
 
-def _changed(rows: pd.DataFrame) -> dict[str, list[Any]]:
-    names = ("condition", "profession")
-    return {name: list(rows[name]) for name in names if rows[name].nunique() > 1}
-
-
-def _tested(rows: pd.DataFrame) -> dict[str, list[Any]]:
-    columns = {"n": list(rows["n"]), "figure": [interval(row, 3) for _, row in rows.iterrows()]}
-    for name, shown in (("p", "p"), ("p_adjusted", "p (Holm)")):
-        if rows[name].notna().any():
-            columns[shown] = [p_value(p) for p in rows[name]]
-    return columns
-
-
-def _means_table(plan: AuditPlan, summary: Summary) -> Table:
-    """The mean over professions of every word and measure under the first condition."""
-    names = {"scope": "overall", "condition": plan.conditions[0], "baseline": ""}
-    rows = summary.find(**names, part="", control="")
-    means = where(rows, quantity="mean")
-    index = pd.MultiIndex.from_frame(means[["axis", "word", "measure", "setting"]])
-    columns = _measured(means) | {
-        "professions": list(means["n"]),
-        "mean": [interval(row, 3) for _, row in means.iterrows()],
-        "chance": _cells(
-            where(rows, quantity="chance"), index, lambda row: number(row["estimate"])
-        ),
-        "corrected": _cells(where(rows, quantity="corrected"), index, interval),
+def _figures(caption: str, rows: pd.DataFrame) -> Table:
+    """Rows of the figures table as they are, with the columns that tell them apart."""
+    shown = {
+        name: list(rows[name])
+        for name in ("condition", "profession", "axis", "word", "quantity")
+        if rows[name].nunique() > 1 or name == "word"
     }
-    return _table("Mean over professions, 95 % intervals", columns)
+    pairs = zip(rows["measure"], rows["setting"], strict=True)
+    shown["measure"] = [_title(*pair) for pair in pairs]
+    for name in ("control", "n"):
+        if rows[name].astype(bool).any():
+            shown[name] = list(rows[name])
+    shown["figure"] = [interval(row, 3) for _, row in rows.iterrows()]
+    for name, head in (("p", "p"), ("p_adjusted", "p (Holm)")):
+        if rows[name].notna().any():
+            shown[head] = [p_value(p) for p in rows[name]]
+    return _table(caption, shown)
+
+
+def _means(plan: AuditPlan, summary: Summary) -> Table:
+    """The mean over professions of every word and measure, with its chance level."""
+    names = {"scope": "overall", "condition": plan.conditions[0], "part": "", "control": ""}
+    rows = summary.find(**names, baseline="", quantity=["mean", "chance"])
+    return _figures("Mean over professions, 95 % intervals", rows)
 
 
 def _title(measure: str, setting: str) -> str:
@@ -395,13 +366,6 @@ def _title(measure: str, setting: str) -> str:
     name = sentences.measure_name(measure)
     regions = f", {sentences.regions(setting)}" if setting else ""
     return f"{name[:1].upper()}{name[1:]}{regions}"
-
-
-def _measured(rows: pd.DataFrame) -> dict[str, list[Any]]:
-    """Columns that say what rows of figures are of."""
-    columns = {name: list(rows[name]) for name in ("axis", "word") if rows[name].ne("").any()}
-    pairs = zip(rows["measure"], rows["setting"], strict=True)
-    return columns | {"measure": [_title(*pair) for pair in pairs]}
 
 
 def _by_word(

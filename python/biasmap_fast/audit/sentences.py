@@ -58,12 +58,7 @@ def percent(row: Mapping[str, Any] | pd.Series[Any] | None) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """A p value with three digits, never 0; a dash if there is none.
-
-    Example:
-        >>> p_value(0.0312), p_value(0.0002)
-        ('0.031', '< 0.001')
-    """
+    """A p value with three digits, never 0; a dash if there is none."""
     return _DASH if p is None or pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

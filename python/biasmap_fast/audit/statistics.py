@@ -93,11 +93,6 @@ def mean_interval(values: Values, *, lowest: float = 0.0, precision: float | Non
 
     Raises:
         ValueError: A value is not finite, or outside [lowest, 1].
-
-    Example:
-        >>> figure = mean_interval([0.2, 0.3, 0.4])
-        >>> round(figure.value, 3), round(figure.low, 3), round(figure.high, 3), figure.n
-        (0.3, 0.052, 0.548, 3)
     """
     x = np.asarray(values, dtype=np.float64)
     if x.size and not (np.isfinite(x).all() and x.min() >= lowest and x.max() <= 1):
@@ -130,10 +125,6 @@ def half_width(values: Values) -> float | None:
     so that drawing does not stop on a spread that is small by accident; here it is the largest
     variance of values in [0, 1], 1 / 4, over n.
     Values alike to 0.001: ``3 / n``, the rule of three (Hanley and Lippman-Hand, JAMA 1983).
-
-    Example:
-        >>> round(half_width([0.2, 0.4] * 20), 3), half_width([0.0] * 100)
-        (0.041, 0.03)
     """
     x = np.asarray(values, dtype=np.float64)
     n = int(x.size)
@@ -148,10 +139,6 @@ def images_for(spread: float, precision: float) -> int:
     """Smallest fixed number of pictures whose Student's 95 % half-width is within a precision.
 
     ``spread`` is the values' standard deviation; 0 if they are alike (`half_width`).
-
-    Example:
-        >>> images_for(0.1, 0.02), images_for(0.0, 0.02)
-        (99, 150)
     """
     if spread == 0:
         return math.ceil(3 / precision)
@@ -212,13 +199,7 @@ def crossed_mean_interval(
 
 
 def share_interval(count: int, n: int) -> Figure:
-    """Share of ``count`` in ``n`` pictures with Wilson's score interval.
-
-    Example:
-        >>> figure = share_interval(8, 10)
-        >>> figure.value, round(figure.low, 3), round(figure.high, 3)
-        (0.8, 0.49, 0.943)
-    """
+    """Share of ``count`` in ``n`` pictures with Wilson's score interval."""
     if not 0 <= count <= n:
         raise ValueError(f"`count` must lie between 0 and n = {n}, got {count}")
     if n == 0:
@@ -236,11 +217,6 @@ def share_difference(pairs: Sequence[tuple[bool, bool]]) -> Figure:
 
     ``pairs`` say for each seed whether the picture has the label in the baseline, and in the
     condition; the figure is the condition's share minus the baseline's.
-
-    Example:
-        >>> figure = share_difference([(True, False)] * 5 + [(True, True)] * 10)
-        >>> round(figure.value, 3), figure.n
-        (-0.333, 15)
     """
     n = len(pairs)
     if n == 0:
@@ -267,12 +243,7 @@ def share_difference(pairs: Sequence[tuple[bool, bool]]) -> Figure:
 
 
 def mcnemar_test(pairs: Sequence[tuple[bool, bool]]) -> float | None:
-    """McNemar's exact two-sided p value; ``None`` if no pair differs.
-
-    Example:
-        >>> mcnemar_test([(True, False)] * 6 + [(True, True)] * 10)
-        0.03125
-    """
+    """McNemar's exact two-sided p value; ``None`` if no pair differs."""
     lost = sum(a and not b for a, b in pairs)
     won = sum(b and not a for a, b in pairs)
     return float(stats.binomtest(won, lost + won).pvalue) if lost + won else None
@@ -304,10 +275,6 @@ def sign_flip_test(differences: Values) -> float | None:
 
     ``None`` below two differences or if all are 0; NaN does not count. scipy's ``permutation_test``
     gives the same exact p value, but draws random signs in a Python loop, too slow for a report.
-
-    Example:
-        >>> sign_flip_test([0.1, 0.2, 0.1, 0.3, 0.2, 0.1])
-        0.03125
     """
     x = np.asarray(differences, dtype=np.float64)
     x = x[np.isfinite(x)]
@@ -333,10 +300,6 @@ def chance_test(values: Values, chance: Any, precision: float | None = None) -> 
     """Two-sided p value of Student's t test of ``mean = chance``; ``None`` without a spread.
 
     With a precision, p is below 0.05 if `mean_interval`'s interval leaves ``chance``.
-
-    Example:
-        >>> round(chance_test([0.3, 0.35, 0.28, 0.31], 0.1765), 4)
-        0.0028
     """
     x = np.asarray(values, dtype=np.float64) - chance
     error = standard_error(x, precision)
@@ -346,12 +309,7 @@ def chance_test(values: Values, chance: Any, precision: float | None = None) -> 
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p values; ``None`` stays and does not count.
-
-    Example:
-        >>> holm([0.01, None, 0.04, 0.03])
-        [0.03, None, 0.06, 0.06]
-    """
+    """Holm's adjusted p values; ``None`` stays and does not count."""
     order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0

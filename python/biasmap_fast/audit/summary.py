@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import integrate
 
+from .records import EMPTY, OK
 from .statistics import (
     FIXED_WIDTH,
     Figure,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from .plan import AuditPlan
 
 SCHEMA_VERSION = 5
-MEASURED = ("ok", "empty")
+MEASURED = (OK, EMPTY)
 KEYS = [
     *("scope", "condition", "baseline", "axis", "profession", "word"),
     *("measure", "setting", "part", "control", "quantity"),
@@ -69,7 +70,7 @@ class Summary:
     precision: dict[str, Any] | None = None
 
     def find(self, **values: Any) -> pd.DataFrame:
-        """Returns the figures with these values (or one of a list) in these columns."""
+        """Returns the figures with these values (or one of a list), see `where`."""
         return where(self.figures, **values)
 
     def records(self) -> list[dict[str, Any]]:
@@ -104,15 +105,11 @@ def summarise(
 ) -> Summary:
     """Every figure of a run.
 
-    Professions enter every resampling in the plan's order and seeds in theirs, so no figure depends
-    on batches or workers.
-
     Args:
         plan: Plan of the run.
         pictures: One row per picture.
         measurements: One row per value.
-        truth: What is planted in the embedded model: rows with profession, and shares and overlap
-            of each word.
+        truth: What is planted: rows with profession, and shares and overlap of each word.
         ledger: What guidance did, one row per picture and guided call.
         masks: Masks of the measured pairs.
         precision: What a precision came to (`rounds.figures`).
@@ -181,9 +178,7 @@ class _Table:
         part = (names["condition"], names["axis"], names["word"], round(100 * (1 - fraction), 10))
         return stable_seed(what, *more, *part)
 
-    def means(
-        self, names: Mapping[str, str], quantity: str, x: pd.DataFrame, seed: int, lowest: float
-    ) -> None:
+    def means(self, names: Any, quantity: str, x: pd.DataFrame, seed: int, lowest: float) -> None:
         """Mean of each profession, and over professions, of ``[professions, seeds]``."""
         for profession, row in x.iterrows():
             figure = mean_interval(row.dropna(), lowest=lowest)
@@ -240,11 +235,7 @@ class _Table:
         self.add(names, "difference", figure, crossed_sign_flip_test(change.to_numpy()))
 
     def curves(self, rows: pd.DataFrame, known: set[str]) -> None:
-        """Corrected IoU over the size of the masks, and the area under that curve.
-
-        The area is the mean of the corrected IoU over the fractions (trapezoids): 0 at chance, 1 at
-        identity, and no single fraction decides it.
-        """
+        """Corrected IoU over the size of the masks, and its mean: the area under that curve."""
         percentiles = [round(100 - 100 * float(setting)) for setting in CURVE]
         for part, own in rows.groupby(_PAIR[:3]):
             names = dict(zip(_PAIR[:3], part, strict=True)) | {"measure": "iou"}
@@ -278,10 +269,7 @@ class _Table:
             self.add(names, "mean", _over_professions(x.mean(axis=1)))
 
     def null(self, masks: pd.DataFrame) -> None:
-        """The seed-shuffled null of IoU.
-
-        Not of containment: what the null leaves of that follows nothing (docs/validity.md).
-        """
+        """The seed-shuffled null of IoU; what it leaves of containment follows nothing."""
         for key, rows in masks.groupby(_PAIR):
             names = dict(zip(_PAIR, key, strict=True)) | {"control": "shuffled"}
             percentile = round(100 * (1 - float(names["setting"])), 10)
@@ -290,7 +278,8 @@ class _Table:
                 own = where(rows, profession=profession).sort_values("seed")
                 if own.empty:
                     continue
-                matrix = cross_iou(*(unpacked(own, side) for side in ("profession", "word")))
+                sides = (unpacked(own, side) for side in ("profession", "word"))
+                matrix = cross_iou(*(masks.reshape(len(own), -1) for masks in sides))
                 seed = stable_seed("shuffled", *key[:3], percentile, profession)
                 level, difference, p, values = shuffled(matrix, seed)
                 self.add({**names, "profession": profession}, "mean", level)
@@ -312,10 +301,9 @@ class _Table:
         # means: all professions and words of a condition; differences: all professions
         claim = table["axis"].str.cat(table["word"], "/").where(table["quantity"] != "mean", "")
         family = ["condition", "baseline", "measure", "setting", "part", "control", "quantity"]
-        tested = table[table["scope"].eq("profession") & table["p"].notna()]
-        table["p_adjusted"] = tested.groupby([*(tested[name] for name in family), claim])[
-            "p"
-        ].transform(lambda p: holm(list(p)))
+        tested = where(table, scope="profession").assign(claim=claim).dropna(subset="p")
+        adjusted = tested.groupby([*family, "claim"])["p"].transform(lambda p: holm(list(p)))
+        table["p_adjusted"] = adjusted
         if self.plan.precision is not None:
             open_ended = table["low"].notna() & table["method"].ne(FIXED_WIDTH)
             until = f"; seeds drawn until precision {self.plan.precision:g}"
@@ -325,33 +313,30 @@ class _Table:
 
 def _outputs(table: _Table, pictures: pd.DataFrame) -> None:
     """What the classifier reads under each condition: profession right, score, CLIP score."""
-    right = pictures["labels"].map(lambda labels: dict(labels or ()).get("profession"))
-    scores = pictures["scores"].map(lambda scores: next(iter(dict(scores or ()).values()), None))
-    read = pictures.assign(right=right == pictures["profession"], score=scores.astype(float))
-    before: pd.DataFrame | None = None
+    right = _entry(pictures["labels"], "profession") == pictures["profession"]
+    score = pictures["scores"].map(lambda given: next(iter(_dict(given).values()), None))
+    read = pictures.assign(right=right, score=score.astype(float))
+    baseline = table.plan.conditions[0]
+    clip = read.dropna(subset="clip_score")
+    before = table.matrix(where(clip, condition=baseline), "clip_score") / 100
     for condition in table.plan.conditions:
-        own = where(read, condition=condition)
         names = {"scope": "run", "condition": condition}
-        kept = own.dropna(subset="score")
+        kept = where(read, condition=condition).dropna(subset="score")
         if len(kept):
             figure = share_interval(int(kept["right"].sum()), len(kept))
             table.add({**names, "measure": "right"}, "right", figure)
             table.add({**names, "measure": "score"}, "score", mean_interval(kept["score"]))
-        clip = own.dropna(subset="clip_score")
-        if clip.empty:
+        x = table.matrix(where(clip, condition=condition), "clip_score") / 100  # in [0, 1]
+        if x.empty:
             continue
-        x = table.matrix(clip, "clip_score") / 100  # shares, as intervals are cut to
-        seed = stable_seed("clip score", condition)
-        names["measure"] = "clip score"
+        seed, names["measure"] = stable_seed("clip score", condition), "clip score"
         figure = crossed_mean_interval(x.to_numpy(), seed=seed).scaled(100, 0)
         table.add(names, "clip score", figure)
-        if before is not None:
+        if condition != baseline and len(before):
             change = (x - before).to_numpy()
             figure = crossed_mean_interval(change, lowest=-1.0, seed=seed).scaled(100, 0)
-            names["baseline"] = table.plan.conditions[0]
-            table.add(names, "difference", figure, crossed_sign_flip_test(change))
-        elif condition == table.plan.conditions[0]:
-            before = x
+            p = crossed_sign_flip_test(change)
+            table.add({**names, "baseline": baseline}, "difference", figure, p)
 
 
 def _shares(table: _Table, pictures: pd.DataFrame) -> None:
@@ -409,15 +394,14 @@ def _planted(table: _Table, truth: Iterable[Mapping[str, Any]]) -> None:
         for word, value in by_word.items()
         if row["profession"] in table.plan.professions
     }
-    for (profession, measure, word), value in known.items():
-        for axis, words in table.plan.axes.items():
+    for axis, words in table.plan.axes.items():
+        for (profession, measure, word), value in known.items():
+            names = {"axis": axis, "profession": profession, "word": word, "measure": measure}
             if word in words:
-                names = {"axis": axis, "profession": profession, "word": word, "measure": measure}
                 table.add(names, "planted", Figure(value, None, None, 1, "as planted"))
     rows = pd.DataFrame(table.rows, columns=[*KEYS, "estimate"]).dropna(subset="estimate")
-    for key, own in where(rows, scope="profession", quantity="mean", part="", control="").groupby(
-        _PAIR
-    ):
+    rows = where(rows, scope="profession", quantity="mean", part="", control="")
+    for key, own in rows.groupby(_PAIR):
         names = dict(zip(_PAIR, key, strict=True))
         for against in ("overlap", "share"):
             keys = [(profession, against, names["word"]) for profession in own["profession"]]
@@ -459,13 +443,6 @@ def _widths(table: _Table, precision: Mapping[str, Any]) -> None:
         table.add(names, "half-width", figure)
 
 
-def unpacked(rows: pd.DataFrame, side: str) -> Any:
-    """Masks ``[S, height * width]`` of one side (``"profession"``, ``"word"``) of mask rows."""
-    bits = np.stack([np.frombuffer(packed, np.uint8) for packed in rows[f"{side}_bits"]])
-    pixels = int(rows["height"].iloc[0] * rows["width"].iloc[0])
-    return np.unpackbits(bits, axis=1, count=pixels).astype(bool)
-
-
 def _dict(given: Any) -> dict[str, Any]:
     # Parquet gives a map as pairs, and none as None or NaN
     return dict(given) if isinstance(given, (dict, list)) else {}
@@ -473,6 +450,13 @@ def _dict(given: Any) -> dict[str, Any]:
 
 def _entry(column: pd.Series[Any], name: str) -> pd.Series[Any]:
     return column.map(lambda given: _dict(given).get(name))
+
+
+def unpacked(rows: pd.DataFrame, side: str) -> Any:
+    """Masks ``[S, height, width]`` of one side of mask rows: ``"profession"`` or ``"word"``."""
+    size = int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
+    bits = np.stack([np.frombuffer(packed, np.uint8) for packed in rows[f"{side}_bits"]])
+    return np.unpackbits(bits, axis=1, count=size[0] * size[1]).reshape(-1, *size).astype(bool)
 
 
 def _over_professions(means: pd.Series[float]) -> Figure:
@@ -496,8 +480,8 @@ def _run(
     ended = precision is None or bool(precision["ended"])
     # a picture has the first status that is not "ok", its own or that of a value
     statuses = pd.concat([pictures[[*_PICTURE, "status"]], rows[[*_PICTURE, "status"]]])
-    statuses["status"] = statuses["status"].replace("empty", "ok")
-    first = statuses.sort_values("status", key=lambda status: status.eq("ok"), kind="stable")
+    statuses["status"] = statuses["status"].replace(EMPTY, OK)
+    first = statuses.sort_values("status", key=lambda status: status.eq(OK), kind="stable")
     counts = first.drop_duplicates(_PICTURE)["status"].value_counts().sort_index()
     columns = [*_PICTURE, "axis", "word", "status", "reason"]
     failures = pd.concat([pictures[~pictures["status"].isin(MEASURED)], rows[~good]])
