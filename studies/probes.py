@@ -31,7 +31,7 @@ STEPS = 25
 CALLS = (1, 2, 4)  # denoiser calls after which shares are read
 COATS = COAT_WORDS[:2]
 GUIDANCE = [1.0, 3.0]
-DEFAULT = Path(__file__).parents[1] / "benchmarks" / "results" / "studies" / "probes.json"
+DEFAULT = Path(__file__).parent / "results" / "probes.json"
 
 
 def main() -> None:
