@@ -165,20 +165,14 @@ def table(steps: list[Step], measured: dict[str, Any]) -> str:
         if row["median_ms"] is None:
             lines.append(f"  {row['name']:34} {row['status']}")
             continue
-        error = "" if row["error"] is None else f"{row['error']:.1e}"
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
-        bound = "" if row["bound_ms"] is None else f"{row['bound_ms'] / row['median_ms']:.0%}"
-        lines.append(
-            f"  {row['name']:34}{row['median_ms']:10.4f} ms {ratio:>9}"
-            f"{error:>10}{bound:>6} of bound  {row['note']}"
-        )
-    lines.append("")
-    for each in measured.get("limits", {}).values():
-        rate = each["exponentials_g_s"]
-        lines.append(
-            f"bounds: {each['copy_gb_s']:.0f} GB/s copied, "
-            + ("exponentials not measured" if rate is None else f"{rate:.0f}e9 exponentials a s")
-        )
+        cells = {"error": (row["error"], ".1e"), "of the first": (row["ratio"], ".3g")}
+        if row["bound_ms"] is not None:
+            cells["of the limit"] = (row["bound_ms"] / row["median_ms"], ".0%")
+        said = [
+            f"{name} {value:{form}}" for name, (value, form) in cells.items() if value is not None
+        ]
+        lines.append(f"  {row['name']:34}{row['median_ms']:10.4f} ms  {', '.join(said)}")
+    lines += ["", f"limits: {measured.get('limits')}"]
     lines += [f"{step.name:28}{step.status:30}{step.seconds:6.0f} s" for step in steps]
     return "\n".join(lines)
 
