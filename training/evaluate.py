@@ -98,7 +98,7 @@ def pixel_auc(values: Array, region: Array) -> float:
 
     Area under the ROC curve, ties counted half; nan if the region is empty or everything.
     """
-    inside, outside = values[region], values[~region]
+    inside, outside = (values[part].astype(np.float64) for part in (region, ~region))
     if not len(inside) or not len(outside):
         return math.nan
     wins = stats.mannwhitneyu(inside, outside, method="asymptotic").statistic
