@@ -34,7 +34,7 @@ from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers
 
-from .guidance import RowwiseEnergy
+from .guidance import RowwiseEnergy, watched
 from .harness import Entry, Group
 from .settings import Settings
 
@@ -61,18 +61,12 @@ class Published:
         """IoU of the profession's and each word's map, of one generation."""
         states: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in self.layers}
         prompts = self.prompts(profession, axis)
-        handles = []
-        for layer in self.layers:
 
-            def keep(_module: Any, inputs: Any, name: str = layer.name) -> None:
-                states[name].append(inputs[0][:1].detach())  # a view: the whole batch stays
+        def keep(layer: Any, hidden: torch.Tensor, _: torch.Tensor) -> None:
+            states[layer.name].append(hidden[:1].detach())  # a view: the whole batch stays
 
-            handles.append(layer.module.to_q.register_forward_pre_hook(keep))
-        try:
+        with watched(self.layers, keep):
             self.draw(profession, seed, prompts if steered else [])
-        finally:
-            for handle in handles:
-                handle.remove()
         return [self.overlap(states, prompt) for prompt in prompts]
 
     def draw(self, profession: str, seed: int, prompts: list[bm.AttributionPrompt]) -> torch.Tensor:
@@ -115,7 +109,7 @@ class Published:
         given = scheduler.scale_model_input(z, timestep).repeat(2, 1, 1, 1)
         # Its scripts have one prompt; ours has a word a prompt, which costs them the maps alone.
         energies = RowwiseEnergy(self.pipe, prompts[0])
-        with energies:
+        with energies.watch():
             prediction = unet(given, timestep, embeddings).sample
         (gradient,) = torch.autograd.grad(energies(), z)
         return prediction.detach(), gradient

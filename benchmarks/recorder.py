@@ -14,7 +14,6 @@ threads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,7 @@ from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers, resolutions
 
-from .guidance import PROMPT, build
+from .guidance import PROMPT, build, watched
 from .harness import Entry, Group
 from .kernels import LAYERS, MAPS, TOKENS, attention_inputs
 from .settings import Settings
@@ -73,17 +72,11 @@ class Runs:
         keys = attribution_keys(self.pipe, layers, tokenize_all(PROMPT, self.pipe))
         kept: list[torch.Tensor] = []
 
-        def see(layer: Any) -> Callable[..., None]:
-            def hook(_module: Any, _inputs: Any, query: torch.Tensor) -> None:
-                q = layer.split_heads(query[: self.images]).float()  # [B, heads, n, d]
-                kept.append((q @ keys.by_layer[layer.name].float().transpose(1, 2)).softmax(-1))
+        def see(layer: Any, _: torch.Tensor, query: torch.Tensor) -> None:
+            q = layer.split_heads(query[: self.images]).float()  # [B, heads, n, d]
+            kept.append((q @ keys.by_layer[layer.name].float().transpose(1, 2)).softmax(-1))
 
-            return hook
-
-        with ExitStack() as stack:
-            for layer in layers:
-                handle = layer.module.to_q.register_forward_hook(see(layer))
-                stack.callback(handle.remove)
+        with watched(layers, see):
             self.draw()
         self.held["probabilities"] = sum(one.nbytes for one in kept)
         sizes = resolutions(*self.size)
