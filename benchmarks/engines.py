@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast.attribution import AttributionCache, attribution_states
-from biasmap_fast.concepts import tokenize_all
+from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.engines.onnx import relative
 
 from .audits import iou_of
@@ -65,7 +64,7 @@ class Calls:
         self.given = given
         self.unet = pipe.unet
         self.cache = AttributionCache()  # keys are made once a run, as an engine's states are given
-        self.states = attribution_states(pipe, tokenize_all(PROMPT, pipe))
+        self.states = self.cache.states(pipe, PROMPT)
         self.expected = self.plain(pipe.unet)()
 
     def plain(self, model: Any) -> Callable[[], torch.Tensor]:

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast.attribution import attribution_keys
-from biasmap_fast.concepts import tokenize_all
-from biasmap_fast.groups import ConceptMaps, group_keys
+from biasmap_fast.accumulate import add_maps, prompt_keys
+from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers, resolutions
@@ -62,19 +61,17 @@ class Runs:
         with bm.attribute(self.pipe, prompts, branch="uncond") as recorder:
             self.draw()
             self.held[f"recorder {len(prompts)}"] = recorder.nbytes["maps"]
-        found: Any = recorder.maps()
-        values: torch.Tensor = found[PROMPT.name].values
-        return values
+        return recorder.maps_by_prompt()[PROMPT.name].values
 
     def probabilities(self) -> torch.Tensor:
         """Hooks that keep every call's attention, ``[images, heads, n, T']``."""
         layers = cross_attention_layers(self.pipe, None)
-        keys = attribution_keys(self.pipe, layers, tokenize_all(PROMPT, self.pipe))
+        keys = AttributionCache().keys(self.pipe, (PROMPT,), layers, apart=True)
         kept: list[torch.Tensor] = []
 
         def see(layer: Any, _: torch.Tensor, query: torch.Tensor) -> None:
             q = layer.split_heads(query[: self.images]).float()  # [B, heads, n, d]
-            kept.append((q @ keys.by_layer[layer.name].float().transpose(1, 2)).softmax(-1))
+            kept.append((q @ keys.by_layer[layer.name][0].float().transpose(1, 2)).softmax(-1))
 
         with watched(layers, see):
             self.draw()
@@ -82,7 +79,7 @@ class Runs:
         sizes = resolutions(*self.size)
         total = torch.zeros(self.images, 2, *self.size, device=kept[0].device)
         for one in kept:
-            columns = (one @ keys.weights.to(one).T).sum(1).transpose(1, 2)  # [B, K, n]
+            columns = (one @ keys.weights[0].to(one).T).sum(1).transpose(1, 2)  # [B, K, n]
             total += resize(
                 columns.reshape(*columns.shape[:2], *sizes[columns.shape[2]]), self.size
             )
@@ -99,7 +96,7 @@ class Runs:
         )
         with torch.no_grad():
             maps = hooker.get_ovam_callable()(PROMPT.text)  # [1, T', h, w]
-        (tokenized,) = tokenize_all(PROMPT, self.pipe)
+        (tokenized,) = AttributionCache().tokens(self.pipe, PROMPT)
         found: torch.Tensor = torch.einsum("kt,bthw->bkhw", tokenized.weights.to(maps), maps)
         return found
 
@@ -173,8 +170,7 @@ def layers_entries(settings: Settings) -> list[Entry]:
     def own_keys(keys: torch.Tensor) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
         return lambda _: {"layer": keys[None]}
 
-    given = [group_keys(w[None], states[None], own_keys(k)) for _, k, w in inputs]
-    adding = ConceptMaps()
+    given = [prompt_keys(w[None], states[None], own_keys(k)) for _, k, w in inputs]
 
     def kept() -> list[torch.Tensor]:
         return [(q @ k.transpose(1, 2)).softmax(-1) for q, k, _ in inputs]
@@ -186,7 +182,7 @@ def layers_entries(settings: Settings) -> list[Entry]:
     def recorded() -> None:
         for (query, *_), group in zip(inputs, given, strict=True):
             rows = query.transpose(1, 2).flatten(2)  # as `to_q` leaves them: a view
-            adding.add([sums[query.shape[2]]], rows, group, "layer")
+            add_maps([sums[query.shape[2]]], rows, group, "layer")
 
     tokens = sum(query.shape[1] * query.shape[2] * TOKENS for query, *_ in inputs)
     depths = sum(query.numel() * TOKENS for query, *_ in inputs)

@@ -30,14 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from biasmap_fast.audit.inference import crossed_sign_flip_test, share_difference, sign_flip_test
+from biasmap_fast.audit.nulls import matrix_of
 from PIL.Image import Image
 from scipy import stats
 
 from biasmap_fast import testbed
 from biasmap_fast.audit import AuditPlan, AuditResult, Reading, run_audit
-from biasmap_fast.audit.inference import crossed_sign_flip_test, share_difference, sign_flip_test
 from biasmap_fast.audit.measure import reader_for_testbed
-from biasmap_fast.audit.nulls import matrix_of
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
 from biasmap_fast.testbed.classify import Classifier
 from training.evaluate import share_test

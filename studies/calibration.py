@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
-
-from biasmap_fast.audit import nulls
 from biasmap_fast.audit.inference import (
     chance_test,
     crossed_sign_flip_test,
@@ -23,6 +20,9 @@ from biasmap_fast.audit.inference import (
     share_difference,
     sign_flip_test,
 )
+from scipy.ndimage import gaussian_filter
+
+from biasmap_fast.audit import nulls
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
 
 from .common import options, write

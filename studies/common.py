@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
+from biasmap_fast.audit.controls import NEGATIVE
+from biasmap_fast.audit.files import write_text
 
 import biasmap_fast as bm
 from biasmap_fast import testbed
 from biasmap_fast.audit import AuditPlan, AuditResult
-from biasmap_fast.audit.controls import NEGATIVE
-from biasmap_fast.audit.files import write_text
 from training.train import weight_hashes
 
 ROOT = Path(__file__).resolve().parents[1]

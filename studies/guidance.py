@@ -23,15 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from biasmap_fast.audit.files import write_text
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import biasmap_fast as bm
 from biasmap_fast.attribution import Recorder, attribute
-from biasmap_fast.audit.files import write_text
 from biasmap_fast.audit.plan import AuditPlan
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
-from biasmap_fast.guidance import Guidance, Settings
+from biasmap_fast.guidance import Guidance
 from biasmap_fast.testbed.classify import PLAUSIBLE, Classifier
 from training.train import weight_hashes
 
@@ -84,17 +84,17 @@ CELLS = {
 }
 
 
-class RandomDirection(Guidance):
+def randomised(gradient: Any, generators: Sequence[torch.Generator]) -> Any:
     """The control: every gradient is replaced by a random one of the same norm."""
 
-    generators: list[torch.Generator]
-
-    def _gradient(self, *args: Any) -> Any:
-        output, energy, gradient = super()._gradient(*args)
-        pairs = zip(gradient, self.generators, strict=True)
+    def of_the_same_norm(*args: Any) -> Any:
+        output, energy, exact = gradient(*args)
+        pairs = zip(exact, generators, strict=True)
         noise = torch.stack([torch.randn(one.shape, generator=g) for one, g in pairs])
-        sizes = [x.flatten(1).norm(dim=1)[:, None, None, None] for x in (gradient, noise)]
+        sizes = [x.flatten(1).norm(dim=1)[:, None, None, None] for x in (exact, noise)]
         return output, energy, noise * sizes[0] / sizes[1]
+
+    return of_the_same_norm
 
 
 def plan_of(form: str) -> AuditPlan:
@@ -106,22 +106,18 @@ def guidance_of(pipe: Any, cell: Cell, profession: str, seeds: Sequence[int]) ->
     prompts = list(
         dict.fromkeys(p for pair in pairs for p in (pair.semantic_prompt, pair.demographic_prompt))
     )
-    defaults = {
-        "scale": cell.scale, "fraction": 0.3, "temperature": 0.01, "clip": None, "start": 0.0,
-        "stop": 1.0, "every": 1, "inner_steps": 1, "accumulate": False, "branch": "cond",
-        "chunks": 1, "strict": False,
-    }  # fmt: skip
-    kind = RandomDirection if cell.random else Guidance
-    guidance = kind(
-        pipe,
-        [prompts] * len(seeds),
+    energy = bm.Energy(
         pairs=[(profession, pair.demographic) for pair in pairs],
-        weights=None,
-        settings=Settings(**(defaults | cell.options)),
+        scale=cell.scale,
+        clip=None,
         layers=cell.layers,
+        **cell.options,
     )
-    if isinstance(guidance, RandomDirection):
-        guidance.generators = [torch.Generator().manual_seed(10**6 + seed) for seed in seeds]
+    guidance = bm.guide(pipe, [prompts] * len(seeds), energy, chunks=1, strict=False)
+    if cell.random:
+        generators = [torch.Generator().manual_seed(10**6 + seed) for seed in seeds]
+        evaluator: Any = guidance._evaluator
+        evaluator.gradient = randomised(evaluator.gradient, generators)
     return guidance
 
 
@@ -137,7 +133,7 @@ def prompts_of(profession: str) -> dict[str, Any]:
 
 def recorded(recorder: Recorder) -> Any:
     """The maps of several prompts, by name."""
-    return recorder.maps()
+    return recorder.maps_by_prompt()
 
 
 def overlaps(maps: dict[str, Any], profession: str, prefix: str) -> dict[str, list[float]]:
@@ -147,7 +143,7 @@ def overlaps(maps: dict[str, Any], profession: str, prefix: str) -> dict[str, li
         for pair in plan_of(form).pairs(profession):
             a = maps[pair.semantic_prompt.name][profession]
             b = maps[pair.demographic_prompt.name][pair.demographic]
-            found[f"{prefix}_{form}_{pair.demographic}"] = bm.iou(a, b, percentile=70.0).tolist()
+            found[f"{prefix}_{form}_{pair.demographic}"] = bm.iou(a, b, fraction=0.3).tolist()
     return found
 
 
@@ -326,7 +322,7 @@ def corrected(iou: dict[str, Any]) -> dict[str, Any]:
         end: None if iou["change"][end] is None else slope * iou["change"][end]
         for end in ("value", "low", "high")
     }
-    values = {end: bm.corrected_iou(iou[end], fraction=fraction) for end in ("plain", "value")}
+    values = {end: bm.corrected(iou[end], bm.chance_iou(fraction)) for end in ("plain", "value")}
     return {**values, "change": change}
 
 

@@ -51,7 +51,7 @@ def make_plan(options: argparse.Namespace) -> bm.AuditPlan:
     return bm.AuditPlan(**settings, save_pictures="all", save_maps="all")
 
 
-def parts(folder: Path, name: str = "records") -> int:
+def parts(folder: Path, name: str = "pictures") -> int:
     """How many chunks a run has written."""
     return len(list((folder / name).glob("part-*")))
 
@@ -173,7 +173,7 @@ def main() -> None:
         start, chunk = undisturbed_run(plan, undisturbed, pipe)
         longest = longest_delay(start, chunk, len(plan.chunks()), options.kills)
         chance = random.Random(options.random)
-        expected, records = content(undisturbed), bm.load_audit(undisturbed).records
+        expected, records = content(undisturbed), bm.load_audit(undisturbed).measurements
         while len(log) < options.kills:
             killed = Path(scratch) / f"killed-{folders}"
             log += killed_run(plan, killed, pipe, options.kills - len(log), longest, chance)
@@ -181,13 +181,13 @@ def main() -> None:
             names = sorted(n for n in expected | found if expected.get(n) != found.get(n))
             different += [f"{killed.name}/{name}" for name in names]
             different += [f"{killed.name}: {line}" for line in validate(killed)]
-            if not bm.load_audit(killed).records.equals(records):
-                different.append(f"{killed.name}: records")
+            if not bm.load_audit(killed).measurements.equals(records):
+                different.append(f"{killed.name}: measurements")
             folders += 1
     table = {
-        "pictures": plan.pictures,
+        "pictures": len(list(plan.pictures())),
         "chunks": len(plan.chunks()),
-        "records": records.num_rows,
+        "measurements": len(records),
         "runs_killed": folders,
         "files_compared_of_each": len(expected),
         "differences": different,

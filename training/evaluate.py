@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from biasmap_fast import testbed
 from biasmap_fast.attribution import attribute
-from biasmap_fast.audit.files import write_text
+from biasmap_fast.files import write_text
 from biasmap_fast.concepts import AttributionPrompt
 from biasmap_fast.testbed import PLAUSIBLE, Reading, World
 from biasmap_fast.testbed.classify import Classifier
@@ -162,7 +162,7 @@ class _Model:
             prompts = self.attribution_prompts(noun)
             with attribute(self.pipe, prompts, size=64) as recorder:
                 readings = self.read(face_prompt(noun), count, 3.0, seed)
-            result: Any = recorder.maps()
+            result = recorder.maps_by_prompt()
             right = [r.profession == noun for r in readings]
             accuracy[noun] = float(np.mean(right))
             second[noun] = self.share(readings)[0] / count

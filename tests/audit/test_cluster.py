@@ -9,11 +9,14 @@ import signal
 import sys
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
-from biasmap_fast.audit import AuditError, AuditPlan, cluster, run, run_audit, validate
-from biasmap_fast.audit.records import read_ledger
+from biasmap_fast.audit import AuditError, AuditPlan, cluster, run, run_audit
+from biasmap_fast.audit.records import read
+
+equal = pd.testing.assert_frame_equal
 
 PLAN = {
     "professions": ["doctor", "judge", "nurse", "pilot"],
@@ -23,11 +26,6 @@ PLAN = {
     "conditions": ["plain", "guided", "short=prompt:{profession}"],
     "save_maps": "none",
 }
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(run, "write_report", lambda *args: None)
 
 
 class Kills(logging.Handler):
@@ -72,12 +70,13 @@ def test_two_workers_of_which_one_is_killed(tmp_path, monkeypatch):
         logger.setLevel(level)
     assert len(set(seen.pids)) >= 2
     assert sorted(set(stored)) == list(range(len(plan.chunks())))
-    assert validate(tmp_path / "two") == []
     assert torch.get_num_threads() == 1  # as in the workers
     here = run_audit(plan, tmp_path / "here", progress=False)
-    assert two.records.equals(here.records)
-    assert read_ledger(tmp_path / "two").equals(read_ledger(tmp_path / "here"))
-    assert {row["status"] for row in two.records.to_pylist()} == {"ok"}
+    equal(two.measurements, here.measurements)
+    equal(two.pictures, here.pictures)
+    for name in ("ledger", "masks"):
+        assert read(tmp_path / "two", name).equals(read(tmp_path / "here", name))
+    assert set(two.pictures["status"]) == {"ok"}
     assert len(seen.lost) == 1, seen.lost
 
 
@@ -87,12 +86,9 @@ def test_two_workers_draw_the_same_rounds(tmp_path):
     settings = {"precision": 0.1, "seeds": range(10), "max_seeds": 14, "steps": 2, "batch_size": 4}
     plan = AuditPlan(professions=["doctor", "firefighter"], save_maps="none", **settings)
     two = run_audit(plan, tmp_path / "two", progress=False, cluster="local", workers=2)
-    assert two.summary["precision"]["rounds"] > 1
-    assert two.summary["precision"]["ended"]
     here = run_audit(plan, tmp_path / "here", progress=False)
-    assert two.records.equals(here.records)
-    assert two.summary == here.summary
-    assert validate(tmp_path / "two") == []
+    assert len(two.pictures) > 20  # more than the first round
+    equal(two.measurements, here.measurements)
 
 
 def test_without_ray_the_error_names_the_extra(tmp_path, monkeypatch):

@@ -5,24 +5,21 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import re
 import textwrap
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 import biasmap_fast as bm
 from biasmap_fast.audit import (
     AuditError,
-    AuditPlan,
     ConditionError,
     conditions,
     run_audit,
-    validate,
-    work,
+    worker,
 )
-from biasmap_fast.audit.plan import explain
+from biasmap_fast.audit.records import part_path
+from biasmap_fast.pipelines import ModelError
 
 FACTORIES = """
     from contextlib import contextmanager
@@ -55,7 +52,11 @@ FACTORIES = """
 
     def guided(pipe):
         prompt = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
-        return bm.guide(pipe, prompt, scale=30.0)
+        return bm.guide(pipe, prompt, bm.Energy(scale=30.0))
+
+
+    def raises(pipe):
+        return 1 / 0
 
 
     def nothing(pipe):
@@ -70,22 +71,16 @@ FACTORIES = """
 """
 
 
-def make_plan(*listed, **changes):
-    settings = {
-        "model": "tiny",
-        "professions": ["doctor", "pilot"],
-        "axes": ["gender"],
-        "prompt_template": "a photo of {profession}",
-        "attribution_template": "a photo of {profession} and {demographic}",
-        "conditions": ["plain", *listed],
-        "seeds": [0, 1],
-        "steps": 2,
-        "batch_size": 3,
-        "device": "cpu",
-        "save_maps": "none",
-        "save_pictures": "none",
-    }
-    return AuditPlan(**(settings | changes))
+@pytest.fixture
+def make_plan(tiny_plan):
+    """Makes a plan of the condition "plain" and the listed ones."""
+    kept = {"save_maps": "none", "save_pictures": "none", "controls": None, "steps": 2}
+
+    def make(*listed, **changes):
+        settings = {"conditions": ["plain", *listed], "seeds": [0, 1], "batch_size": 3}
+        return tiny_plan(**(settings | kept | changes))
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +89,23 @@ def pipe(make_sd):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working directory with a user's module, and no report at the end."""
+def folder(tmp_path, monkeypatch, quick):
+    """A working directory with a user's module."""
     (tmp_path / "mine.py").write_text(textwrap.dedent(FACTORIES), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("biasmap_fast.audit.run.write_report", lambda *args: None)
     return tmp_path
 
 
+@pytest.fixture
+def plain(make_plan, folder, pipe):
+    """The run without interventions."""
+    return run_audit(make_plan(), "plain", pipe=pipe, progress=False)
+
+
 def soft(result, condition):
-    rows = result.records.to_pylist()
-    return torch.tensor([row["soft_iou"] for row in rows if row["condition"] == condition])
+    rows = result.measurements
+    chosen = (rows["condition"] == condition) & (rows["measure"] == "soft_iou")
+    return torch.tensor(rows.loc[chosen, "value"].to_numpy())
 
 
 @pytest.mark.parametrize(
@@ -121,53 +122,7 @@ def test_forms_of_an_intervention(given, expected):
     assert conditions.parse(given) == expected
 
 
-@pytest.mark.parametrize(
-    ("listed", "expected"),
-    [
-        (["fair"], r"expected 'plain', 'guided' or 'name=intervention'.*got 'fair'"),
-        (["fair=mine"], "'prompt:TEMPLATE', 'lora:PATH', 'model:ID' or 'module:function', got 'm"),
-        (["fair=lora:"], "got 'lora:'"),
-        (["a/b=mine:f"], "part of file names.*got 'a/b'"),
-        (["plain=mine:f"], "'plain' has a meaning already|more than once"),
-        (["fair=prompt:a doctor"], r"a template needs \{profession\}"),
-        (["fair=a:f", "fair=b:f"], "'fair' is given twice"),
-    ],
-)
-def test_plan_says_what_is_wrong(listed, expected):
-    with pytest.raises(ValidationError) as error:
-        make_plan(*listed)
-    assert re.search(expected, explain(error.value)), explain(error.value)
-
-
-def test_plan_refuses_what_does_not_belong_together():
-    for changes, expected in [
-        ({"conditions": ["plain"], "interventions": {"fair": "mine:f"}}, "not asked for"),
-        ({"conditions": ["plain", "x=mine:f"], "engine": "e"}, "in the place of one UNet.*'x'"),
-    ]:
-        with pytest.raises(ValidationError) as error:
-            make_plan(**changes)
-        assert re.search(expected, explain(error.value)), explain(error.value)
-
-
-def test_plan_survives_yaml_and_batches_go_over_prompts(tmp_path):
-    plan = make_plan("guided", "drawn=prompt:a drawing of {profession}", "x=mine:shifted")
-    (tmp_path / "plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
-    assert AuditPlan.from_yaml(tmp_path / "plan.yaml") == plan
-    assert plan.conditions == ("plain", "guided", "drawn", "x")
-    assert plan.prompt("doctor", "drawn") == "a drawing of a doctor"
-    assert plan.prompt("doctor", "x") == "a photo of a doctor"
-    assert [sorted({u.condition for u in units}) for units in plan.chunks()] == [
-        ["plain"],
-        ["drawn", "plain"],
-        ["drawn"],
-        ["guided"],
-        ["guided"],
-        ["x"],
-        ["x"],
-    ]
-
-
-def test_a_prompt_draws_what_it_says(folder, pipe):
+def test_a_prompt_draws_what_it_says(make_plan, folder, pipe):
     found = run_audit(
         make_plan("drawn=prompt:a drawing of {profession}"), "run", pipe=pipe, progress=False
     )
@@ -178,15 +133,11 @@ def test_a_prompt_draws_what_it_says(folder, pipe):
         progress=False,
     )
     torch.testing.assert_close(soft(found, "drawn"), soft(alone, "plain"), rtol=1e-4, atol=1e-5)
-    assert {row["prompt"] for row in found.records.to_pylist() if row["condition"] == "drawn"} == {
-        "a drawing of a doctor",
-        "a drawing of a pilot",
-    }
-    assert validate("run") == []
+    drawn = found.pictures[found.pictures["condition"] == "drawn"]
+    assert set(drawn["prompt"]) == {"a drawing of a doctor", "a drawing of a pilot"}
 
 
-def test_functions_get_a_pipeline_of_their_own(folder, pipe):
-    plain = run_audit(make_plan(), "plain", pipe=pipe, progress=False)
+def test_functions_get_a_pipeline_of_their_own(make_plan, folder, pipe, plain):
     weights = [p.clone() for p in pipe.unet.parameters()]
     found = run_audit(
         # the one that changes weights in place comes first
@@ -210,12 +161,12 @@ def test_functions_get_a_pipeline_of_their_own(folder, pipe):
     base = json.loads((folder / "run" / "environment.json").read_text())["weights_sha256"]
     assert said["y"]["weights_sha256"] == base != said["x"]["weights_sha256"]
     inside = inspect.unwrap(conditions.find("mine.py:inside", str(folder)))
-    assert inside.__globals__["entered"] == ["in", "out"]
+    assert inside.__globals__["entered"] == ["in", "out"] * 2  # checked before drawing
     source = (folder / "mine.py").read_bytes()
     assert said["y"]["source_sha256"] == hashlib.sha256(source).hexdigest()
 
 
-def test_a_function_without_parameters_brings_a_pipeline(folder, pipe, make_sd):
+def test_a_function_without_parameters_brings_a_pipeline(make_plan, folder, pipe, make_sd):
     import mine
 
     mine.given = make_sd(unet_config={"layers_per_block": 2})
@@ -224,7 +175,7 @@ def test_a_function_without_parameters_brings_a_pipeline(folder, pipe, make_sd):
     plain = run_audit(make_plan(), "alone", pipe=mine.given, progress=False)
     assert soft(found, "other").equal(soft(plain, "plain"))
     # the same plan with other weights under the same name does not go on
-    (folder / "run" / "records" / "part-00002.parquet").unlink()
+    part_path(folder / "run", "pictures", 2).unlink()
     mine.given = make_sd()
     with pytest.raises(AuditError, match="another weights_sha256 of the condition 'other'"):
         run_audit(plan, "run", pipe=pipe, progress=False)
@@ -233,6 +184,8 @@ def test_a_function_without_parameters_brings_a_pipeline(folder, pipe, make_sd):
 @pytest.mark.parametrize(
     ("listed", "expected"),
     [
+        ("x=mine:raises", "mine:raises raised ZeroDivisionError: division by zero"),
+        ("x=model:none/there@main", "none/there"),
         ("x=mine:nothing", "must return a pipeline with a UNet or a context manager, got NoneType"),
         ("x=mine:shift", r"mine has no function 'shift'; it has \["),
         ("x=none.there:f", "cannot be imported from .*: ModuleNotFoundError"),
@@ -240,12 +193,21 @@ def test_a_function_without_parameters_brings_a_pipeline(folder, pipe, make_sd):
         ("x=lora:none.safetensors", "the LoRA 'none.safetensors' cannot be loaded"),
     ],
 )
-def test_conditions_that_cannot_be_made(folder, pipe, listed, expected):
-    with pytest.raises(ConditionError, match=expected):
+def test_conditions_that_cannot_be_made_are_found_before_the_first_is_drawn(
+    make_plan, folder, pipe, stops, monkeypatch, listed, expected
+):
+    monkeypatch.setattr(worker, "load_pipeline", no_model)
+    drawn = stops(9)
+    with pytest.raises((ConditionError, ModelError), match=expected):
         run_audit(make_plan(listed), "run", pipe=pipe, progress=False)
+    assert drawn == []
 
 
-def test_lora_and_another_checkpoint(folder, pipe, make_sd, monkeypatch):
+def no_model(name, **options):
+    raise ModelError(f"there is no model {name}")
+
+
+def test_lora_and_another_checkpoint(make_plan, folder, pipe, make_sd, monkeypatch):
     from peft import LoraConfig
 
     trained = make_sd()
@@ -267,7 +229,7 @@ def test_lora_and_another_checkpoint(folder, pipe, make_sd, monkeypatch):
         assert options["revision"] == "main"
         return other
 
-    monkeypatch.setattr(work, "load_pipeline", load)
+    monkeypatch.setattr(worker, "load_pipeline", load)
     listed = ["full=lora:lora", "none=lora:lora@0", "other=model:some/model@main"]
     found = run_audit(make_plan(*listed), "run", pipe=pipe, progress=False)
     plain = soft(found, "plain")

@@ -21,14 +21,14 @@ def test_mean_interval_is_students_t():
     low, high = stats.t.interval(0.95, 16, loc=x.mean(), scale=stats.sem(x))
     assert figure.value == pytest.approx(x.mean())
     assert (figure.low, figure.high) == (pytest.approx(low), pytest.approx(high))
-    assert (figure.n, figure.confidence) == (17, 0.95)
+    assert figure.n == 17
 
 
 @pytest.mark.parametrize(
     ("values", "value", "method"),
     [
         ([], None, "nothing was measured"),
-        ([0.4], 0.4, "no interval from one image"),
+        ([0.4], 0.4, "no interval from one picture"),
         ([0.3, 0.3, 0.3], 0.3, "no interval: the values are alike"),
         ([0.0, 0.0, 0.0006], 0.0002, "no interval: the values are alike"),
     ],
@@ -155,8 +155,6 @@ def test_rank_correlation_says_when_it_cannot_tell():
         perfect = rank_correlation(np.arange(8) / 10, sign * np.arange(8))
         assert (perfect.value, perfect.low, perfect.high) == (pytest.approx(sign), None, None)
         assert perfect.method == "no interval: the coefficient is 1 or -1"
-    with pytest.raises(ValueError, match=r"must both be \[K\], got \[2\] and \[3\]"):
-        rank_correlation([0.1, 0.2], [1, 2, 3])
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.8])

@@ -54,7 +54,7 @@ def test_measures_are_the_packages():
         return overlap(View(a), View(b), every[name]).diagonal(dim1=1, dim2=2).flatten()
 
     for percent in (30, 10, 5):
-        expected = bm.iou(*square, percentile=100 - percent)
+        expected = bm.iou(*square, fraction=percent / 100)
         torch.testing.assert_close(found(f"IoU top {percent} %"), expected)
         expected = bm.soft_iou(*square, fraction=percent / 100)
         torch.testing.assert_close(found(f"SoftIoU {percent} %"), expected)

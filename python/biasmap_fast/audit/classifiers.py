@@ -6,6 +6,8 @@ any interval of the report; the labels of a zero-shot classifier carry biases of
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,32 +16,44 @@ import torch
 from .. import presets
 from ..pipelines import TESTBED, ModelError
 from .conditions import find
-from .measure import Reading, reader_for_testbed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from PIL.Image import Image
 
-    from .measure import Reader
     from .plan import AuditPlan
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a classifier reads in one picture.
+
+    Attributes:
+        profession: The profession, or ``None`` if it cannot be told.
+        demographic: The demographic word, or ``None``.
+        score: How much the picture looks like what was read, 0 to 1.
+        by_axis: Axis -> its word or ``None``, and the score of that; takes the place of
+            ``demographic`` and ``score`` on the axes that it names.
+    """
+
+    profession: str | None
+    demographic: str | None
+    score: float
+    by_axis: Mapping[str, tuple[str | None, float]] = field(default_factory=dict)
+
+
+Reader = Callable[[Sequence["Image"]], Sequence[Reading]]
 
 CLIP_TEMPLATE = "a photo of {}"
 """Text whose similarity with the picture decides, with the word and its article."""
 
 
 def reader_for(plan: AuditPlan, folder: str = ".") -> Reader | None:
-    """The reader that a plan asks for; None for none.
+    """Returns the reader that a plan's ``classifier`` asks for, or ``None``.
 
     Args:
-        plan: its ``classifier`` is ``"none"``, ``"testbed"``, ``"clip:DIR"`` (or a hub id), or
-            ``"module:function"``: a function of a list of PIL pictures that returns one `Reading`
-            a picture (also ``"file.py:function"``).
-        folder: where the function's module is looked for beside ``sys.path``.
-
-    Raises:
-        ConditionError: the module or function cannot be found.
-        ModelError: the CLIP model cannot be loaded.
+        plan: The plan. ``"module:function"`` (or ``"file.py:function"``) names a function of a list
+            of PIL pictures that returns one `Reading` per picture.
+        folder: Where the function's module is looked for beside ``sys.path``.
     """
     if plan.classifier == "none":
         return None
@@ -51,6 +65,26 @@ def reader_for(plan: AuditPlan, folder: str = ".") -> Reader | None:
     return _function(plan.classifier, folder)
 
 
+def reader_for_testbed(classifier: Callable[[Any], list[Any]] | None = None) -> Reader:
+    """Returns the testbed's own reader, or that of another of its worlds (`testbed.classify`)."""
+    from .. import testbed
+
+    classify = classifier or testbed.classify
+
+    def read(pictures: Sequence[Image]) -> list[Reading]:
+        return [
+            Reading(
+                label.profession,
+                # Of noise the classifier still says which word is nearer: that is no reading.
+                label.demographic if label.plausibility >= testbed.PLAUSIBLE else None,
+                float(label.plausibility),
+            )
+            for label in classify(list(pictures))
+        ]
+
+    return read
+
+
 class ClipReader:
     """Reads pictures with CLIP, zero-shot (Radford et al., ICML 2021).
 
@@ -59,9 +93,9 @@ class ClipReader:
     is the model's own.
 
     Args:
-        plan: whose professions and axes are the labels.
-        model: a transformers ``CLIPModel``.
-        tokenizer: its tokenizer.
+        plan: Its professions and axes are the labels.
+        model: A transformers ``CLIPModel``.
+        tokenizer: Its tokenizer.
 
     Example:
         >>> reader = ClipReader(plan, model, tokenizer)  # doctest: +SKIP
@@ -74,48 +108,44 @@ class ClipReader:
         self._tokenizer = tokenizer
         self._professions = list(plan.professions)
         self._axes = {axis: list(words) for axis, words in plan.axes.items()}
-        self._nouns = self._texts(self._professions)
-        self._words = {axis: self._texts(words) for axis, words in self._axes.items()}
+        self._profession_texts = self._texts(self._professions)
+        self._word_texts = {axis: self._texts(words) for axis, words in self._axes.items()}
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image]) -> list[Reading]:
-        """One `Reading` a picture; its ``score`` is the profession's probability."""
+        """Returns one `Reading` per picture; its ``score`` is the profession's probability."""
         images = self._unit(self._model.get_image_features(pixel_values=self._pixels(pictures)))
         scale = self._model.logit_scale.exp()
 
         def probabilities(texts: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = (scale * images @ texts.T).softmax(dim=-1)
-            return found.float().cpu()  # [B, words]
+            values: torch.Tensor = (scale * images @ texts.T).softmax(dim=-1)
+            return values.float().cpu()  # [B, words]
 
-        nouns = probabilities(self._nouns)
-        words = {axis: probabilities(texts) for axis, texts in self._words.items()}
+        professions = probabilities(self._profession_texts)
+        words = {axis: probabilities(texts) for axis, texts in self._word_texts.items()}
         readings = []
         for index in range(len(pictures)):
             by_axis = {
                 axis: (self._axes[axis][int(p[index].argmax())], float(p[index].max()))
                 for axis, p in words.items()
             }
-            noun = int(nouns[index].argmax())
-            score = float(nouns[index, noun])
-            readings.append(Reading(self._professions[noun], None, score, by_axis))
+            best = int(professions[index].argmax())
+            score = float(professions[index, best])
+            readings.append(Reading(self._professions[best], None, score, by_axis))
         return readings
 
     @torch.no_grad()
     def scores(self, pictures: Sequence[Image], texts: Sequence[str]) -> list[float]:
-        """CLIP score of each picture with its text (Hessel et al., EMNLP 2021).
+        """Returns the CLIP score of each picture with its text (Hessel et al., EMNLP 2021).
 
         ``max(100 cos, 0)``, as in torchmetrics, whose own takes transformers' preprocessing and so
-        torchvision.
-
-        Args:
-            pictures: B pictures.
-            texts: what each should show; cut to what the text encoder takes.
+        torchvision. Texts are cut to what the text encoder takes.
         """
         images = self._unit(self._model.get_image_features(pixel_values=self._pixels(pictures)))
         wanted = {text: self._embedded([text])[0] for text in dict.fromkeys(texts)}
         cosine = (images * torch.stack([wanted[text] for text in texts])).sum(-1)  # [B]
-        found: list[float] = (100 * cosine.double()).clamp(min=0).tolist()
-        return found
+        scores: list[float] = (100 * cosine.double()).clamp(min=0).tolist()
+        return scores
 
     def _texts(self, words: Sequence[str]) -> torch.Tensor:
         return self._embedded([CLIP_TEMPLATE.format(presets.with_article(word)) for word in words])
@@ -130,8 +160,7 @@ class ClipReader:
         ids, mask = (
             tokens[name].to(self._model.device) for name in ("input_ids", "attention_mask")
         )
-        found = self._model.get_text_features(input_ids=ids, attention_mask=mask)
-        return self._unit(found)
+        return self._unit(self._model.get_text_features(input_ids=ids, attention_mask=mask))
 
     @staticmethod
     def _unit(features: Any) -> torch.Tensor:
@@ -174,13 +203,13 @@ def _load_clip(name: str, device: str) -> tuple[Any, Any]:
 
 
 def _function(target: str, folder: str) -> Reader:
-    found = find(target, folder)
+    function = find(target, folder)
 
     def read(pictures: Sequence[Image]) -> list[Reading]:
-        readings = list(found(list(pictures)))
+        readings = list(function(list(pictures)))
         if len(readings) != len(pictures) or not all(isinstance(r, Reading) for r in readings):
             raise TypeError(
-                f"the classifier {target} must return one Reading a picture, got "
+                f"the classifier {target} must return one Reading per picture, got "
                 f"{len(readings)} of {sorted({type(r).__name__ for r in readings})} for "
                 f"{len(pictures)} pictures"
             )

@@ -1,4 +1,4 @@
-"""An audit on several devices or machines, through Ray: one actor a device, one chunk at a time.
+"""An audit on several devices or machines, through Ray: one actor per device, a chunk at a time.
 
 The chunks are the plan's own, so the records depend neither on how many workers there are nor on
 which of them measured what. A worker that is lost (killed, its machine gone) is replaced, and its
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..allocator import keep_freed_memory
+from .chunk import Chunk, failed_chunk
 from .folder import AuditError
-from .measure import Chunk, failed_chunk
-from .work import Worker
+from .worker import Described, Worker
 
 if TYPE_CHECKING:
-    from .plan import AuditPlan, Unit
+    from .plan import AuditPlan, Picture
 
 logger = logging.getLogger(__name__)
 
@@ -45,35 +45,29 @@ class Device(Worker):
         super().__init__(plan, folder=folder)
 
     def begin(self) -> tuple[dict[str, Any], str]:
-        """Loads the model; what measures, and where."""
+        """Loads the model; returns what measures, and where."""
         self.__enter__()
         return self.describe(), f"process {os.getpid()} on {platform.node()}"
 
-    def run(self, units: Sequence[Unit]) -> tuple[dict[str, dict[str, Any]], Chunk]:
+    def run(self, pictures: Sequence[Picture]) -> tuple[Described, Chunk]:
         """Measures one chunk; the conditions whose pipeline was made for it stand first."""
-        return self.prepare(units), self.measure(units)
+        return self.prepare(pictures), self.measure(pictures)
 
-    def give_up(
-        self, units: Sequence[Unit], reason: str
-    ) -> tuple[dict[str, dict[str, Any]], Chunk]:
-        """The records of a chunk that no worker survived."""
-        return {}, failed_chunk(self._pipe, self._plan, units, "worker_lost", reason)
+    def give_up(self, pictures: Sequence[Picture], reason: str) -> tuple[Described, Chunk]:
+        """Returns the records of a chunk that no worker survived."""
+        return {}, failed_chunk(self._pipe, self._plan, pictures, "worker_lost", reason)
 
 
 class Cluster(AbstractContextManager["Cluster"]):
     """Measures chunks on Ray's workers, in whatever order they come back.
 
     Args:
-        plan: what to draw and measure.
+        plan: What to draw and measure.
         address: ``"local"`` to start Ray on this machine, or the address of a cluster.
-        workers: how many; default one a GPU if the plan draws on them, else one for so many CPUs
-            as ``threads`` says.
-        threads: of a worker's CPU work. Sums of another number of threads may differ in their last
-            bits, so it is the same for all.
-
-    Raises:
-        ImportError: Ray is not installed.
-        AuditError: there is no such cluster, it is too small, or its workers have other weights.
+        workers: How many; default one per GPU if the plan draws on them, else one per ``threads``
+            CPUs.
+        threads: CPU threads of each worker. Sums of another number of threads may differ in their
+            last bits, so it is the same for all.
     """
 
     def __init__(
@@ -89,10 +83,10 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._workers = workers
         self._threads = threads
         self._folder = str(Path.cwd())
-        self._ours = False  # Ray was started here, and is shut down here
+        self._started = False  # Ray was started here, and is shut down here
         self._actors: list[Any] = []
         self._idle: deque[Any] = deque()
-        self._jobs: dict[Any, tuple[Any, tuple[int, list[Unit]] | None]] = {}
+        self._jobs: dict[Any, tuple[Any, tuple[int, list[Picture]] | None]] = {}
         self._description: dict[str, Any] | None = None
         self._unbegun = 0
 
@@ -123,11 +117,11 @@ class Cluster(AbstractContextManager["Cluster"]):
     def __exit__(self, *error: Any) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
-        if self._ours:
+        if self._started:
             self._ray.shutdown()
 
     def describe(self) -> dict[str, Any]:
-        """What measures; waits for the first worker that has loaded the model."""
+        """Returns what measures, once a first worker has loaded the model."""
         while self._description is None:
             self._next(None)
         return self._description
@@ -138,9 +132,9 @@ class Cluster(AbstractContextManager["Cluster"]):
             self._next(None)
 
     def results(
-        self, todo: Sequence[tuple[int, list[Unit]]]
-    ) -> Iterator[tuple[dict[str, dict[str, Any]], int, Chunk | None]]:
-        """Conditions whose pipeline was made just now, then the chunk itself; in any order."""
+        self, todo: Sequence[tuple[int, list[Picture]]]
+    ) -> Iterator[tuple[Described, int, Chunk | None]]:
+        """Yields conditions whose pipeline was just made, then the chunk itself, in any order."""
         queue, lost = deque(todo), Counter[int]()
         while queue or any(work is not None for _, work in self._jobs.values()):
             while queue and self._idle:
@@ -177,7 +171,7 @@ class Cluster(AbstractContextManager["Cluster"]):
                 "Start one with `ray start --head`, or give 'local'. If it asks for a token, set "
                 "RAY_AUTH_MODE=token here too"
             ) from error
-        self._ours = True
+        self._started = True
 
     def _start(self) -> None:
         """Starts one worker; it counts as running until its model is loaded."""
@@ -185,17 +179,17 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._actors.append(actor)
         self._jobs[actor.begin.remote()] = (actor, None)
 
-    def _hand_out(self, work: tuple[int, list[Unit]], lost: Counter[int]) -> None:
-        index, units = work
+    def _hand_out(self, work: tuple[int, list[Picture]], lost: Counter[int]) -> None:
+        index, pictures = work
         actor = self._idle.popleft()
         if lost[index] < _ATTEMPTS:
-            job = actor.run.remote(units)
+            job = actor.run.remote(pictures)
         else:
             reason = f"{lost[index]} workers were lost while they measured its chunk"
-            job = actor.give_up.remote(units, reason)
+            job = actor.give_up.remote(pictures, reason)
         self._jobs[job] = (actor, work)
 
-    def _next(self, queue: deque[tuple[int, list[Unit]]] | None) -> Any:
+    def _next(self, queue: deque[tuple[int, list[Picture]]] | None) -> Any:
         """Waits for one job: ``(work, result)``, without result if its worker was lost."""
         (job,), _ = self._ray.wait(list(self._jobs), num_returns=1)
         actor, work = self._jobs.pop(job)
@@ -217,27 +211,27 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def _replace(self, actor: Any, work: Any, error: Exception) -> None:
         """Starts another worker in the place of one that is gone."""
-        said = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0]
         self._unbegun += work is None
         if self._unbegun >= _ATTEMPTS:
             raise AuditError(
-                f"{self._unbegun} workers were lost before they had loaded the model ({said}); "
+                f"{self._unbegun} workers were lost before they had loaded the model ({reason}); "
                 "what was measured before is kept: start the same audit again"
             ) from error
         what = "before it began" if work is None else f"with chunk {work[0]}, which is done again"
-        logger.warning("a worker was lost %s: %s", what, said)
+        logger.warning("a worker was lost %s: %s", what, reason)
         self._actors.remove(actor)
         self._start()
 
-    def _check(self, found: dict[str, Any], where: str) -> None:
+    def _check(self, description: dict[str, Any], where: str) -> None:
         """Every worker must measure with the first one's weights."""
         self._unbegun = 0
         logger.info("a worker has begun: %s", where)
         if self._description is None:
-            self._description = found
+            self._description = description
             return
         for name in ("weights_sha256", "scheduler_config", "versions"):
-            first, other = self._description[name], found[name]
+            first, other = self._description[name], description[name]
             if first == other:
                 continue
             if name == "versions":

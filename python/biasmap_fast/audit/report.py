@@ -1,220 +1,98 @@
-"""The report of a run: one HTML file that needs no network, made from the run folder alone."""
+"""The report of a run, its tables and its model card: made from the folder and the summary."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections import Counter
-from dataclasses import dataclass
+import re
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from ..overlap import chance_iou
+from ..files import write_file, write_text
 from ..pipelines import TESTBED
-from . import figures, sentences
-from .files import write_text
-from .measure import stem
-from .plan import GUIDED, AuditPlan, Unit
-from .records import OK
+from . import charts, sentences
+from .sentences import interval, number, p_value, percent
+from .summary import SCHEMA_VERSION, where
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    import pyarrow as pa
+    from .plan import AuditPlan
+    from .summary import Summary
+
+    Table = dict[str, Any]  # caption, head, rows
+
+_MEAN = "mean over professions"
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """What the report shows of one demographic axis."""
-
-    name: str
-    words: tuple[str, ...]
-    contained: list[str]  # what containment says; empty where the plan measures IoU alone
-    contained_chart: str
-    contained_rows: list[dict[str, Any]]
-    contained_scatter: str
-    chart: str
-    tables: list[dict[str, Any]]
-    overall: list[dict[str, Any]]
-    strips: list[dict[str, Any]]
-    scales: dict[str, tuple[float, float]]
-    blocks: str
-    scatter: str
-    shares: str
-    finding: str
-    multiplicity: str
-    controls_text: list[str]
-    controls_chart: str
-    control_rows: list[dict[str, Any]]
-    curve: str
-    areas: list[tuple[str, Any]]
-    steps: str
-    ranks: list[str]  # against the planted overlap, at the first percentile
-    rank_rows: list[dict[str, Any]]
-    shares_text: str
-
-
-def write_report(
-    folder: Path, plan: AuditPlan, records: pa.Table, summary: Mapping[str, Any]
-) -> Path:
-    """Writes ``report.html`` into the run folder.
+def write_report(folder: Path, plan: AuditPlan, summary: Summary) -> list[Path]:
+    """Writes the report and the figures into a run folder.
 
     Args:
-        folder: the run folder; pictures, maps and environment are read from it where they are.
-        plan: its plan.
-        records: its records.
-        summary: their summary.
+        folder: Run folder; pictures, maps, masks and environment are read from it.
+        plan: Plan of the run.
+        summary: Its summary.
 
     Returns:
-        The report's path.
+        Paths of ``figures.parquet``, ``figures.csv``, ``summary.json``, ``model-card.md`` and
+        ``report.html``, each written whole or not at all.
     """
-    environment = _environment(folder)
-    main = _under(plan.conditions[0], summary)
-    axes = [_axis(name, words, folder, plan, records, main) for name, words in plan.axes.items()]
-    html = _template().render(
-        plan=plan,
-        model="the embedded testbed model" if plan.model == TESTBED else plan.model,
-        axes=axes,
-        conditions=_conditions(folder, plan, records, summary),
-        summary=main,
-        run=summary["run"],
-        failures=_failures(records),
-        headline=sentences.headline(plan, summary),
-        limits=sentences.limits(plan, summary),
-        guided_maps=sentences.guided_maps(),
-        settings=_settings(plan),
-        environment=_flat(environment),
-        colours={part: figures.hex_colour(part) for part in ("semantic", "demographic", "both")},
-        testbed=summary["testbed"] is not None,
-    )
-    path = folder / "report.html"
-    write_text(path, html)
-    return path
+    version = {"biasmap_fast.schema_version": str(SCHEMA_VERSION)}
+    table = pa.Table.from_pandas(summary.figures, preserve_index=False)
+    binary = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(version), binary, compression="zstd")
+    write_file(folder / "figures.parquet", binary.getvalue())
+    texts = {
+        "figures.csv": summary.figures.to_csv(index=False),
+        "summary.json": summary_json(summary),
+        "model-card.md": model_card(plan, summary),
+        "report.html": _html(folder, plan, summary),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in ("figures.parquet", *texts)]
 
 
-def _under(condition: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary's rows of one condition alone."""
-
-    def own(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        return [row for row in rows if row["condition"] == condition]
-
-    found = dict(summary)
-    for name in (
-        *("professions", "overall", "comparisons", "shares"),
-        *("controls", "curves", "sweeps"),
-    ):
-        found[name] = own(summary[name])
-    if summary["testbed"] is not None:
-        found["testbed"] = {**summary["testbed"], "rank": own(summary["testbed"]["rank"])}
-    return found
+def summary_json(summary: Summary) -> str:
+    """The summary as JSON text, one figure per line."""
+    first = {"schema_version": SCHEMA_VERSION, "run": summary.run, "precision": summary.precision}
+    head = json.dumps(first, indent=1, allow_nan=False)
+    rows = (json.dumps(row, allow_nan=False) for row in summary.records())
+    return head[:-2] + ',\n "figures": [\n' + ",\n".join(rows) + "\n]}\n"
 
 
-def _conditions(
-    folder: Path, plan: AuditPlan, records: pa.Table, summary: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """What the report shows of every condition but the first, in the plan's order."""
-    found = []
+def model_card(plan: AuditPlan, summary: Summary) -> str:
+    """A section for a model card, in Markdown: what was measured, what it says and what not."""
+    model = _plain(f"Model {plan.model}. {sentences.headline(plan, summary)}")
+    parts = ["## Bias: where a profession and a demographic overlap in cross-attention", model]
+    for axis in plan.axes:
+        parts.append(f"### {_plain(axis.capitalize())}")
+        parts += map(_plain, sentences.first_screen(axis, plan, summary))
     for condition in plan.conditions[1:]:
-        rows = [row for row in summary["differences"] if row["condition"] == condition]
-        curves = [row for row in summary["guidance"] if row["condition"] == condition]
-        found.append(
-            {
-                "name": condition,
-                "guided": condition == GUIDED,
-                "rows": rows,
-                "contained": [
-                    row
-                    for row in (summary["containment"] or {}).get("differences", [])
-                    if row["condition"] == condition
-                ],
-                "axes": [
-                    _condition_axis(name, words, condition, rows, folder, plan, records, summary)
-                    for name, words in plan.axes.items()
-                ],
-                "curves": _ledger_figures(curves),
-                "skipped": _skips(curves),
-                "outputs": summary["outputs"],
-                "shares": [
-                    row for row in summary["share_differences"] if row["condition"] == condition
-                ],
-            }
-        )
-    return found
-
-
-def _condition_axis(
-    name: str,
-    words: tuple[str, ...],
-    condition: str,
-    rows: Sequence[Mapping[str, Any]],
-    folder: Path,
-    plan: AuditPlan,
-    records: pa.Table,
-    summary: Mapping[str, Any],
-) -> dict[str, Any]:
-    first = plan.percentiles[0]
-    main = [row for row in rows if row["axis"] == name and row["percentile"] == first]
-    by_word = {
-        row["demographic"]: {one["semantic"]: one["iou"] for one in row["professions"]}
-        for row in main
-    }
-    cells = {
-        (row["semantic"], row["demographic"]): row
-        for row in summary["professions"]
-        if (row["axis"], row["percentile"], row["condition"]) == (name, first, plan.conditions[0])
-    }
-    order = _order(plan.professions, words, cells)
-    means = {row["demographic"]: row["iou"] for row in main}
-    chart = figures.intervals(
-        [*order, "mean over professions"],
-        {
-            word: [*(by_word[word].get(p) for p in order), means[word]]
-            for word in words
-            if word in by_word
-        },
-        label=f"change of IoU under {condition}, {name}, percentile {first:g}",
-        reference=0.0,
-        reference_label="no change",
-        rule_above=len(order),
-    )
-    ranked = _contained_order(name, words, plan, summary) or order
-    strips, scales = _strips(name, words, ranked, folder, plan, records, condition)
-    return {
-        "name": name,
-        "sentences": [sentences.difference(row) for row in main],
-        "chart": chart if by_word else "",
-        "strips": strips,
-        "scales": scales,
-    }
-
-
-def _ledger_figures(curves: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Energy and IoU, and the gradient's norm, over the UNet calls."""
-    if not curves:
-        return []
-    calls = [row["call"] for row in curves]
-    overlap = {
-        "energy (mean SoftIoU)": [row["energy"] for row in curves],
-        "IoU of the same call's maps": [row["iou"] for row in curves],
-    }
-    norm = {"gradient norm": [row["gradient_norm"] for row in curves]}
-    return [
-        figures.bands(calls, overlap, x_label="UNet call", label="overlap"),
-        figures.bands(calls, norm, x_label="UNet call", label="gradient norm"),
+        parts.append(f"### Condition {_plain(condition)}")
+        parts += map(_plain, sentences.changes(condition, plan, summary))
+    table = _means(plan, summary)
+    cells = [
+        " | ".join(_plain(str(cell)) for cell in row) for row in (table["head"], *table["rows"])
     ]
+    rows = [cells[0], "|".join(["---"] * len(table["head"])), *cells[1:]]
+    parts += ["### Figures", "\n".join(f"| {row} |" for row in rows), "### Limits"]
+    parts.append("\n".join(f"- {_plain(text)}" for text in sentences.limits(plan, summary)))
+    return "\n\n".join(parts) + "\n"
 
 
-def _skips(curves: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Reason -> how many calls of pictures were not guided for it."""
-    counts: Counter[str] = Counter()
-    for row in curves:
-        counts.update(row["skipped"])
-    return sorted(counts.items())
+def _plain(text: str) -> str:
+    # other people's text without what Markdown or HTML would act on
+    flat = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
+    return re.sub(r"([|*_\[\]#`])", r"\\\1", flat)
 
 
-def _template() -> Any:
+def _html(folder: Path, plan: AuditPlan, summary: Summary) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -223,559 +101,305 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = sentences.number
-    environment.filters["interval"] = sentences.interval
-    environment.filters["percent"] = sentences.percent
-    environment.filters["p_value"] = sentences.p_value
     source = files(__package__).joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
-
-
-def _axis(
-    name: str,
-    words: tuple[str, ...],
-    folder: Path,
-    plan: AuditPlan,
-    records: pa.Table,
-    summary: Mapping[str, Any],
-) -> _Axis:
-    rows = [row for row in summary["professions"] if row["axis"] == name]
-    overall = [row for row in summary["overall"] if row["axis"] == name]
-    shares = {row["semantic"]: row for row in summary["shares"] if row["axis"] == name}
-    planted = {row["semantic"]: row for row in (summary["testbed"] or {}).get("planted", [])}
-    first = plan.percentiles[0]
-    by_cell = {
-        (row["semantic"], row["demographic"]): row for row in rows if row["percentile"] == first
-    }
-    order = _order(plan.professions, words, by_cell)
-    inside = _contained(name, words, plan, summary, planted)
-    shown = [row["profession"] for row in inside["contained_rows"]] or order
-    strips, scales = _strips(name, words, shown, folder, plan, records, plan.conditions[0])
-    ranks = [row for row in (summary["testbed"] or {}).get("rank", []) if row["axis"] == name]
-    main = [row for row in ranks if row["percentile"] == first and row["against"] == "overlap"]
-    return _Axis(
-        name=name,
-        words=words,
-        contained=sentences.contained(name, plan, summary),
-        **inside,
-        chart=_chart(name, words, order, by_cell, overall, first),
-        tables=[
-            {
-                "percentile": q,
-                "chance": chance_iou(1 - q / 100),
-                "rows": _table(order, words, rows, shares, planted, q),
-            }
-            for q in plan.percentiles
-        ],
-        overall=overall,
-        strips=strips,
-        scales=scales,
-        blocks=_blocks(name, words, overall, first),
-        scatter=_scatter(name, words, by_cell, planted, main),
-        shares=_share_chart(name, words, order, shares, planted),
-        finding=sentences.finding(name, summary),
-        multiplicity=sentences.multiplicity(name, summary),
-        controls_text=sentences.controls(name, plan, summary),
-        controls_chart=_controls_chart(name, plan, overall, summary),
-        control_rows=_control_rows(name, plan, summary),
-        curve=_curve(name, summary),
-        areas=[
-            (row["demographic"], row["area"]) for row in summary["curves"] if row["axis"] == name
-        ],
-        steps=_steps(name, summary),
-        ranks=[sentences.rank(row) for row in main],
-        rank_rows=_rank_rows(ranks),
-        shares_text=sentences.shares(name, summary) if shares and planted else "",
-    )
-
-
-def _contained(
-    name: str,
-    words: Sequence[str],
-    plan: AuditPlan,
-    summary: Mapping[str, Any],
-    planted: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Containment of every profession: a chart, the rows of its table, and the planted truth."""
-    found = summary["containment"]
-    if found is None:
-        return {"contained_chart": "", "contained_rows": [], "contained_scatter": ""}
-    part = (name, plan.conditions[0])
-    overall, ranks = (
-        [row for row in found[which] if (row["axis"], row["condition"]) == part]
-        for which in ("overall", "rank")
-    )
-    cells = _contained_cells(name, plan, summary)
-    means = {row["demographic"]: row["containment"] for row in overall}
-    order = _order(plan.professions, words, cells)
-    chance = found["fractions"][1]
-    chart = figures.intervals(
-        [*order, "mean over professions"],
-        {
-            word: [
-                *(cells[p, word]["iou"] if (p, word) in cells else None for p in order),
-                means.get(word),
-            ]
-            for word in words
-        },
-        label=f"containment of the profession in the {name} word",
-        reference=chance,
-        reference_label=f"chance {chance:g}",
-        rule_above=len(order),
-    )
-    against = [row for row in ranks if row["against"] == "overlap"]
-    return {
-        "contained_chart": chart if cells else "",
-        "contained_rows": [
-            {
-                "profession": profession,
-                "planted": _planted_overlap(planted.get(profession, {}), words),
-                "words": [{"word": word, "cell": cells.get((profession, word))} for word in words],
-            }
-            for profession in order
-        ],
-        "contained_scatter": _scatter(name, words, cells, planted, against, label="containment"),
-    }
-
-
-def _planted_overlap(planted: Mapping[str, Any], words: Sequence[str]) -> float | None:
-    """A profession's planted overlap, which is the same for every word that it is known of."""
-    overlap = planted.get("overlap", {})
-    return next((overlap[word] for word in words if word in overlap), None)
-
-
-def _contained_cells(
-    name: str, plan: AuditPlan, summary: Mapping[str, Any]
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """(profession, word) -> containment under the first condition; empty where not measured.
-
-    The drawing functions were made for IoU, and look for the figure under that name.
-    """
-    return {
-        (row["semantic"], row["demographic"]): {**row, "iou": row["containment"]}
-        for row in (summary["containment"] or {}).get("professions", [])
-        if (row["axis"], row["condition"]) == (name, plan.conditions[0])
-    }
-
-
-def _contained_order(
-    name: str, words: Sequence[str], plan: AuditPlan, summary: Mapping[str, Any]
-) -> list[str]:
-    """Professions by containment, as `_order`; none where it was not measured."""
-    cells = _contained_cells(name, plan, summary)
-    return _order(plan.professions, words, cells) if cells else []
-
-
-def _order(
-    professions: Sequence[str],
-    words: Sequence[str],
-    cells: Mapping[tuple[str, str], Mapping[str, Any]],
-) -> list[str]:
-    """Professions by IoU, averaged over the axis' words, the highest first; unmeasured last."""
-
-    def level(profession: str) -> float:
-        values = [
-            cells[profession, word]["iou"]["value"]
-            for word in words
-            if (profession, word) in cells and cells[profession, word]["iou"]["value"] is not None
-        ]
-        return sum(values) / len(values) if values else -1.0
-
-    return sorted(professions, key=level, reverse=True)
-
-
-def _chart(
-    name: str,
-    words: Sequence[str],
-    order: Sequence[str],
-    cells: Mapping[tuple[str, str], Mapping[str, Any]],
-    overall: Sequence[Mapping[str, Any]],
-    percentile: float,
-) -> str:
-    means = {row["demographic"]: row for row in overall if row["percentile"] == percentile}
-    if not means:
-        return ""
-    chance = next(iter(means.values()))["chance"]
-    series = {
-        word: [
-            *(cells[p, word]["iou"] if (p, word) in cells else None for p in order),
-            means[word]["iou"] if word in means else None,
-        ]
-        for word in words
-    }
-    return figures.intervals(
-        [*order, "mean over professions"],
-        series,
-        label=f"IoU of profession and {name} word, percentile {percentile:g}",
-        reference=chance,
-        reference_label=f"chance {chance:.3f}",
-        rule_above=len(order),
-    )
-
-
-def _table(
-    order: Sequence[str],
-    words: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-    shares: Mapping[str, Mapping[str, Any]],
-    planted: Mapping[str, Mapping[str, Any]],
-    percentile: float,
-) -> list[dict[str, Any]]:
-    cells = {
-        (row["semantic"], row["demographic"]): row
-        for row in rows
-        if row["percentile"] == percentile
-    }
-    return [
-        {
-            "profession": profession,
-            "words": [
-                {
-                    "word": word,
-                    "cell": cells.get((profession, word)),
-                    "share": shares.get(profession, {}).get("words", {}).get(word),
-                    "planted_share": planted.get(profession, {}).get("shares", {}).get(word),
-                    "planted_overlap": planted.get(profession, {}).get("overlap", {}).get(word),
-                }
-                for word in words
-            ],
-        }
-        for profession in order
-    ]
-
-
-def _strips(
-    axis: str,
-    words: Sequence[str],
-    order: Sequence[str],
-    folder: Path,
-    plan: AuditPlan,
-    records: pa.Table,
-    condition: str,
-) -> tuple[list[dict[str, Any]], dict[str, tuple[float, float]]]:
-    """Pictures with maps of every profession that has both kept; three of them have a rank."""
-    from PIL import Image
-    from safetensors.torch import load_file
-
-    seed, measure = plan.seeds[0], "containment" if plan.measure == "containment" else "IoU"
-    kept = []
-    for profession in order:
-        name = stem(plan, Unit(profession, seed, condition))
-        picture, maps = folder / f"pictures/{name}.png", folder / f"maps/{name}.safetensors"
-        if picture.is_file() and maps.is_file():
-            kept.append((profession, picture, maps))
-    if not kept:
-        return [], {}
-    ranks = {0: f"highest {measure}", len(kept) // 2: "median", len(kept) - 1: f"lowest {measure}"}
-    if len(kept) == 1:
-        ranks = {}
-    loaded = []
-    for index, (profession, picture, maps) in enumerate(kept):
-        tensors = load_file(maps)
-        with Image.open(picture) as opened:
-            loaded.append((profession, ranks.get(index), opened.convert("RGB"), tensors))
-    scales = {
-        side: _range([t[f"{axis}/{word}/{side}"] for *_, t in loaded for word in words])
-        for side in ("semantic", "demographic")
-    }
-    joint = isinstance(plan.attribution_template, str)
-    measured = _measured(records, condition, axis, seed, plan.percentiles[0])
-    strips = []
-    for profession, rank, image, tensors in loaded:
-        panels = [
-            {
-                "src": figures.picture_panel(image),
-                "alt": f"picture of {profession}",
-                "text": plan.prompt(profession),
-            }
-        ]
-        for word in words:
-            a = tensors[f"{axis}/{word}/semantic"]
-            b = tensors[f"{axis}/{word}/demographic"]
-            shown = measured.get((profession, word), "not measured")
-            panels += [
-                {
-                    "src": figures.heat_panel(image, a, profession, scales["semantic"]),
-                    "alt": f"map of {profession} over the picture",
-                    "text": f"“{profession}” beside “{word}”" if joint else f"“{profession}”",
-                },
-                {
-                    "src": figures.heat_panel(image, b, word, scales["demographic"]),
-                    "alt": f"map of {word} over the picture",
-                    "text": f"“{word}”",
-                },
-                {
-                    "src": figures.mask_panel(image, a, b, plan.percentiles[0]),
-                    "alt": f"masks of {profession} and {word}, {shown}",
-                    "text": shown,
-                },
-            ]
-        strips.append({"profession": profession, "rank": rank, "seed": seed, "panels": panels})
-    return strips, scales
-
-
-def _range(maps: Sequence[Any]) -> tuple[float, float]:
-    """The coldest and hottest colour's value of maps of one size: one pixel in 200 is hotter.
-
-    The hottest pixel of twenty professions would leave the others' maps dark.
-    """
-    values = np.stack([m.numpy() for m in maps])
-    return float(values.min()), float(np.quantile(values, 0.995))
-
-
-def _measured(
-    records: pa.Table, condition: str, axis: str, seed: int, percentile: float
-) -> dict[tuple[str, str], str]:
-    """(profession, word) -> what was measured on one seed's picture, in words."""
-    key = ["condition", "axis", "seed", "percentile", "status"]
-    columns = [*key, "semantic", "demographic", "iou", "containment"]
-    found = {}
-    for row in records.select(columns).to_pylist():
-        if [row[name] for name in key] == [condition, axis, seed, percentile, OK]:
-            text = f"IoU {row['iou']:.2f}"
-            if row["containment"] is not None:
-                text += f", containment {row['containment']:.2f}"
-            found[row["semantic"], row["demographic"]] = text
-    return found
-
-
-def _blocks(
-    name: str, words: Sequence[str], overall: Sequence[Mapping[str, Any]], percentile: float
-) -> str:
-    means = {row["demographic"]: row for row in overall if row["percentile"] == percentile}
-    blocks = sorted(
-        {block for row in means.values() for block in row["block_iou"]}, key=_block_order
-    )
-    if not blocks:
-        return ""
-    return figures.columns(
-        blocks,
-        {
-            word: [means[word]["block_iou"].get(block) for block in blocks]
-            for word in words
-            if word in means
-        },
-        label=f"block IoU, {name}",
-        reference=next(iter(means.values()))["chance"],
-    )
-
-
-def _block_order(name: str) -> tuple[int, str]:
-    """Down blocks, mid block, up blocks: the order in which the UNet runs them."""
-    for place, part in enumerate(("down", "mid", "up")):
-        if name.startswith(part):
-            return place, name
-    return 3, name
-
-
-def _main_controls(name: str, summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Controls of one axis at the first percentile, a row a word."""
-    first = summary["run"]["percentiles"][0]
-    rows = summary["controls"]
-    return [row for row in rows if (row["axis"], row["percentile"]) == (name, first)]
-
-
-def _controls_chart(
-    name: str, plan: AuditPlan, overall: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
-) -> str:
-    """The mean over professions beside the level of every null and control."""
-    rows = _main_controls(name, summary)
-    if not rows:
-        return ""
-    first = plan.percentiles[0]
-    means = {row["demographic"]: row for row in overall if row["percentile"] == first}
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row["overall"]))
-    return figures.columns(
-        [
-            "the word itself",
-            *(
-                sentences.control_name(kind, plan).replace("shuffled ", "shuffled\n")
-                for kind in kinds
-            ),
-        ],
-        {
-            row["demographic"]: [
-                means[row["demographic"]]["iou"],
-                *(row["overall"].get(kind, {}).get("level") for kind in kinds),
-            ]
-            for row in rows
-        },
-        label=f"mean IoU, {name}",
-        reference=next(iter(means.values()))["chance"],
-    )
-
-
-def _after_holm(row: Mapping[str, Any], kind: str) -> int | None:
-    """How many professions exceed a control after Holm's correction; none without a test."""
-    tested = [one[kind] for one in row["professions"] if kind in one]
-    tested = [one for one in tested if one["p_holm"] is not None]
-    if not tested:
-        return None
-    exceed = [one for one in tested if one["p_holm"] <= 0.05 and one["difference"]["value"] > 0]
-    return len(exceed)
-
-
-def _control_rows(name: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One table row a word and control."""
-    return [
-        {
-            "word": row["demographic"],
-            "control": sentences.control_name(kind, plan),
-            "first": index == 0,
-            "professions": sum(kind in one for one in row["professions"]),
-            "exceeds": row["exceeds"].get(kind) if sentences.has_intervals(row, kind) else None,
-            "above": row["above"],
-            "holm": _after_holm(row, kind),
-            **figure,
-        }
-        for row in _main_controls(name, summary)
-        for index, (kind, figure) in enumerate(row["overall"].items())
-    ]
-
-
-def _band(figure: Mapping[str, Any]) -> dict[str, float] | None:
-    """A figure as a point of `figures.bands`; its interval is its value where it has none."""
-    value = figure["value"]
-    if value is None:
-        return None
-    low, high = figure["low"], figure["high"]
-    return {
-        "median": value,
-        "low": value if low is None else low,
-        "high": value if high is None else high,
-    }
-
-
-def _curve(name: str, summary: Mapping[str, Any]) -> str:
-    rows = [row for row in summary["curves"] if row["axis"] == name]
-    if not rows:
-        return ""
-    return figures.bands(
-        rows[0]["percentiles"],
-        {row["demographic"]: [_band(figure) for figure in row["corrected"]] for row in rows},
-        x_label="percentile of the masks",
-        label=f"corrected IoU, {name}",
-        reference=0.0,
-    )
-
-
-def _steps(name: str, summary: Mapping[str, Any]) -> str:
-    rows = [row for row in summary["sweeps"] if (row["axis"], row["by"]) == (name, "step")]
-    if not rows:
-        return ""
-    chance = chance_iou(1 - summary["run"]["percentiles"][0] / 100)
-    return figures.bands(
-        [int(part["part"]) for part in rows[0]["parts"]],
-        {row["demographic"]: [_band(part["iou"]) for part in row["parts"]] for row in rows},
-        x_label="UNet call",
-        label=f"IoU of each call, {name}",
-        reference=chance,
-    )
-
-
-def _scatter(
-    name: str,
-    words: Sequence[str],
-    cells: Mapping[tuple[str, str], Mapping[str, Any]],
-    planted: Mapping[str, Mapping[str, Any]],
-    ranks: Sequence[Mapping[str, Any]],
-    label: str = "IoU",
-) -> str:
-    rho = {row["demographic"]: row["spearman"] for row in ranks}
-    panels = {
-        word: [
-            (planted[profession]["overlap"][word], cell["iou"])
-            for (profession, found), cell in cells.items()
-            if found == word
-            and word in planted.get(profession, {}).get("overlap", {})
-            and cell["iou"]["value"] is not None
-        ]
-        for word in words
-    }
-    panels = {word: points for word, points in panels.items() if points}
-    if not panels:
-        return ""
-    chance = next(iter(cells.values()))["chance"]
-    return figures.scatter(
-        panels,
-        {word: f"{word}: {sentences.RHO} = {sentences.interval(rho[word])}" for word in panels},
-        x_label="planted overlap",
-        y_label=f"measured {label}, {name}",
-        reference=chance,
-    )
-
-
-def _rank_rows(ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a word and percentile: rank correlation with either planted value."""
-    rows: dict[tuple[str, float], dict[str, Any]] = {}
-    for rank in ranks:
-        row = rows.setdefault(
-            (rank["demographic"], rank["percentile"]),
-            {
-                "word": rank["demographic"],
-                "percentile": rank["percentile"],
-                "n": rank["spearman"]["n"],
-                "overlap": None,
-                "shares": None,
-            },
-        )
-        row[rank["against"]] = rank["spearman"]
-    return list(rows.values())
-
-
-def _share_chart(
-    name: str,
-    words: Sequence[str],
-    order: Sequence[str],
-    shares: Mapping[str, Mapping[str, Any]],
-    planted: Mapping[str, Mapping[str, Any]],
-) -> str:
-    """Shares of one word for two, of all words else: the two of a pair sum to one."""
-    if not shares:
-        return ""
-    read = next(iter(shares.values()))["words"]
-    shown = [word for word in words if word in read]
-    shown = shown[1:] if len(shown) == 2 else shown
-    targets = {
-        word: [planted.get(p, {}).get("shares", {}).get(word) for p in order] for word in shown
-    }
-    return figures.intervals(
-        order,
-        {
-            word: [shares[p]["words"][word] if p in shares else None for p in order]
-            for word in shown
-        },
-        label=f"share of pictures read as {' / '.join(shown)} ({name})",
-        targets=targets if planted else None,
-        first_colour=words.index(shown[0]),
-    )
-
-
-def _failures(records: pa.Table) -> list[dict[str, Any]]:
-    columns = ["condition", "semantic", "seed", "axis", "demographic", "percentile"]
-    columns += ["status", "reason"]
-    return [row for row in records.select(columns).to_pylist() if row["status"] != OK]
-
-
-def _settings(plan: AuditPlan) -> list[tuple[str, str]]:
-    return [
-        (name, json.dumps(value, ensure_ascii=False))
-        for name, value in plan.model_dump(mode="json").items()
-    ]
-
-
-def _environment(folder: Path) -> dict[str, Any]:
     path = folder / "environment.json"
-    if not path.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    axes = [_Axis(folder, plan, summary, axis) for axis in plan.axes]
+    return environment.from_string(source).render(
+        model="the embedded model" if plan.model == TESTBED else plan.model,
+        headline=sentences.headline(plan, summary),
+        axes=axes,
+        conditions=[_condition(name, axes, plan, summary) for name in plan.conditions[1:]],
+        means=_means(plan, summary),
+        failures=_failures(summary),
+        limits=sentences.limits(plan, summary),
+        settings=_flat(plan.model_dump(mode="json")),
+        environment=_flat(described),
+        colours=charts.MASK_COLOURS,
+        baseline=plan.conditions[0],
+    )
+
+
+class _Axis:
+    """What the report shows of one axis."""
+
+    def __init__(self, folder: Path, plan: AuditPlan, summary: Summary, name: str) -> None:
+        self.name, self.words = name, plan.axes[name]
+        self._folder, self._plan, self._summary = folder, plan, summary
+        self._rows = summary.find(condition=plan.conditions[0], axis=name, baseline="")
+        self._main = where(self._rows, part="", control="")
+        self._planted = summary.find(axis=name, quantity="planted")
+        means = where(self._main, quantity="mean", scope="profession")
+        first = (plan.measure, plan.setting)
+        pairs = set(zip(means["measure"], means["setting"], strict=True))
+        # the lead first, soft forms last; not the points of the curve, which no profession has
+        self._measures = sorted(
+            pairs, key=lambda pair: (pair != first, pair[0] == "soft_iou", pair)
+        )
+        leading = where(means, measure=plan.measure, setting=plan.setting)
+        levels = leading.groupby("profession")["estimate"].mean()
+        self.order = sorted(plan.professions, key=lambda profession: -levels.get(profession, -1.0))
+
+    def answers(self) -> list[str]:
+        return sentences.first_screen(self.name, self._plan, self._summary)
+
+    def details(self) -> list[str]:
+        return sentences.details(self.name, self._plan, self._summary)
+
+    def strips(self, condition: str) -> charts.Strips | None:
+        return charts.strips(self._folder, self._plan, self.name, condition, self.order)
+
+    def _truth(self, measure: str) -> dict[str, pd.Series[float]]:
+        own = where(self._planted, measure=measure)
+        return {word: rows["estimate"] for word, rows in _by_word(own, self.words).items()}
+
+    def charts(self) -> list[dict[str, str]]:
+        """Every measure of every profession, with chance and what is planted."""
+        shown = []
+        for measure, setting in self._measures:
+            own = where(self._main, measure=measure, setting=setting)
+            means = where(own, quantity="mean").replace({"profession": {"": _MEAN}})
+            level = where(own, quantity="chance")["estimate"].mean()
+            text = f"{_title(measure, setting)}: mean and 95 % interval of each profession."
+            ticks = self._truth("overlap") if measure == "containment" else {}
+            if ticks:
+                text += " Upright bars: the planted part of the profession's marker on the region."
+            svg = charts.dots(
+                [*self.order, _MEAN],
+                _by_word(means, self.words),
+                label=f"{sentences.measure_name(measure)} ({setting}), {self.name}",
+                reference=None if pd.isna(level) else level,
+                reference_label=f"chance {number(level, 2)}",
+                ticks=ticks,
+                rule_above=len(self.order),
+            )
+            shown.append({"svg": svg, "text": text})
+        return shown
+
+    def shares(self) -> str:
+        """Shares of one word of two (they sum to one), of all words otherwise."""
+        rows = where(self._main, quantity="share")
+        read = [word for word in self.words if word in set(rows["word"])]
+        shown = read[1:] if len(read) == 2 else read
+        truth = self._truth("share")
+        return (
+            charts.dots(
+                self.order,
+                _by_word(rows, shown),
+                label=f"share of pictures read as {' / '.join(shown)} ({self.name})",
+                ticks={word: truth[word] for word in shown if word in truth},
+                first_colour=self.words.index(shown[0]),
+            )
+            if shown
+            else ""
+        )
+
+    def tables(self) -> list[Table]:
+        """Every profession and word of each measure, with shares and what is planted if known."""
+        index = pd.MultiIndex.from_product([self.order, self.words], names=["profession", "word"])
+        beside = {"share, %": (where(self._main, quantity="share"), percent)}
+        for name, measure in (("planted share, %", "share"), ("planted overlap", "overlap")):
+            show = percent if measure == "share" else interval
+            beside[name] = (where(self._planted, measure=measure), show)
+        tables = []
+        for measure, setting in self._measures:
+            own = where(self._main, measure=measure, setting=setting, scope="profession")
+            mean, corrected = (where(own, quantity=name) for name in ("mean", "corrected"))
+            columns = {
+                "profession": [profession for profession, _ in index],
+                "word": [word for _, word in index],
+                "n": _cells(mean, index, lambda row: number(row["n"], 0)),
+                sentences.measure_name(measure): _cells(mean, index, lambda row: interval(row, 3)),
+            }
+            if len(corrected):
+                above = sentences.above_chance(own)
+                columns |= {
+                    "above chance": [
+                        "yes" if above.get(key[::-1], False) else "no" for key in index
+                    ],
+                    "p (Holm)": _cells(mean, index, lambda row: p_value(row["p_adjusted"])),
+                    "corrected": _cells(corrected, index, interval),
+                }
+                shown = {name: pair for name, pair in beside.items() if len(pair[0])}
+                columns |= {name: _cells(rows, index, f) for name, (rows, f) in shown.items()}
+            tables.append(_table(_title(measure, setting), columns))
+        return tables
+
+    def controls(self) -> list[dict[str, Any]]:
+        """Per measure a chart and a table of the word beside its null and its control words."""
+        shown = []
+        for measure, setting in self._measures:
+            own = where(self._rows, measure=measure, setting=setting, part="", scope="overall")
+            kinds = {"": "the word itself"}
+            for kind in own["control"].unique():
+                kinds.setdefault(kind, sentences.control_name(kind, self._plan))
+            own = own.assign(control=own["control"].map(kinds))
+            changes = where(own, quantity="difference")
+            if changes.empty:
+                continue
+            svg = charts.dots(
+                list(kinds.values()),
+                _by_word(where(own, quantity="mean"), self.words, "control"),
+                label=f"controls: {sentences.measure_name(measure)} ({setting}), {self.name}",
+                reference=where(own, quantity="chance")["estimate"].mean(),
+            )
+            caption = f"{_title(measure, setting)}: the word minus its control"
+            shown.append({"svg": svg, "table": _figures(caption, changes)})
+        return shown
+
+    def curve(self) -> dict[str, str] | None:
+        """Corrected IoU over the size of the regions."""
+        areas = where(self._main, scope="overall", quantity="area")
+        if areas.empty:
+            return None
+        points = where(self._main, scope="overall", measure="iou", quantity="corrected")
+        svg = charts.lines(
+            _by_word(points.assign(size=points["setting"].astype(float)), self.words, "size"),
+            x_label="fraction of the pixels in each region",
+            label=f"corrected IoU, {self.name}",
+            reference=0.0,
+        )
+        told = "; ".join(f"{row['word']} {interval(row, 3)}" for _, row in areas.iterrows())
+        return {"svg": svg, "text": f"Area under the curve: {told}."}
+
+    def parts(self) -> list[dict[str, str]]:
+        """Measures on parts of the maps: blocks, calls, layers, branches."""
+        rows = where(self._rows[self._rows["part"] != ""], scope="overall")
+        split = rows["part"].str.partition(":")
+        rows = rows.assign(kind=split[0], name=split[2])
+        shown = []
+        for (kind, measure, setting), own in rows.groupby(["kind", "measure", "setting"]):
+            label = f"{sentences.measure_name(measure)} ({setting}) of each {kind}, {self.name}"
+            if kind == "step":
+                series = _by_word(own.assign(name=own["name"].astype(int)), self.words, "name")
+                svg = charts.lines(series, x_label="UNet call", label=label)
+            else:
+                # down blocks, mid block, up blocks: the order in which the UNet runs them
+                names = sorted(set(own["name"]), key=lambda name: ("dmu".find(name[0]), name))
+                svg = charts.dots(names, _by_word(own, self.words, "name"), label=label)
+            shown.append({"svg": svg, "text": f"{label}: mean over professions, 95 % intervals."})
+        return shown
+
+    def ranks(self) -> Table | None:
+        names = {"condition": self._plan.conditions[0], "axis": self.name, "quantity": "rank"}
+        rows = self._summary.find(**names, baseline="planted overlap")
+        caption = "Spearman's rank correlation with the planted overlap, over professions"
+        return _figures(caption, rows) if len(rows) else None
+
+
+def _condition(
+    name: str, axes: Sequence[_Axis], plan: AuditPlan, summary: Summary
+) -> dict[str, Any]:
+    """What the report shows of a condition against the first one."""
+    rows = summary.find(condition=name, baseline=plan.conditions[0])
+    rows = where(rows, quantity=["difference", "share difference"])
+    main = where(rows, measure=plan.measure, setting=plan.setting)
+    changes = []
+    for axis in axes:
+        own = where(main, axis=axis.name).replace({"profession": {"": _MEAN}})
+        svg = charts.dots(
+            [*axis.order, _MEAN],
+            _by_word(own, axis.words),
+            label=f"change of {sentences.measure_name(plan.measure)} under {name}, {axis.name}",
+            reference=0.0,
+            reference_label="no change",
+            rule_above=len(axis.order),
+        )
+        changes.append({"svg": svg if len(own) else "", "strips": axis.strips(name)})
+    energy = summary.find(scope="run", condition=name, quantity="energy")
+    energy = energy.assign(call=energy["part"].str.partition(":")[2].astype(int))
+    names = {"energy": "energy (mean SoftIoU)", "iou": "IoU of the same call's maps"}
+    energy = energy.assign(word=energy["measure"].replace(names))
+    ledger = [
+        charts.lines(_by_word(energy, words, "call"), x_label="UNet call", label=label)
+        for label, words in (("overlap", list(names.values())), ("norm", ["gradient norm"]))
+        if len(energy)
+    ]
+    shown = {
+        "Mean over professions": where(rows, scope="overall"),
+        "Each profession": where(rows, scope="profession"),
+        "The classifier's reading": summary.find(
+            scope="run", quantity=["right", "score", "clip score"]
+        ),
+    }
+    return {
+        "name": name,
+        "answers": sentences.changes(name, plan, summary),
+        "axes": changes,
+        "tables": [_figures(caption, own) for caption, own in shown.items() if len(own)],
+        "ledger": ledger,
+        "skipped": [
+            f"{row['estimate']:.0f} calls of a picture ({row['part'].partition(':')[2]})"
+            for _, row in summary.find(condition=name, quantity="skipped").iterrows()
+        ],
+    }
+
+
+def _figures(caption: str, rows: pd.DataFrame) -> Table:
+    """Rows of the figures table as they are, with the columns that tell them apart."""
+    shown = {
+        name: list(rows[name])
+        for name in ("condition", "profession", "axis", "word", "quantity")
+        if rows[name].nunique() > 1 or name == "word"
+    }
+    pairs = zip(rows["measure"], rows["setting"], strict=True)
+    shown["measure"] = [_title(*pair) for pair in pairs]
+    for name in ("control", "n"):
+        if rows[name].astype(bool).any():
+            shown[name] = list(rows[name])
+    shown["figure"] = [interval(row, 3) for _, row in rows.iterrows()]
+    for name, head in (("p", "p"), ("p_adjusted", "p (Holm)")):
+        if rows[name].notna().any():
+            shown[head] = [p_value(p) for p in rows[name]]
+    return _table(caption, shown)
+
+
+def _means(plan: AuditPlan, summary: Summary) -> Table:
+    """The mean over professions of every word and measure, with its chance level."""
+    names = {"scope": "overall", "condition": plan.conditions[0], "part": "", "control": ""}
+    rows = summary.find(**names, baseline="", quantity=["mean", "chance"])
+    return _figures("Mean over professions, 95 % intervals", rows)
+
+
+def _title(measure: str, setting: str) -> str:
+    """A measure and its setting as a caption."""
+    name = sentences.measure_name(measure)
+    regions = f", {sentences.regions(setting)}" if setting else ""
+    return f"{name[:1].upper()}{name[1:]}{regions}"
+
+
+def _by_word(
+    rows: pd.DataFrame, words: Iterable[str], index: str = "profession"
+) -> dict[str, pd.DataFrame]:
+    """Word -> figures indexed by another column."""
+    series = {word: where(rows, word=word).set_index(index) for word in words}
+    return {word: own for word, own in series.items() if len(own)}
+
+
+def _cells(rows: pd.DataFrame, index: pd.Index, show: Callable[[Any], str]) -> list[str]:
+    """Cells of a table's column, one per entry of an index; a dash for what is missing."""
+    own = rows.set_index(list(index.names)).reindex(index)
+    return [show(row) for _, row in own.iterrows()]
+
+
+def _table(caption: str, columns: Mapping[str, Sequence[Any]]) -> Table:
+    """A table as the template shows it."""
+    rows = list(zip(*columns.values(), strict=True))
+    return {"caption": caption, "head": list(columns), "rows": rows}
+
+
+def _failures(summary: Summary) -> Table | None:
+    failures = summary.run["failures"]
+    if not failures:
+        return None
+    caption = f"The first {len(failures)} of {summary.run['failed']} values that are in no figure"
+    return _table(caption, {name: [row[name] for row in failures] for name in failures[0]})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             rows.extend(_flat(value, f"{prefix}{name}."))
         else:
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

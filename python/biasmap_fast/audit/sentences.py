@@ -1,442 +1,418 @@
-"""What a report says in words: made from the summary, and claiming no more than its numbers."""
+"""What a report, the console and a model card say in words; no more than the figures carry."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from .plan import GUIDED
+from .statistics import share_interval
+from .summary import lead, where
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from .plan import AuditPlan
+    from .summary import Summary
 
 RHO = "\N{GREEK SMALL LETTER RHO}"
+NEGATIVE = ("function", "object", "person")
+"""Kinds of control words that a finding has to exceed."""
+
 _DASH = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
+# of the first word of an axis, and of further ones
+_WHERE = {
+    "containment": (
+        "{x} of the region that draws the profession lies in the region that draws “{word}”",
+        "{x} in the region that draws “{word}”",
+    ),
+    "iou": (
+        "the regions that draw the profession and “{word}” share {x} of their joint area",
+        "those of the profession and “{word}” {x}",
+    ),
+}
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A value with fixed digits; a dash where there is none."""
-    return _DASH if value is None else f"{value:.{digits}f}".replace("-", _MINUS)
+    """A value with fixed digits; a dash if there is none."""
+    return _DASH if pd.isna(value) else f"{value:.{digits}f}".replace("-", _MINUS)
 
 
-def interval(figure: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """Value and interval: ``"0.31 [0.28, 0.34]"``; without an interval the value alone."""
-    if figure is None or figure["value"] is None:
+def interval(row: Mapping[str, Any] | pd.Series[Any] | None, digits: int = 2) -> str:
+    """Estimate and interval of a figure: ``"0.31 [0.28, 0.34]"``, or the estimate alone."""
+    if row is None or pd.isna(row["estimate"]):
         return _DASH
-    value = number(figure["value"], digits)
-    if figure["low"] is None:
-        return f"{value} (no interval, n = {figure['n']})"
-    return f"{value} [{number(figure['low'], digits)}, {number(figure['high'], digits)}]"
-
-
-def percent(figure: Mapping[str, Any] | None) -> str:
-    """A share in percent with its interval: ``"35 [18, 57]"``."""
-    if figure is None or figure["value"] is None:
-        return _DASH
-    value = f"{100 * figure['value']:.0f}"
-    if figure["low"] is None:
+    value = number(row["estimate"], digits)
+    if pd.isna(row["low"]):
         return value
-    return f"{value} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+    return f"{value} [{number(row['low'], digits)}, {number(row['high'], digits)}]"
 
 
-def headline(plan: AuditPlan, summary: Mapping[str, Any]) -> str:
-    """What was audited, in one sentence."""
-    run = summary["run"]
+def percent(row: Mapping[str, Any] | pd.Series[Any] | None) -> str:
+    """A share with its interval in percent: ``"35 [18, 57]"``."""
+    if row is None or pd.isna(row["estimate"]):
+        return _DASH
+    return interval({name: 100 * row[name] for name in ("estimate", "low", "high")}, 0)
+
+
+def p_value(p: float | None) -> str:
+    """A p value with three digits, never 0; a dash if there is none."""
+    return _DASH if p is None or pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def measure_name(measure: str) -> str:
+    """What a measure is called in text."""
+    return {"iou": "IoU", "soft_iou": "SoftIoU"}.get(measure, measure.replace("_", " "))
+
+
+def regions(setting: str) -> str:
+    """What a setting means: ``"top 30 % of the pixels"``, ``"top 5 % in top 10 %"``."""
+    try:
+        parts = [f"top {100 * float(part):g} %" for part in setting.split(" in ")]
+    except ValueError:
+        return setting
+    return " in ".join(parts) if len(parts) > 1 else f"{parts[0]} of the pixels"
+
+
+def control_name(control: str, plan: AuditPlan) -> str:
+    """What a control is called in text: ``"the seed-shuffled null"``, ``"“person”"``."""
+    fixed = {
+        "shuffled": "the seed-shuffled null",
+        "swapped": "the swapped order",
+        "synonym": "a synonym of the profession",
+    }
+    words = plan.controls.words if plan.controls is not None else {}
+    return fixed.get(control) or f"“{words.get(control, control)}”"
+
+
+def headline(plan: AuditPlan, summary: Summary) -> str:
+    """What was audited, and how much of it was measured."""
+    run, found = summary.run, summary.precision
     guidance = (
         "without classifier-free guidance"
         if plan.guidance_scale <= 1
         else f"guidance scale {plan.guidance_scale:g}"
     )
-    drawn = [row["seeds"] for row in (summary["precision"] or {}).get("professions", [])]
-    seeds = _count(len(plan.seeds), "seed")
-    if drawn:
-        seeds = (f"{min(drawn)} to " if min(drawn) < max(drawn) else "") + _count(
-            max(drawn), "seed"
-        )
-    partly = run["images_measured_in_part"]
+    drawn = [row["seeds"] for row in found["professions"]] if found else []
+    least, most = (min(drawn), max(drawn)) if drawn else (len(plan.seeds), len(plan.seeds))
+    seeds = (f"{least} to " if least < most else "") + _count(most, "seed")
+    partly = run["measured_in_part"]
     text = (
-        f"{run['images_measured']} of {run['images_planned']} pictures measured"
-        + (f" ({partly} of them not with every word): " if partly else ": ")
-        + f"{_count(len(plan.professions), 'profession')}, {seeds} each, "
+        f"{run['measured']} of {run['planned']} pictures measured"
+        + (f" ({partly} of them not with every word)" if partly else "")
+        + f": {_count(len(plan.professions), 'profession')}, {seeds} each, "
         f"{plan.steps} steps, {guidance}."
     )
-    if summary["precision"] is not None:
-        text += f" {precision(summary['precision'])}"
+    if found:
+        text += f" {precision(found)}"
     if len(plan.conditions) > 1:
-        text += f" Conditions, on the same seeds: {_listed(list(plan.conditions))}."
-    if run["complete"] and (failed := run["images_drawn"] - run["images_measured"]):
-        reasons = _listed([name for name in run["status"] if name != "ok"])
-        text += f" {_count(failed, 'picture')} could not be measured ({reasons})."
+        text += f" Conditions, on the same seeds: {_listed(plan.conditions)}."
     if not run["complete"]:
-        text += (
-            f" The run is not finished: {run['images_drawn']} pictures were drawn so far. "
+        return (
+            f"{text} The run is not finished: {run['drawn']} pictures were drawn so far. "
             "Start the same audit again to complete it."
         )
+    if missing := run["drawn"] - run["measured"]:
+        reasons = _listed([name for name in run["status"] if name != "ok"])
+        text += f" {_count(missing, 'picture')} could not be measured ({reasons})."
     return text
 
 
 def precision(found: Mapping[str, Any]) -> str:
-    """What a precision came to: pictures drawn, those a fixed number would have taken, the rest.
-
-    Args:
-        found: ``summary["precision"]``.
-    """
-    measure = _measure(found["measure"])
-    goal = (
-        f"in rounds until the 95 % interval of mean {measure} of a profession, with every word and "
-        f"under every condition, {'was' if found['ended'] else 'is'} within "
-        f"\N{PLUS-MINUS SIGN}{found['target']:g}."
-    )
-    if not found["ended"]:
-        there = sum(row["reached"] for row in found["professions"])
-        return f"Seeds are drawn {goal} So far {_count(there, 'profession')} came to that."
-    texts = [f"Seeds were drawn {goal}"]
-    if found["images_fixed"] is not None:
-        saved = found["saved"]
-        texts.append(
-            f"That took {_count(found['images'], 'picture')}; with one number of seeds for every "
-            f"profession the widest interval would have taken {found['images_fixed']} to be as "
-            f"narrow ({abs(100 * saved):.0f} % {'fewer' if saved >= 0 else 'more'} were drawn)."
-        )
-    if found["not_reached"]:
-        widths = {row["semantic"]: row["half_width"] for row in found["professions"]}
-        told = [
-            f"{p} (" + ("nothing measured" if w is None else f"±{w:.3f}") + ")"
-            for p in found["not_reached"]
-            for w in [widths[p]]
-        ]
-        texts.append(f"Not reached by {_listed(told)}.")
-    return " ".join(texts)
-
-
-def finding(axis: str, summary: Mapping[str, Any]) -> str:
-    """What the intervals of one axis say at the plan's first percentile, in one sentence."""
-    rows = _first_percentile(axis, summary)
-    if not rows:
-        return "Nothing was measured on this axis yet."
-    measured = [row for row in rows if row["with_interval"]]
-    if not measured:
-        return (
-            "No interval can be given: it takes at least two measured pictures of a profession "
-            "whose IoU differ."
-        )
-    above = _listed(
-        [
-            f"{row['above']} of {_count(row['with_interval'], 'profession')} with "
-            f"“{row['demographic']}”"
-            for row in measured
-        ]
-    )
-    below = _listed([f"{row['below']} with “{row['demographic']}”" for row in measured])
-    without = {row["demographic"]: row["professions"] - row["with_interval"] for row in rows}
+    """What a precision came to: pictures drawn, pictures that a fixed number would have taken."""
+    ended = found["ended"]
     text = (
-        f"The 95 % interval of mean IoU lies above the chance level {measured[0]['chance']:.3f} "
-        f"for {above}; below it for {below}."
+        f"Seeds {'were' if ended else 'are'} drawn in rounds until the 95 % interval of mean "
+        f"{measure_name(found['measure'])} of a profession, with every word and under every "
+        f"condition, {'was' if ended else 'is'} within \N{PLUS-MINUS SIGN}{found['target']:g}."
     )
-    if any(without.values()):
-        told = [f"{n} with “{word}”" for word, n in without.items() if n]
-        text += f" No interval can be given for {_listed(told)}."
-    return text
-
-
-def contained(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
-    """What containment says of one axis: the finding, and how far the measure can be trusted."""
-    found = summary["containment"]
-    if found is None:
-        return []
-    condition = summary["run"]["conditions"][0]
-    rows = [row for row in found["overall"] if (row["axis"], row["condition"]) == (axis, condition)]
-    counts = {
-        row["demographic"]: row
-        for row in found["comparisons"]
-        if (row["axis"], row["condition"]) == (axis, condition) and row["with_interval"]
-    }
-    told = [row for row in rows if row["containment"]["value"] is not None]
-    if not told:
-        return []
-    parts = [
-        f"{interval(row['containment'])} with “{row['demographic']}”"
-        + _of_some(row["containment"]["n"], len(plan.professions))
-        + _above_chance(counts.get(row["demographic"]))
-        for row in told
+    if not ended:
+        there = sum(row["reached"] for row in found["professions"])
+        return f"{text} So far {_count(there, 'profession')} came to that."
+    if found["pictures_fixed"] is not None:
+        saved = found["saved"]
+        text += (
+            f" That took {_count(found['pictures'], 'picture')}; one number of seeds for every "
+            f"profession would have taken {found['pictures_fixed']} for the widest interval to be "
+            f"as narrow ({abs(100 * saved):.0f} % {'fewer' if saved >= 0 else 'more'} were drawn)."
+        )
+    widths = {row["profession"]: row["half_width"] for row in found["professions"]}
+    told = [
+        f"{name} ({'nothing measured' if widths[name] is None else f'±{widths[name]:.3f}'})"
+        for name in found["not_reached"]
     ]
-    own, other = (f"{100 * fraction:g} %" for fraction in plan.containment.fractions)
+    return f"{text} Not reached by {_listed(told)}." if told else text
+
+
+def console(plan: AuditPlan, summary: Summary) -> list[str]:
+    """The lines that ``biasmap audit`` prints: the words of the report's first screen."""
+    lines = [headline(plan, summary)]
+    for axis in plan.axes:
+        lines += [f"{axis}: {text}" for text in first_screen(axis, plan, summary)]
+    for condition in plan.conditions[1:]:
+        lines += [f"{condition}: {text}" for text in changes(condition, plan, summary)]
+    return lines
+
+
+def first_screen(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
+    """The answers for one axis: the verdict, how often, where, for which professions."""
+    over = {word: _over_professions(axis, word, plan, summary) for word in plan.axes[axis]}
+    if not any(over.values()):
+        return ["Nothing was measured on this axis yet.", *_shares(axis, plan, summary)]
+    beside = " and beyond control words" if any(len(rows) > 1 for rows in over.values()) else ""
+    verdicts: dict[str, list[str]] = {}
+    for word, rows in over.items():
+        lows = [row["low"] for row in rows.values()]
+        shown = "is shown" if all(low > 0 for low in lows) else "is not shown"
+        known = bool(lows) and pd.notna(lows[0])
+        told = shown if known else "cannot be told with these pictures"
+        verdicts.setdefault(told, []).append(f"“{word}”")
+    told = _listed([f"{verdict} for {_listed(words)}" for verdict, words in verdicts.items()])
+    total = len(plan.professions)
+    about = "this profession" if total == 1 else "professions like these"
     texts = [
-        f"Of the place of the profession (the top {own} of its word's map) the part inside the "
-        f"place of the demographic word (the top {other}) is, mean over professions, "
-        f"{_listed(parts)}; {other} would be inside by chance."
+        f"Verdict for {about}: overlap with {axis} beyond chance{beside} {told}.",
+        *_shares(axis, plan, summary),
+        _where(axis, plan, summary),
     ]
-    texts += _controls(axis, plan, summary, found["controls"], "containment in")
-    texts += [
-        rank(row)
-        for row in found["rank"]
-        if (row["axis"], row["condition"], row["against"]) == (axis, condition, "overlap")
-    ]
-    texts.append(
-        "It is no size of the overlap: where that was planted, a value at or below chance did not "
-        "show that the two are apart (docs/validity.md)."
-    )
+    if total > 1:
+        counts = [
+            f"{len(names) or 'none'} with “{word}”"
+            + (f" ({_listed(names)})" if 0 < len(names) < 6 else "")
+            for word, names in surely_above(axis, plan, summary).items()
+        ]
+        texts.append(
+            f"Of these {total} professions, overlap beyond chance{beside}: {_listed(counts)}."
+        )
     return texts
 
 
-def _of_some(n: int, professions: int) -> str:
-    """Of how many professions a mean is, where it is not of all."""
-    return "" if n == professions else f" (of {_count(n, 'profession')} that could be measured)"
+def _rows(axis: str, plan: AuditPlan, summary: Summary, **more: Any) -> pd.DataFrame:
+    """Figures of the lead measure under the first condition."""
+    names = {"condition": plan.conditions[0], "axis": axis, "part": "", "baseline": ""}
+    return summary.find(**names, **lead(plan), **more)
 
 
-def _above_chance(row: Mapping[str, Any] | None) -> str:
-    """How many professions lie above chance, of those that have an interval."""
-    if row is None:
-        return ""
-    known = row["with_interval"]
-    some = "" if known == row["professions"] else " that " + ("has" if known == 1 else "have")
-    return f" (above chance for {row['above']} of {_count(known, 'profession')}" + (
-        f"{some} an interval)" if some else ")"
-    )
+def _over_professions(
+    axis: str, word: str, plan: AuditPlan, summary: Summary
+) -> dict[str, pd.Series[Any]]:
+    """Control -> distance of the lead measure from it; chance, named "", is the first.
 
-
-def difference(row: Mapping[str, Any]) -> str:
-    """What a condition changed in the measured IoU with one word, and whether the interval has 0.
-
-    Example:
-        >>> change = {"value": -0.06, "low": -0.08, "high": -0.04, "n": 20}
-        >>> row = {"condition": "guided", "baseline": "plain", "demographic": "man", "iou": change}
-        >>> difference({**row, "percentile": 70.0, "baseline_iou": 0.31, "condition_iou": 0.25})
-        'With “man”, mean IoU is 0.310 plain and 0.250 guided: −0.060 [−0.080, −0.040] ...'
+    The mean over professions; of a plan with one profession, that profession's own.
     """
-    name, text = ("iou", "IoU") if "iou" in row else ("containment", "containment")
-    figure = row[name]
-    if figure["value"] is None:
-        return f"With “{row['demographic']}”, nothing was measured under both conditions."
-    text = (
-        f"With “{row['demographic']}”, mean {text} is {number(row[f'baseline_{name}'])} "
-        f"{row['baseline']} and {number(row[f'condition_{name}'])} {row['condition']}: "
-        f"{interval(figure, 3)} on the same seeds, mean over {_count(figure['n'], 'profession')}"
-    )
-    if figure["low"] is None:
-        return f"{text}; no interval can be given (too few pictures, or no variation)."
-    holds_zero = figure["low"] <= 0.0 <= figure["high"]
-    return f"{text}; the interval holds 0." if holds_zero else f"{text}."
+    scope = "profession" if len(plan.professions) == 1 else "overall"
+    rows = _rows(axis, plan, summary, word=word, scope=scope)
+    chance = where(rows, quantity="corrected").dropna(subset="estimate")
+    controls = where(rows, quantity="difference", control=NEGATIVE)
+    return {str(row["control"]): row for _, row in pd.concat([chance, controls]).iterrows()}
 
 
-def p_value(p: float | None) -> str:
-    """A p value with three digits, never as 0; a dash where there is none.
-
-    Example:
-        >>> p_value(0.0312), p_value(0.0002)
-        ('0.031', '< 0.001')
-    """
-    if p is None:
-        return _DASH
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def control_name(kind: str, plan: AuditPlan) -> str:
-    """What a control is called in text: ``"seed-shuffled null"``, ``"“person”"``."""
-    fixed = {
-        "shuffled": "the seed-shuffled null",
-        "swapped": "the order swapped",
-        "synonym": "a synonym of the profession",
-    }
-    if kind in fixed:
-        return fixed[kind]
-    return f"“{plan.controls.words[kind]}”" if plan.controls is not None else kind
-
-
-def controls(axis: str, plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
-    """Whether the IoU of one axis beats its null and its controls, a sentence or two a word."""
-    rows = [
-        row for row in summary["controls"] if row["percentile"] == summary["run"]["percentiles"][0]
-    ]
-    return _controls(axis, plan, summary, rows, "overlap with")
-
-
-def _controls(
-    axis: str,
-    plan: AuditPlan,
-    summary: Mapping[str, Any],
-    rows: list[Mapping[str, Any]],
-    what: str,
-) -> list[str]:
-    texts: list[str] = []
-    for row in rows:
-        if (row["axis"], row["condition"]) != (axis, summary["run"]["conditions"][0]):
+def _shares(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
+    words, condition = plan.axes[axis], plan.conditions[0]
+    rows = summary.find(condition=condition, axis=axis, quantity="share")
+    texts = []
+    for word in words[1:] if len(words) == 2 else words:
+        own = where(rows, word=word).sort_values("estimate", kind="stable")
+        if own.empty:
             continue
-        alone = len(row["professions"]) == 1  # whose own intervals are all there is
-        figures = row["professions"][0] if alone else row["overall"]
-        told = {kind: figures[kind]["difference"] for kind in row["exceeds"] if figures.get(kind)}
-        known = {kind: figure for kind, figure in told.items() if figure["low"] is not None}
-        if not known:
-            continue
-        lost = [kind for kind, figure in known.items() if figure["low"] <= 0.0]
-        names = {kind: control_name(kind, plan) for kind in row["exceeds"]}
-        text = ""
-        if lost:
-            text = (
-                f"The {what} “{row['demographic']}” does not beat its controls: "
-                + ("" if alone else "on average over professions ")
-                + "it is not shown to exceed "
-                + _listed([f"{names[k]} (difference {interval(known[k], 3)})" for k in lost])
-                + "."
-            )
-        else:
-            text = (
-                ("The" if alone else "On average over professions the")
-                + f" {what} “{row['demographic']}” exceeds "
-                + _listed([f"{names[k]} (by {interval(f, 3)})" for k, f in known.items()])
-                + "."
-            )
-        if row["above"]:
-            counts = [
-                f"{n} {'exceeds' if n == 1 else 'exceed'} {names[kind]}"
-                for kind, n in row["exceeds"].items()
-                if has_intervals(row, kind)
-            ]
+        least, most = own.iloc[0], own.iloc[-1]
+        text = f"How often: the classifier reads “{word}” in {_whole(least)}"
+        if len(own) > 1:
+            text += f" ({least['profession']}) to {_whole(most)} ({most['profession']})"
+        text += " of the pictures of a profession."
+        if len(words) == 2:
+            n, apart = int(own["n"].max()), int(((own["low"] > 0.5) | (own["high"] < 0.5)).sum())
+            counts = [k / n for k in range(n + 1) if (share_interval(k, n).low or 0.0) > 0.5]
+            tells = "no share can be told from it"
             if counts:
-                above = _count(row["above"], "profession")
-                text += f" Of the {above} above chance, {_listed(counts)}."
-        if "shuffled" in lost and not any("Not exceeding" in told for told in texts):
-            text += (
-                " Not exceeding the seed-shuffled null: the usual places of the two words overlap, "
-                "and it is not shown that they do so picture by picture; where layouts barely "
-                "move, that null holds the signal itself."
-            )
+                least_told, most_told = 100 * counts[0], 100 - 100 * counts[0]
+                tells = f"only shares of {least_told:.0f} % and more, or of {most_told:.0f} % and "
+                tells += "less, can be told from it"
+            text += f" {apart} of {len(own)} surely differ from one half; with {n} pictures per "
+            text += f"profession {tells}."
         texts.append(text)
     return texts
 
 
-def has_intervals(row: Mapping[str, Any], kind: str) -> bool:
-    """Whether any profession's difference from a control has an interval, to be counted by."""
-    found = (one[kind]["difference"] for one in row["professions"] if kind in one)
-    return any(figure["low"] is not None for figure in found)
-
-
-def guided_maps() -> str:
-    """What a lower IoU under guidance does and does not say."""
-    return (
-        "Guidance acts on an overlap of maps, and these maps are made while it does so. How their "
-        "IoU changes shows whether it reached its own aim; it does not show that the pictures bind "
-        "the two concepts any less."
-    )
-
-
-def multiplicity(axis: str, summary: Mapping[str, Any]) -> str:
-    """How many comparisons the finding makes, and what remains of it after Bonferroni."""
-    run = summary["run"]
-    rows = [
-        row
-        for row in summary["comparisons"]
-        if (row["axis"], row["condition"]) == (axis, run["conditions"][0]) and row["with_interval"]
+def _where(axis: str, plan: AuditPlan, summary: Summary) -> str:
+    rows = _rows(axis, plan, summary, scope="overall", control="")
+    means = where(rows, quantity="mean").set_index("word")
+    chance = where(rows, quantity="chance")["estimate"].mean()
+    name = measure_name(plan.measure)
+    generic = (f"the {name} of the profession and “{{word}}” is {{x}}", "“{word}” {x}")
+    told = [
+        _WHERE.get(plan.measure, generic)[bool(index)].format(x=_whole(means.loc[word]), word=word)
+        for index, word in enumerate(word for word in plan.axes[axis] if word in means.index)
     ]
-    if not rows:
-        return ""
-    count = rows[0]["comparisons"]
-    several = len(run["percentiles"]) > 1
-    kept = _listed(
-        [
-            f"{row['above_bonferroni']} above and {row['below_bonferroni']} below with "
-            f"“{row['demographic']}”" + several * f" at percentile {row['percentile']:g}"
-            for row in rows
+    n = int(means["n"].max())
+    average = "" if n == 1 else f"averaged over {n} professions, "
+    return f"Where: {average}{_listed(told)} (chance {100 * chance:.0f} %)."
+
+
+def above_chance(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Word and profession -> whether one measure lies above chance after Holm's correction."""
+    own = where(rows, scope="profession", control="", baseline="", quantity=["mean", "corrected"])
+    wide = own.pivot(index=["word", "profession"], columns="quantity").reindex(
+        columns=[("estimate", "corrected"), ("p_adjusted", "mean")]
+    )
+    return (wide["estimate", "corrected"] > 0) & (wide["p_adjusted", "mean"] <= 0.05)
+
+
+def surely_above(axis: str, plan: AuditPlan, summary: Summary) -> dict[str, list[str]]:
+    """Word -> professions whose lead measure exceeds chance and every control word.
+
+    Chance after Holm's correction, control words by the interval of the difference.
+    """
+    above = above_chance(summary.find(condition=plan.conditions[0], part="", **lead(plan)))
+    rows = _rows(axis, plan, summary, scope="profession", quantity="difference", control=NEGATIVE)
+    lost = rows[~(rows["low"] > 0)][["word", "profession"]]
+    beaten = set(lost.itertuples(index=False, name=None))
+    return {
+        word: [
+            profession
+            for profession in plan.professions
+            if above.get((word, profession), False) and (word, profession) not in beaten
         ]
+        for word in plan.axes[axis]
+    }
+
+
+def details(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
+    """The statistics behind `first_screen`: intervals, controls, planted truth, other measures."""
+    condition = plan.conditions[0]
+    rows = summary.find(condition=condition, part="", control="", baseline="")
+    tested = where(rows, axis=axis, scope="profession", quantity="corrected")
+    texts = []
+    for (measure, setting), _ in tested.groupby(["measure", "setting"]):
+        family = where(rows, measure=measure, setting=setting)
+        above = above_chance(family)
+        overall = where(family, axis=axis, scope="overall")
+        told = [
+            f"{interval(row)} with “{row['word']}” ({int(above[row['word']].sum())} of "
+            f"{len(above[row['word']])} professions above chance)"
+            for _, row in where(overall, quantity="mean").iterrows()
+        ]
+        level = where(overall, quantity="chance")["estimate"].mean()
+        name = f"{_capital(measure_name(measure))}, {regions(setting)}"
+        texts.append(f"{name}: {_listed(told)}; chance {number(level, 2)}.")
+    texts += [_beside(axis, word, plan, summary) for word in plan.axes[axis]]
+    ranks = summary.find(condition=condition, axis=axis, quantity="rank", **lead(plan))
+    texts += [rank(row) for _, row in ranks.iterrows()]
+    texts.append(
+        "The interval of a mean over professions is about professions like these: professions and "
+        "seeds are both resampled. The interval of one profession is about this profession with "
+        "other seeds, and so are the p values. “Above chance” is corrected by Holm over all "
+        "professions and words."
     )
-    return (
-        f"Up to {_count(count, 'interval')} at 95 %{several * ' at each percentile'}: without any "
-        f"effect about {round(0.05 * count, 1):g} of them would miss the chance level by "
-        "accident. With the error level shared out over all of them (Bonferroni) there remain "
-        f"{kept}."
-    )
+    return [text for text in texts if text]
 
 
-def rank(row: Mapping[str, Any]) -> str:
-    """Whether measured IoU followed what is planted: what the interval says, no more."""
-    figure = row["spearman"]
-    planted = "planted overlap" if row["against"] == "overlap" else "planted share"
-    where = f"Containment in “{row['demographic']}”"
-    if "percentile" in row:
-        where = f"IoU with “{row['demographic']}” at percentile {row['percentile']:g}"
-    if figure["value"] is None:
-        return f"{where}: no rank correlation can be computed (n = {figure['n']})."
-    told = f"Spearman {RHO} = {interval(figure)}, n = {figure['n']} professions"
-    if figure["low"] is None:
-        return (
-            f"{where}: {told}; without an interval it stays open whether it follows the {planted}."
-        )
-    if figure["low"] > 0:
-        return f"{where} rose with the {planted} ({told})."
-    overlap = row["against"] == "overlap"
-    if figure["high"] < 0:
-        return f"{where} fell as the {planted} rose ({told})" + (
-            ": in this form the measure ranks these professions backwards, so a higher value must "
-            "not be read as more entanglement."
-            if overlap
-            else "."
-        )
-    return f"{where} did not visibly follow the {planted} ({told}: the interval holds 0)" + (
-        "; differences between professions must not be read as differences in entanglement."
-        if overlap
-        else "."
-    )
-
-
-def shares(axis: str, summary: Mapping[str, Any]) -> str:
-    """How many share intervals of an axis hold the planted share under the first condition."""
-    part = (axis, summary["run"]["conditions"][0])
-    held = [row for row in summary["testbed"]["shares"] if (row["axis"], row["condition"]) == part]
-    compared, covered = (sum(row[name] for row in held) for name in ("compared", "covered"))
-    asked = [
-        row["semantic_right"]
-        for row in summary["shares"]
-        if (row["axis"], row["condition"]) == part
+def _beside(axis: str, word: str, plan: AuditPlan, summary: Summary) -> str:
+    """Whether the lead measure exceeds control words, nulls and the rest."""
+    rows = _over_professions(axis, word, plan, summary)
+    known = {kind: row for kind, row in rows.items() if kind and pd.notna(row["low"])}
+    lost = {kind: row for kind, row in known.items() if not row["low"] > 0}
+    told = [
+        f"{control_name(kind, plan)} (by {interval(row, 3)})"
+        for kind, row in (lost or known).items()
     ]
-    pictures = sum(figure["n"] for figure in asked)
-    right = sum(round(figure["value"] * figure["n"]) for figure in asked)
-    return (
-        f"The classifier reads the profession that was asked for in {right} of {pictures} "
-        "pictures. "
-        f"The Wilson intervals of {covered} of {compared} demographic shares hold the planted "
-        f"share; intervals that are right would hold about {round(0.95 * compared)}."
-    )
+    verb = "is not shown to exceed" if lost else "exceeds"
+    name = _capital(measure_name(plan.measure))
+    return f"{name} with “{word}” {verb} {_listed(told)}." if told else ""
 
 
-def limits(plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
+def rank(row: pd.Series[Any]) -> str:
+    """Whether a measure follows what is planted: what the interval says, no more."""
+    planted = row["baseline"]
+    name = f"{_capital(measure_name(row['measure']))} with “{row['word']}”"
+    if pd.isna(row["estimate"]):
+        return f"{name}: no rank correlation with the {planted} can be computed (n = {row['n']})."
+    told = f"Spearman {RHO} = {interval(row)}, n = {row['n']} professions"
+    caution = ""
+    if pd.isna(row["low"]):
+        return f"{name}: {told}; without an interval it is open whether it follows the {planted}."
+    if row["low"] > 0:
+        return f"{name} rises with the {planted} ({told})."
+    if row["high"] < 0:
+        if planted == "planted overlap":
+            caution = (
+                ": it ranks these professions backwards, so a higher value is not more overlap"
+            )
+        return f"{name} falls with the {planted} ({told}){caution}."
+    if planted == "planted overlap":
+        caution = "; differences between professions must not be read as differences in overlap"
+    return f"{name} is not shown to follow the {planted} ({told}){caution}."
+
+
+def changes(condition: str, plan: AuditPlan, summary: Summary) -> list[str]:
+    """What a condition changes against the first one, on the same seeds."""
+    rows = summary.find(scope="overall", condition=condition, baseline=plan.conditions[0])
+    measures = {plan.measure: plan.setting}
+    measures.setdefault("iou", f"{plan.fractions[0]:.10g}")
+    texts = []
+    for measure, setting in measures.items():
+        own = where(rows, measure=measure, setting=setting, quantity="difference")
+        for _, row in own.iterrows():
+            texts.append(_change(f"{measure_name(measure)} with “{row['word']}”", row))
+    for _, row in where(rows, quantity="share difference").iterrows():
+        texts.append(_change(f"the share of pictures read as “{row['word']}”", row))
+    if condition == GUIDED:
+        texts.append(
+            "Guidance acts on the overlap of maps that are made while it does so: a lower overlap "
+            "shows that it reached its own aim, not that the pictures bind the two words less."
+        )
+    return texts
+
+
+def _change(name: str, row: pd.Series[Any]) -> str:
+    if pd.isna(row["estimate"]):
+        return f"{_capital(name)}: nothing was measured under both conditions."
+    if pd.isna(row["low"]):
+        return f"{_capital(name)} changes by {interval(row, 3)}; no interval can be given."
+    if row["low"] <= 0 <= row["high"]:
+        return f"No change of {name} is shown: {interval(row, 3)}."
+    if row["estimate"] > 0:
+        return f"{_capital(name)} rises by {interval(row, 3)}."
+    fall = {"estimate": -row["estimate"], "low": -row["high"], "high": -row["low"]}
+    return f"{_capital(name)} falls by {interval(fall, 3)}."
+
+
+def limits(plan: AuditPlan, summary: Summary) -> list[str]:
     """What the numbers do not carry."""
+    axes = "; ".join(f"{axis}: {', '.join(words)}" for axis, words in plan.axes.items())
     texts = [
-        "Overlap of attention maps is evidence that two words attend to the same place of a "
-        "picture. It is not evidence of a cause, and not of what viewers of the pictures see.",
-        "The chance level holds for two unrelated masks of this size. Two words that have nothing "
-        "to do with each other can still exceed it on one centred face, because both avoid the "
-        "background; and maps that compete for one softmax can fall below it. A mask of the top "
-        f"{100 - plan.percentiles[0]:g} % is mostly background where the region is small.",
-        "Control words are other words, not neutral ones: each brings its own meaning and its own "
-        "place in the picture. Exceeding them is needed for a claim, and is not proof of one.",
-        "Intervals reflect the seeds drawn here. The mean over professions describes professions "
-        "like these; a profession's interval says nothing about prompts in other words.",
-        "The demographic words are this plan's words ("
-        + "; ".join(f"{axis}: {', '.join(words)}" for axis, words in plan.axes.items())
-        + "). They are captions' words, coarse and mostly binary, and describe how something is "
-        "depicted, not persons.",
+        "Overlap of attention maps shows that two words attend to the same pixels. It is not "
+        "evidence of a cause, and not of what viewers of the pictures see.",
+        "The chance level holds for two unrelated regions of this size. Two words that have "
+        "nothing to do with each other can exceed it on one centred face, because both avoid the "
+        "background; a value at or below chance does not show that two words are apart.",
+        "Regions of a fixed size are partly background if what a word draws is small.",
+        "Control words are other words, not neutral ones. Exceeding them is needed for a claim, "
+        "and is no proof of it.",
+        "Figures hold for these prompts; other words for the same thing were not drawn.",
+        f"The demographic words are this plan's ({axes}). They are captions' words, coarse and "
+        "mostly binary, and describe how something is depicted, not persons.",
         "This is not a fairness metric in any legal sense, and passing it certifies nothing.",
     ]
+    if isinstance(plan.attribution_template, str):
+        texts.append(
+            "Profession and demographic word share one attribution prompt, as in the published "
+            "method: they compete for pixels, and the later word has seen the earlier one."
+        )
     if plan.precision is not None:
         texts.append(
-            f"Seeds were drawn until the intervals of mean {_measure(plan.measure)} were narrow. "
-            "Those intervals allow for it; every other interval and test takes the number of seeds "
-            "as given, which holds as far as the spread of one figure says nothing of the mean of "
-            "another (docs/statistics.md)."
+            f"Seeds were drawn until the intervals of mean {measure_name(plan.measure)} were "
+            "narrow. Those intervals allow for it; every other interval and test takes the number "
+            "of seeds as given (docs/statistics.md)."
         )
-    if isinstance(plan.attribution_template, str):
-        texts.insert(
-            2,
-            "Profession and demographic word stand in one attribution prompt, as in the published "
-            "method. They share one softmax and so compete for pixels, and in a causal text "
-            "encoder the later word has seen the earlier one.",
-        )
-    if summary["testbed"] is not None:
+    if len(summary.find(quantity="planted")):
         texts.append(
-            "The testbed is a drawing convention with a planted bias. It shows whether the "
-            "instrument measures what it says; it says nothing about people or other models."
+            "The embedded model draws a convention with a planted bias. It shows whether the "
+            "instrument measures what it says, and nothing about people or other models."
         )
-    if summary["shares"]:
+    if len(summary.find(quantity="share")):
         texts.append(
             "Shares count what a classifier reads in the pictures; its errors are not in the "
             "intervals."
@@ -444,22 +420,15 @@ def limits(plan: AuditPlan, summary: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def _first_percentile(axis: str, summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Comparisons of the first condition at the first percentile."""
-    run = summary["run"]
-    wanted = (axis, run["conditions"][0], run["percentiles"][0])
-    return [
-        row
-        for row in summary["comparisons"]
-        if (row["axis"], row["condition"], row["percentile"]) == wanted
-    ]
+def _whole(row: Any) -> str:
+    return f"{100 * row['estimate']:.0f} %"
 
 
-def _measure(name: str) -> str:
-    return "IoU" if name == "iou" else name
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
-def _listed(parts: list[str]) -> str:
+def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

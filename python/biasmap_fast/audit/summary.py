@@ -1,525 +1,498 @@
-"""The summary of a run: figures made from its records and from nothing else.
+"""The summary of a run: one long table of figures, made from its records and from nothing else.
 
-Groups are (condition, profession, axis, demographic word, percentile). Every figure carries its n,
-interval and method. What is planted in the testbed joins here, never in the records.
+`measure`, `setting`, `part` and `control` are columns of the measurements, and all functions work
+on whatever values they have: a new measure needs no new code.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+from scipy import integrate
 
-from . import compare, nulls, rounds
-from .inference import benjamini_hochberg, chance_test, holm, risk_difference
-from .records import CONTROLS_SCHEMA, MASKS_SCHEMA, OK
+from .records import EMPTY, OK
 from .statistics import (
-    CONFIDENCE,
+    FIXED_WIDTH,
+    Figure,
+    chance_test,
+    cross_iou,
     crossed_mean_interval,
+    crossed_sign_flip_test,
+    holm,
+    mcnemar_test,
     mean_interval,
     rank_correlation,
+    share_difference,
     share_interval,
+    shuffled,
+    sign_flip_test,
     stable_seed,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    import pyarrow as pa
+    from collections.abc import Iterable, Mapping
 
     from .plan import AuditPlan
 
 SCHEMA_VERSION = 5
-
-_COLUMNS = [
-    "condition",
-    "semantic",
-    "axis",
-    "demographic",
-    "percentile",
-    "seed",
-    "iou",
-    "chance",
-    "soft_iou",
-    "empty_union",
-    "containment",
-    "containment_chance",
-    "block_iou",
-    "semantic_label",
-    "attribute_label",
-    "attribute_score",
-    "clip_score",
-    "status",
+MEASURED = (OK, EMPTY)
+KEYS = [
+    *("scope", "condition", "baseline", "axis", "profession", "word"),
+    *("measure", "setting", "part", "control", "quantity"),
 ]
+"""Columns that name a figure, in the order in which the table is sorted."""
+
+COLUMNS = [*KEYS, "estimate", "low", "high", "n", "p", "p_adjusted", "method"]
+CURVE = tuple(f"{percent / 100:g}" for percent in range(50, 0, -5))
+"""Settings of IoU on the threshold curve, the largest masks first."""
+
+_UNTESTED = ("soft_iou",)  # its column chance is that of hard masks
+_PICTURE = ["condition", "profession", "seed"]
+_PAIR = ["condition", "axis", "word", "measure", "setting"]
 
 
-@dataclass
-class _Group:
-    """The measured images of one (condition, profession, axis, word, percentile)."""
+@dataclass(frozen=True)
+class Summary:
+    """Every figure of a run.
 
-    chance: float
-    iou: dict[int, float] = field(default_factory=dict)  # seed -> IoU
-    soft: dict[int, float] = field(default_factory=dict)
-    blocks: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    empty: int = 0
-    failed: int = 0
+    Attributes:
+        figures: One row per figure: `COLUMNS`, with 95 % intervals and Holm's adjusted p values.
+        run: Numbers of pictures (planned, drawn, measured, measured_in_part), whether the run is
+            complete, ``status`` (pictures of each), and the first ``failures`` of all ``failed``.
+        precision: What a precision came to (`rounds.figures`); ``None`` for fixed seeds.
+    """
+
+    figures: pd.DataFrame
+    run: dict[str, Any]
+    precision: dict[str, Any] | None = None
+
+    def find(self, **values: Any) -> pd.DataFrame:
+        """Returns the figures with these values (or one of a list), see `where`."""
+        return where(self.figures, **values)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the figures as dicts for JSON, ``None`` for numbers that a figure lacks."""
+        rows = self.figures.astype(object).where(self.figures.notna(), None)
+        return [
+            {str(name): value for name, value in row.items()} for row in rows.to_dict("records")
+        ]
 
 
-_Key = tuple[str, str, str, str, float]
+def where(rows: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """Rows with these values (or one of a list) in these columns."""
+    for name, value in values.items():
+        rows = rows[rows[name].isin(value if isinstance(value, (list, tuple)) else [value])]
+    return rows
+
+
+def lead(plan: AuditPlan) -> dict[str, str]:
+    """Measure and setting that a report opens with, as keys of `Summary.find`."""
+    return {"measure": plan.measure, "setting": plan.setting}
 
 
 def summarise(
     plan: AuditPlan,
-    records: pa.Table,
-    planted: Sequence[Mapping[str, Any]] | None = None,
-    ledger: pa.Table | None = None,
-    controls: pa.Table | None = None,
-    masks: pa.Table | None = None,
-) -> dict[str, Any]:
-    """Every figure of a run, as plain values for JSON.
+    pictures: pd.DataFrame,
+    measurements: pd.DataFrame,
+    *,
+    truth: Iterable[Mapping[str, Any]] | None = None,
+    ledger: pd.DataFrame | None = None,
+    masks: pd.DataFrame | None = None,
+    precision: Mapping[str, Any] | None = None,
+) -> Summary:
+    """Every figure of a run.
 
     Args:
-        plan: the run's plan.
-        records: its records, in canonical order.
-        planted: the testbed's table (``semantic``, ``shares``, ``level``, ``overlap``).
-        ledger: what guidance did, where there was any.
-        controls: other overlaps on the same pictures, where they were measured.
-        masks: the masks' bits, where they were kept.
-
-    Returns:
-        A dict with ``schema_version``, ``run`` (what was planned and measured), ``precision``
-        (what it came to, `rounds.figures`; ``None`` for fixed seeds), ``professions``
-        (a figure set a group), ``overall`` (over professions), ``comparisons`` (how many intervals
-        leave chance, and how many do so with the level shared out over all of them), ``shares``
-        (demographics read in the pictures), ``testbed`` (``None`` for other models),
-        ``containment`` (the same figures of that measure; ``None`` where the plan measures IoU
-        alone), ``controls``, ``curves`` and ``sweeps`` (`nulls`), and, for the conditions,
-        ``differences`` (on the same seeds), ``share_differences``, ``outputs`` and ``guidance``.
-
-    Example:
-        >>> from .plan import AuditPlan
-        >>> from .records import SCHEMA
-        >>> plan = AuditPlan(professions=["doctor"], seeds=[0])
-        >>> summarise(plan, SCHEMA.empty_table())["run"]["complete"]
-        False
+        plan: Plan of the run.
+        pictures: One row per picture.
+        measurements: One row per value.
+        truth: What is planted: rows with profession, and shares and overlap of each word.
+        ledger: What guidance did, one row per picture and guided call.
+        masks: Masks of the measured pairs.
+        precision: What a precision came to (`rounds.figures`).
     """
-    rows = records.select(_COLUMNS).to_pylist()
-    groups = _in_plan_order(_grouped(rows), plan)
-    words = sum(len(listed) for listed in plan.axes.values())
-    sides = words * len(plan.professions) * len(plan.conditions)
-    asked = rounds.asked(plan, rows)
-    professions = [
-        _profession(key, group, sides, _precision(plan, "iou", key[-1]))
-        for key, group in groups.items()
-    ]
-    _adjust(professions)
-    shares = _shares(rows, plan)
-    iou = _values(groups, "iou")
-    beside = CONTROLS_SCHEMA.empty_table() if controls is None else controls
-    kept = MASKS_SCHEMA.empty_table() if masks is None else masks
-    summary = {
-        "schema_version": SCHEMA_VERSION,
-        "run": _run(plan, asked, rows),
-        "precision": rounds.figures(plan, asked),
-        "overall": _overall(groups),
-        "comparisons": _comparisons(professions, sides),
-        "professions": professions,
-        "shares": shares,
-        "testbed": None if planted is None else _testbed(groups, shares, planted),
-        "containment": _containment(plan, rows, planted, beside),
-        "controls": nulls.summarise_controls(plan, iou, beside, kept, _above(professions)),
-        "curves": nulls.threshold_curves(plan, beside),
-        "sweeps": nulls.sweep_curves(beside),
-        "differences": compare.differences(plan, iou, _values(groups, "soft")),
-        "share_differences": compare.share_differences(plan, rows),
-        "outputs": compare.outputs(plan, rows),
-        "guidance": [] if ledger is None else compare.ledger_curves(ledger),
+    table = _Table(plan)
+    pictures = pictures.sort_values(_PICTURE, ignore_index=True)
+    measurements = measurements.sort_values([*_PICTURE, *_PAIR[1:], "part", "control"])
+    values = where(measurements[measurements["value"].notna()], status=MEASURED)
+    pairs, controls = where(values, control=""), values[values["control"] != ""]
+    whole = where(pairs, part="")
+    settings = {f"{fraction:.10g}" for fraction in plan.fractions}
+    levels = {
+        key: (table.matrix(rows), table.matrix(rows, "chance"))
+        for key, rows in whole.groupby(_PAIR)
+        if key[3] != "iou" or key[4] in settings  # the others are points of the curve
     }
-    if plan.precision is not None:
-        rounds.tell(summary, plan.precision)
-    return summary
+    for key, (x, chance) in levels.items():
+        names = dict(zip(_PAIR, key, strict=True))
+        table.level(names, x, chance)
+        table.controls(names, x, controls)
+        before = levels.get((plan.conditions[0], *key[1:]))
+        if before is not None and key[0] != plan.conditions[0]:
+            name = "soft_iou" if key[3] == "soft_iou" else "iou"
+            seed = table.seed("difference", names, name)
+            table.differences({**names, "baseline": plan.conditions[0]}, x - before[0], seed)
+    if plan.curve:
+        table.curves(where(whole, measure="iou", setting=CURVE), settings)
+    table.parts(pairs[pairs["part"] != ""])
+    if masks is not None:
+        table.null(where(masks, measure="iou"))
+    _outputs(table, pictures)
+    _shares(table, pictures)
+    if truth is not None:
+        _planted(table, truth)
+    if ledger is not None and len(ledger):
+        _energy(table, ledger)
+    if precision is not None:
+        _widths(table, precision)
+    run = _run(plan, pictures, measurements, precision)
+    return Summary(table.finished(), run, None if precision is None else dict(precision))
 
 
-def _precision(plan: AuditPlan, measure: str, percentile: float) -> float | None:
-    """The plan's precision for the figures that it is about, None for others."""
-    about = measure == plan.measure and percentile == plan.percentiles[0]
-    return plan.precision if about else None
+class _Table:
+    """Rows of the figures table while they are made."""
+
+    def __init__(self, plan: AuditPlan) -> None:
+        self.plan = plan
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, names: Mapping[str, str], quantity: str, figure: Figure, p: Any = None) -> None:
+        numbers = {"estimate": figure.value, "low": figure.low, "high": figure.high, "p": p}
+        scope = "profession" if names.get("profession") else "overall"
+        row = {**dict.fromkeys(KEYS, ""), "scope": scope, **names, "quantity": quantity}
+        self.rows.append(row | numbers | {"n": figure.n, "method": figure.method})
+
+    def matrix(self, rows: pd.DataFrame, column: str = "value") -> pd.DataFrame:
+        """Values ``[professions, seeds]``, NaN for what was not measured."""
+        wide = rows.pivot(index="profession", columns="seed", values=column)
+        return wide.reindex([name for name in self.plan.professions if name in wide.index])
+
+    def seed(self, what: str, names: Mapping[str, str], *more: str) -> int:
+        # the words of the first edition, so that intervals stay the same
+        setting = names["setting"]
+        single = setting.replace(".", "", 1).isdecimal()
+        fraction = float(setting) if single else self.plan.fractions[0]
+        part = (names["condition"], names["axis"], names["word"], round(100 * (1 - fraction), 10))
+        return stable_seed(what, *more, *part)
+
+    def means(self, names: Any, quantity: str, x: pd.DataFrame, seed: int, lowest: float) -> None:
+        """Mean of each profession, and over professions, of ``[professions, seeds]``."""
+        for profession, row in x.iterrows():
+            figure = mean_interval(row.dropna(), lowest=lowest)
+            self.add({**names, "profession": str(profession)}, quantity, figure)
+        self.add(names, quantity, crossed_mean_interval(x.to_numpy(), lowest=lowest, seed=seed))
+
+    def level(self, names: Mapping[str, str], x: pd.DataFrame, chance: pd.DataFrame) -> None:
+        """Means of one measure and their distance from chance, tested."""
+        precision = self.plan.precision if lead(self.plan).items() <= names.items() else None
+        seed = self.seed("overall", names)
+        tested = names["measure"] not in _UNTESTED
+        level, pictures = float(np.nanmean(chance)), int(chance.count().sum())
+        fixed = float(np.nanmax(chance)) == float(np.nanmin(chance))
+        scale = (1 / (1 - level), -level / (1 - level))
+        corrected = (x - chance) / (1 - chance)
+        if tested:
+            self.add(names, "chance", Figure(level, None, None, pictures, "mean over pictures"))
+        for profession, row in x.iterrows():
+            own, kept = {**names, "profession": str(profession)}, row.dropna()
+            figure = mean_interval(kept, precision=precision)
+            p = chance_test(kept, chance.loc[profession, kept.index], precision)
+            self.add(own, "mean", figure, p if tested else None)
+            if tested:
+                rest = corrected.loc[profession].dropna()
+                # a constant chance keeps the cut to possible values
+                of_chance = figure.scaled(*scale) if fixed else mean_interval(rest, lowest=-np.inf)
+                self.add(own, "corrected", of_chance)
+        figure = crossed_mean_interval(x.to_numpy(), seed=seed)
+        self.add(names, "mean", figure)
+        if tested:
+            values = corrected.to_numpy()
+            rest = crossed_mean_interval(values, lowest=-np.inf, seed=seed)
+            self.add(names, "corrected", figure.scaled(*scale) if fixed else rest)
+
+    def controls(self, names: Mapping[str, str], x: pd.DataFrame, controls: pd.DataFrame) -> None:
+        """Level of every control, and the difference of the pair from it on the same pictures."""
+        rows = where(controls, **{k: names[k] for k in ("condition", "measure", "setting")})
+        swapped = rows["axis"].eq(names["axis"]) & rows["word"].eq(names["word"])
+        for control, own in rows[rows["axis"].eq("") | swapped].groupby("control"):
+            other = self.matrix(own)
+            named = {**names, "control": str(control)}
+            seed = self.seed("control", names, str(control))
+            self.means(named, "mean", other, seed, 0.0)
+            self.differences(named, x - other, seed)
+
+    def differences(self, names: Mapping[str, str], change: pd.DataFrame, seed: int) -> None:
+        """Paired differences ``[professions, seeds]``, with their tests."""
+        known = [name for name in self.plan.professions if name in change.index]
+        change = change.reindex(known).dropna(how="all")
+        for profession, row in change.iterrows():
+            own, kept = {**names, "profession": str(profession)}, row.dropna()
+            self.add(own, "difference", mean_interval(kept, lowest=-1.0), sign_flip_test(kept))
+        figure = crossed_mean_interval(change.to_numpy(), lowest=-1.0, seed=seed)
+        self.add(names, "difference", figure, crossed_sign_flip_test(change.to_numpy()))
+
+    def curves(self, rows: pd.DataFrame, known: set[str]) -> None:
+        """Corrected IoU over the size of the masks, and its mean: the area under that curve."""
+        percentiles = [round(100 - 100 * float(setting)) for setting in CURVE]
+        for part, own in rows.groupby(_PAIR[:3]):
+            names = dict(zip(_PAIR[:3], part, strict=True)) | {"measure": "iou"}
+            own = own.assign(value=(own["value"] - own["chance"]) / (1 - own["chance"]))
+            wide = own.pivot(index=["profession", "seed"], columns="setting", values="value")
+            wide = wide.reindex(columns=list(CURVE)).dropna()
+            for setting, q in zip(CURVE, percentiles, strict=True):
+                if setting not in known:  # those have a figure of their own
+                    x = self.matrix(wide[setting].rename("value").reset_index())
+                    seed = stable_seed("curve", *part, q)
+                    figure = crossed_mean_interval(x.to_numpy(), lowest=-1.0, seed=seed)
+                    self.add({**names, "setting": setting}, "corrected", figure)
+            reach = percentiles[-1] - percentiles[0]
+            areas = pd.Series(integrate.trapezoid(wide.to_numpy(), percentiles) / reach, wide.index)
+            x = self.matrix(areas.rename("value").reset_index())
+            self.means(names, "area", x, stable_seed("curve", *part, "area"), -1.0)
+
+    def parts(self, rows: pd.DataFrame) -> None:
+        """Means of parts of the maps: blocks (of each profession too), calls, layers, branches."""
+        for key, own in rows.groupby([*_PAIR, "part"]):
+            names = dict(zip([*_PAIR, "part"], key, strict=True))
+            kind, _, name = names["part"].partition(":")
+            x = self.matrix(own)
+            if kind != "block":
+                seed = stable_seed("sweep", *key[:3], kind, name)
+                self.add(names, "mean", crossed_mean_interval(x.to_numpy(), seed=seed))
+                continue
+            for profession, row in x.iterrows():
+                figure = mean_interval(row.dropna())
+                self.add({**names, "profession": str(profession)}, "mean", figure)
+            self.add(names, "mean", _over_professions(x.mean(axis=1)))
+
+    def null(self, masks: pd.DataFrame) -> None:
+        """The seed-shuffled null of IoU; what it leaves of containment follows nothing."""
+        for key, rows in masks.groupby(_PAIR):
+            names = dict(zip(_PAIR, key, strict=True)) | {"control": "shuffled"}
+            percentile = round(100 * (1 - float(names["setting"])), 10)
+            levels, pseudo = {}, {}
+            for profession in self.plan.professions:
+                own = where(rows, profession=profession).sort_values("seed")
+                if own.empty:
+                    continue
+                sides = (unpacked(own, side) for side in ("profession", "word"))
+                matrix = cross_iou(*(masks.reshape(len(own), -1) for masks in sides))
+                seed = stable_seed("shuffled", *key[:3], percentile, profession)
+                level, difference, p, values = shuffled(matrix, seed)
+                self.add({**names, "profession": profession}, "mean", level)
+                self.add({**names, "profession": profession}, "difference", difference, p)
+                if level.value is not None:
+                    levels[profession] = level.value
+                    pseudo[profession] = pd.Series(values, own["seed"])
+            self.add(names, "mean", _over_professions(pd.Series(levels, dtype=float)))
+            x = pd.DataFrame(pseudo, dtype=float).sort_index().T.to_numpy()
+            figure = crossed_mean_interval(x, lowest=-1.0, seed=self.seed("shuffled", names))
+            method = f"jackknife's pseudo-values, {figure.method}"
+            self.add(names, "difference", replace(figure, method=method))
+
+    def finished(self) -> pd.DataFrame:
+        """The table, sorted, with p values adjusted over what is claimed together."""
+        table = pd.DataFrame(self.rows, columns=[name for name in COLUMNS if name != "p_adjusted"])
+        numbers = ["estimate", "low", "high", "p"]
+        table[numbers] = table[numbers].astype(float)
+        # means: all professions and words of a condition; differences: all professions
+        claim = table["axis"].str.cat(table["word"], "/").where(table["quantity"] != "mean", "")
+        family = ["condition", "baseline", "measure", "setting", "part", "control", "quantity"]
+        tested = where(table, scope="profession").assign(claim=claim).dropna(subset="p")
+        adjusted = tested.groupby([*family, "claim"])["p"].transform(lambda p: holm(list(p)))
+        table["p_adjusted"] = adjusted
+        if self.plan.precision is not None:
+            open_ended = table["low"].notna() & table["method"].ne(FIXED_WIDTH)
+            until = f"; seeds drawn until precision {self.plan.precision:g}"
+            table.loc[open_ended, "method"] += until
+        return table.sort_values(KEYS, ignore_index=True)[COLUMNS]
 
 
-def _containment(
+def _outputs(table: _Table, pictures: pd.DataFrame) -> None:
+    """What the classifier reads under each condition: profession right, score, CLIP score."""
+    right = _entry(pictures["labels"], "profession") == pictures["profession"]
+    score = pictures["scores"].map(lambda given: next(iter(_dict(given).values()), None))
+    read = pictures.assign(right=right, score=score.astype(float))
+    baseline = table.plan.conditions[0]
+    clip = read.dropna(subset="clip_score")
+    before = table.matrix(where(clip, condition=baseline), "clip_score") / 100
+    for condition in table.plan.conditions:
+        names = {"scope": "run", "condition": condition}
+        kept = where(read, condition=condition).dropna(subset="score")
+        if len(kept):
+            figure = share_interval(int(kept["right"].sum()), len(kept))
+            table.add({**names, "measure": "right"}, "right", figure)
+            table.add({**names, "measure": "score"}, "score", mean_interval(kept["score"]))
+        x = table.matrix(where(clip, condition=condition), "clip_score") / 100  # in [0, 1]
+        if x.empty:
+            continue
+        seed, names["measure"] = stable_seed("clip score", condition), "clip score"
+        figure = crossed_mean_interval(x.to_numpy(), seed=seed).scaled(100, 0)
+        table.add(names, "clip score", figure)
+        if condition != baseline and len(before):
+            change = (x - before).to_numpy()
+            figure = crossed_mean_interval(change, lowest=-1.0, seed=seed).scaled(100, 0)
+            p = crossed_sign_flip_test(change)
+            table.add({**names, "baseline": baseline}, "difference", figure, p)
+
+
+def _shares(table: _Table, pictures: pd.DataFrame) -> None:
+    """Share of each word among the pictures that were read, and its change by a condition."""
+    scored = pictures[pictures["scores"].map(lambda given: bool(_dict(given)))]
+    for axis, words in table.plan.axes.items():
+        read = pictures.assign(label=_entry(pictures["labels"], axis)).dropna(subset="label")
+        # a classifier that reads other words need not know all of the axis
+        foreign = set(read["label"]) - set(words)
+        known = [word for word in words if not foreign or word in set(read["label"])]
+        wide = read.pivot(index=["condition", "profession"], columns="seed", values="label")
+        for (condition, profession), row in wide.iterrows():
+            labels = row.dropna()
+            part = {"condition": condition, "profession": profession}
+            names = {**part, "axis": axis, "measure": "share"}
+            for word in known:
+                figure = share_interval(int(labels.eq(word).sum()), len(labels))
+                table.add({**names, "word": word}, "share", figure)
+            looked = len(where(scored, **part))
+            if looked > len(labels):
+                count = Figure(looked - len(labels), None, None, looked, "count of pictures")
+                table.add(names, "unread", count)
+        for condition in table.plan.conditions[1:]:
+            for word in [word for word in known if len(words) != 2 or word == words[1]]:
+                _share_change(table, wide, axis, word, condition)
+
+
+def _share_change(table: _Table, wide: pd.DataFrame, axis: str, word: str, condition: str) -> None:
+    baseline = table.plan.conditions[0]
+    names = {"condition": condition, "baseline": baseline, "axis": axis, "word": word}
+    names["measure"] = "share"
+    changes = {}
+    for profession in table.plan.professions:
+        keys = [(baseline, profession), (condition, profession)]
+        if not set(keys) <= set(wide.index):
+            continue
+        both = wide.loc[keys].dropna(axis=1).eq(word)
+        if both.shape[1]:
+            pairs = [(bool(a), bool(b)) for a, b in both.T.to_numpy()]
+            named = {**names, "profession": profession}
+            table.add(named, "share difference", share_difference(pairs), mcnemar_test(pairs))
+            changes[profession] = both.iloc[1].astype(float) - both.iloc[0].astype(float)
+    if changes:
+        x = pd.DataFrame(changes).sort_index().T.to_numpy()
+        figure = crossed_mean_interval(x, lowest=-1.0)
+        table.add(names, "share difference", figure, crossed_sign_flip_test(x))
+
+
+def _planted(table: _Table, truth: Iterable[Mapping[str, Any]]) -> None:
+    """What is planted, and the rank correlation of every measure with it."""
+    known = {
+        (row["profession"], measure, word): value
+        for row in truth
+        for measure, by_word in (("overlap", row["overlap"]), ("share", row["shares"]))
+        for word, value in by_word.items()
+        if row["profession"] in table.plan.professions
+    }
+    for axis, words in table.plan.axes.items():
+        for (profession, measure, word), value in known.items():
+            names = {"axis": axis, "profession": profession, "word": word, "measure": measure}
+            if word in words:
+                table.add(names, "planted", Figure(value, None, None, 1, "as planted"))
+    rows = pd.DataFrame(table.rows, columns=[*KEYS, "estimate"]).dropna(subset="estimate")
+    rows = where(rows, scope="profession", quantity="mean", part="", control="")
+    for key, own in rows.groupby(_PAIR):
+        names = dict(zip(_PAIR, key, strict=True))
+        for against in ("overlap", "share"):
+            keys = [(profession, against, names["word"]) for profession in own["profession"]]
+            pairs = [
+                (estimate, known[name])
+                for estimate, name in zip(own["estimate"], keys, strict=True)
+                if name in known
+            ]
+            if pairs:
+                figure = rank_correlation(*zip(*pairs, strict=True))
+                table.add({**names, "baseline": f"planted {against}"}, "rank", figure)
+
+
+def _energy(table: _Table, ledger: pd.DataFrame) -> None:
+    """The ledger over the run: medians and quartiles of each call, and what was left out."""
+    ledger = ledger.assign(iou=ledger["iou"].map(np.mean))
+    columns = {"energy": "energy", "iou": "iou", "gradient_norm": "gradient norm"}
+    for (condition, call), rows in ledger.groupby(["condition", "call"]):
+        names = {"scope": "run", "condition": condition, "part": f"step:{call}"}
+        for column, measure in columns.items():
+            finite = rows[column][np.isfinite(rows[column])]
+            if len(finite):
+                low, middle, high = (float(q) for q in finite.quantile([0.25, 0.5, 0.75]))
+                method = "median and quartiles over pictures"
+                figure = Figure(middle, low, high, len(rows), method)
+                table.add({**names, "measure": measure}, "energy", figure)
+    for (condition, reason), rows in where(ledger, applied=False).groupby(["condition", "reason"]):
+        names = {"scope": "run", "condition": condition, "measure": "energy"}
+        figure = Figure(len(rows), None, None, len(ledger), "count of calls of a picture")
+        table.add({**names, "part": f"skipped:{reason}"}, "skipped", figure)
+
+
+def _widths(table: _Table, precision: Mapping[str, Any]) -> None:
+    """Half-width of each profession's widest interval under a precision."""
+    for row in precision["professions"]:
+        names = {"profession": row["profession"], **lead(table.plan)}
+        method = FIXED_WIDTH if row["reached"] else "the precision was not reached"
+        figure = Figure(row["half_width"], None, None, row["seeds"], method)
+        table.add(names, "half-width", figure)
+
+
+def _dict(given: Any) -> dict[str, Any]:
+    # Parquet gives a map as pairs, and none as None or NaN
+    return dict(given) if isinstance(given, (dict, list)) else {}
+
+
+def _entry(column: pd.Series[Any], name: str) -> pd.Series[Any]:
+    return column.map(lambda given: _dict(given).get(name))
+
+
+def unpacked(rows: pd.DataFrame, side: str) -> Any:
+    """Masks ``[S, height, width]`` of one side of mask rows: ``"profession"`` or ``"word"``."""
+    size = int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
+    bits = np.stack([np.frombuffer(packed, np.uint8) for packed in rows[f"{side}_bits"]])
+    return np.unpackbits(bits, axis=1, count=size[0] * size[1]).reshape(-1, *size).astype(bool)
+
+
+def _over_professions(means: pd.Series[float]) -> Figure:
+    return replace(mean_interval(means), method="Student t over professions")
+
+
+def _run(
     plan: AuditPlan,
-    rows: Sequence[Mapping[str, Any]],
-    planted: Sequence[Mapping[str, Any]] | None,
-    controls: pa.Table,
-) -> dict[str, Any] | None:
-    """The figures of containment, which has one value a pair where IoU has one a percentile."""
-    if plan.measure != "containment":
-        return None
-    as_iou = [
-        {**row, "iou": row["containment"], "chance": plan.containment.fractions[1], "block_iou": []}
-        for row in rows
-        if row["percentile"] == plan.percentiles[0]
-        and (row["status"] != OK or row["containment"] is not None)
-    ]
-    groups = _in_plan_order(_grouped(as_iou), plan)
-    sides = sum(len(words) for words in plan.axes.values()) * len(plan.professions)
-    sides *= len(plan.conditions)
-    professions = [_profession(key, group, sides, plan.precision) for key, group in groups.items()]
-    _adjust(professions)
-    values = _values(groups, "iou")
-    differences = compare.differences(plan, values, values)
-    ranks = _testbed(groups, [], planted)["rank"] if planted else []
-    place = controls.schema.get_field_index("iou")
-    inside = controls.set_column(place, controls.schema.field(place), controls["containment"])
-    # no masks: what the shuffled null leaves of containment follows nothing (docs/validity.md)
-    beside = nulls.summarise_controls(
-        plan, values, inside, MASKS_SCHEMA.empty_table(), _above(professions)
+    pictures: pd.DataFrame,
+    measurements: pd.DataFrame,
+    precision: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    rows = where(measurements, control="", part="")
+    good = rows["status"].isin(MEASURED)
+    measured, failed = (
+        set(rows[kept][_PICTURE].itertuples(index=False, name=None)) for kept in (good, ~good)
     )
+    planned = len(plan.conditions) * len(plan.professions) * len(plan.seeds)
+    if precision is not None:
+        planned = max(int(precision["pictures"]), len(pictures))
+    ended = precision is None or bool(precision["ended"])
+    # a picture has the first status that is not "ok", its own or that of a value
+    statuses = pd.concat([pictures[[*_PICTURE, "status"]], rows[[*_PICTURE, "status"]]])
+    statuses["status"] = statuses["status"].replace(EMPTY, OK)
+    first = statuses.sort_values("status", key=lambda status: status.eq(OK), kind="stable")
+    counts = first.drop_duplicates(_PICTURE)["status"].value_counts().sort_index()
+    columns = [*_PICTURE, "axis", "word", "status", "reason"]
+    failures = pd.concat([pictures[~pictures["status"].isin(MEASURED)], rows[~good]])
+    failures = failures.reindex(columns=columns).fillna("").drop_duplicates(columns[:5])
     return {
-        "fractions": list(plan.containment.fractions),
-        "layers": list(plan.containment_layers),
-        "overall": [_renamed(row) for row in _overall(groups)],
-        "comparisons": [_renamed(row) for row in _comparisons(professions, sides)],
-        "professions": [_renamed(row) for row in professions],
-        "differences": [
-            _renamed(row) | {"professions": [_renamed(one) for one in row["professions"]]}
-            for row in differences
-        ],
-        "rank": [_renamed(row) for row in ranks],
-        "controls": [_renamed(row) for row in beside],
-    }
-
-
-def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row made for IoU as one of containment: its own names, and nothing of percentiles."""
-    names = {
-        "iou": "containment",
-        "baseline_iou": "baseline_containment",
-        "condition_iou": "condition_containment",
-    }
-    dropped = ("percentile", "soft_iou", "block_iou", "empty_unions")
-    return {names.get(name, name): value for name, value in row.items() if name not in dropped}
-
-
-def _grouped(rows: Iterable[Mapping[str, Any]]) -> dict[_Key, _Group]:
-    groups: dict[_Key, _Group] = {}
-    for row in rows:
-        key = (
-            row["condition"],
-            row["semantic"],
-            row["axis"],
-            row["demographic"],
-            row["percentile"],
-        )
-        group = groups.setdefault(key, _Group(row["chance"]))
-        if row["status"] != OK:
-            group.failed += 1
-            continue
-        group.iou[row["seed"]] = row["iou"]
-        group.soft[row["seed"]] = row["soft_iou"]
-        group.empty += bool(row["empty_union"])
-        for block, value in row["block_iou"]:
-            if value is not None:
-                group.blocks[block].append(value)
-    return groups
-
-
-def _in_plan_order(groups: Mapping[_Key, _Group], plan: AuditPlan) -> dict[_Key, _Group]:
-    """Groups as the plan lists professions, axes, words and percentiles."""
-    words = [(axis, word) for axis, listed in plan.axes.items() for word in listed]
-
-    def place(key: _Key) -> tuple[Any, ...]:
-        condition, semantic, axis, demographic, percentile = key
-        return (
-            plan.conditions.index(condition),
-            words.index((axis, demographic)),
-            plan.percentiles.index(percentile),
-            plan.professions.index(semantic),
-        )
-
-    return {key: groups[key] for key in sorted(groups, key=place)}
-
-
-def _run(plan: AuditPlan, asked: rounds.Asked, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    images = {(row["condition"], row["semantic"], row["seed"]) for row in rows}
-    good = {(row["condition"], row["semantic"], row["seed"]) for row in rows if row["status"] == OK}
-    bad = {(row["condition"], row["semantic"], row["seed"]) for row in rows if row["status"] != OK}
-    return {
-        "conditions": list(plan.conditions),
-        "percentiles": list(plan.percentiles),
-        "images_planned": asked.pictures,
-        "images_drawn": len(images),
-        "images_measured": len(good),
-        "images_measured_in_part": len(good & bad),
-        "complete": asked.ended and len(images) == asked.pictures,
-        "records": len(rows),
-        "status": dict(sorted(Counter(row["status"] for row in rows).items())),
-    }
-
-
-def _profession(
-    key: _Key, group: _Group, comparisons: int, precision: float | None
-) -> dict[str, Any]:
-    values = list(group.iou.values())
-    figure = mean_interval(values, precision=precision)
-    shared = mean_interval(values, 1 - (1 - CONFIDENCE) / comparisons, precision=precision)
-    span = 1 - group.chance
-    return {
-        **_named(key),
-        "n": len(values),
-        "failed": group.failed,
-        "empty_unions": group.empty,
-        "chance": group.chance,
-        "iou": figure.to_dict(),
-        "corrected": figure.scaled(1 / span, -group.chance / span).to_dict(),
-        "soft_iou": mean_interval(list(group.soft.values())).to_dict(),
-        "side": _side(figure.low, figure.high, group.chance),
-        "side_bonferroni": _side(shared.low, shared.high, group.chance),
-        "p": chance_test(values, group.chance, precision),
-        "block_iou": {
-            block: mean_interval(found).to_dict() for block, found in group.blocks.items()
-        },
-    }
-
-
-def _adjust(professions: Sequence[dict[str, Any]]) -> None:
-    """Adds adjusted p values: over all professions and words of one condition and percentile."""
-    families: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for row in professions:
-        families[row["condition"], row["percentile"]].append(row)
-    for rows in families.values():
-        p_values = [row["p"] for row in rows]
-        adjusted = zip(holm(p_values), benjamini_hochberg(p_values), strict=True)
-        for row, (one, other) in zip(rows, adjusted, strict=True):
-            row["p_holm"], row["p_bh"] = one, other
-
-
-def _above(professions: Iterable[Mapping[str, Any]]) -> dict[Any, list[str]]:
-    """Part -> the professions whose interval lies above chance."""
-    found: dict[Any, list[str]] = defaultdict(list)
-    for row in professions:
-        part = (row["condition"], row["axis"], row["demographic"], row["percentile"])
-        if row["side"] == "above":
-            found[part].append(row["semantic"])
-    return found
-
-
-def _named(key: _Key) -> dict[str, Any]:
-    names = ("condition", "semantic", "axis", "demographic", "percentile")
-    return dict(zip(names, key, strict=True))
-
-
-def _side(low: float | None, high: float | None, chance: float) -> str:
-    if low is None or high is None:
-        return "no interval"
-    if low > chance:
-        return "above"
-    return "below" if high < chance else "includes"
-
-
-def _overall(groups: Mapping[_Key, _Group]) -> list[dict[str, Any]]:
-    """Mean over professions, for each (condition, axis, word, percentile)."""
-    found = []
-    for part, members in _by_word(groups).items():
-        condition, axis, demographic, percentile = part
-        chance = members[0][1].chance
-        span = 1 - chance
-        figure = crossed_mean_interval(
-            _matrix([group for _, group in members]), seed=stable_seed("overall", *part)
-        )
-        blocks = sorted({block for _, group in members for block in group.blocks})
-        found.append(
-            {
-                "condition": condition,
-                "axis": axis,
-                "demographic": demographic,
-                "percentile": percentile,
-                "chance": chance,
-                "images": sum(len(group.iou) for _, group in members),
-                "iou": figure.to_dict(),
-                "corrected": figure.scaled(1 / span, -chance / span).to_dict(),
-                "block_iou": {
-                    block: mean_interval(
-                        [
-                            float(np.mean(group.blocks[block]))
-                            for _, group in members
-                            if group.blocks.get(block)
-                        ]
-                    ).to_dict()
-                    | {"method": "Student t over professions"}
-                    for block in blocks
-                },
-            }
-        )
-    return found
-
-
-def _by_word(
-    groups: Mapping[_Key, _Group],
-) -> dict[tuple[str, str, str, float], list[tuple[str, _Group]]]:
-    parts: dict[tuple[str, str, str, float], list[tuple[str, _Group]]] = defaultdict(list)
-    for (condition, semantic, axis, demographic, percentile), group in groups.items():
-        parts[condition, axis, demographic, percentile].append((semantic, group))
-    return parts
-
-
-def _values(groups: Mapping[_Key, _Group], name: str) -> dict[Any, dict[str, dict[int, float]]]:
-    """Measured values: (condition, axis, word, percentile) -> profession -> seed -> value."""
-    return {
-        part: {semantic: getattr(group, name) for semantic, group in members}
-        for part, members in _by_word(groups).items()
-    }
-
-
-def _matrix(groups: Sequence[_Group]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """IoU as ``[professions, seeds]``, NaN where nothing was measured."""
-    seeds = sorted({seed for group in groups for seed in group.iou})
-    return np.array(
-        [[group.iou.get(seed, np.nan) for seed in seeds] for group in groups], dtype=np.float64
-    ).reshape(len(groups), len(seeds))
-
-
-def _comparisons(professions: Sequence[Mapping[str, Any]], sides: int) -> list[dict[str, Any]]:
-    """How many professions' intervals leave the chance level, per word and percentile."""
-    parts: dict[tuple[str, str, str, float], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in professions:
-        part = (row["condition"], row["axis"], row["demographic"], row["percentile"])
-        parts[part].append(row)
-    found = []
-    for (condition, axis, demographic, percentile), rows in parts.items():
-        plain = Counter(row["side"] for row in rows)
-        shared = Counter(row["side_bonferroni"] for row in rows)
-        found.append(
-            {
-                "condition": condition,
-                "axis": axis,
-                "demographic": demographic,
-                "percentile": percentile,
-                "chance": rows[0]["chance"],
-                "professions": len(rows),
-                "with_interval": len(rows) - plain["no interval"],
-                "above": plain["above"],
-                "below": plain["below"],
-                "above_bonferroni": shared["above"],
-                "below_bonferroni": shared["below"],
-                "above_holm": _significant(rows, "p_holm", "above"),
-                "below_holm": _significant(rows, "p_holm", "below"),
-                "above_bh": _significant(rows, "p_bh", "above"),
-                "below_bh": _significant(rows, "p_bh", "below"),
-                "comparisons": sides,
-                "confidence": CONFIDENCE,
-            }
-        )
-    return found
-
-
-def _significant(rows: Iterable[Mapping[str, Any]], name: str, side: str) -> int:
-    """How many professions on one side of chance have an adjusted p value within the level."""
-    return sum(
-        row["side"] == side and row[name] is not None and row[name] <= 1 - CONFIDENCE
-        for row in rows
-    )
-
-
-def _shares(rows: Sequence[Mapping[str, Any]], plan: AuditPlan) -> list[dict[str, Any]]:
-    """Demographics that the classifier reads, per profession: each picture counts once."""
-    labels: dict[tuple[str, str, str], dict[int, tuple[str | None, str | None]]] = {}
-    for row in rows:
-        if row["attribute_score"] is None:  # no classifier looked at the picture
-            continue
-        part = (row["condition"], row["semantic"], row["axis"])
-        found = labels.setdefault(part, {})
-        found[row["seed"]] = (row["attribute_label"], row["semantic_label"])
-    words = compare.words_read(plan, rows)
-    shares = []
-    for (condition, semantic, axis), pictures in labels.items():
-        counts = Counter(label for label, _ in pictures.values() if label is not None)
-        n = sum(counts.values())
-        if n == 0 or not words[axis]:
-            continue
-        right = sum(noun == semantic for _, noun in pictures.values())
-        shares.append(
-            {
-                "condition": condition,
-                "semantic": semantic,
-                "axis": axis,
-                "n": n,
-                "unread": len(pictures) - n,
-                "words": {word: share_interval(counts[word], n).to_dict() for word in words[axis]},
-                "risk_difference": _risk_difference(words[axis], counts, n),
-                "semantic_right": share_interval(right, len(pictures)).to_dict(),
-            }
-        )
-    return shares
-
-
-def _risk_difference(
-    words: Sequence[str], counts: Mapping[str, int], n: int
-) -> dict[str, Any] | None:
-    """Second word's share minus the first's; None unless every picture was read as one of two."""
-    if len(words) != 2 or counts[words[0]] + counts[words[1]] != n:
-        return None
-    return risk_difference(share_interval(counts[words[1]], n)).to_dict()
-
-
-def _testbed(
-    groups: Mapping[_Key, _Group],
-    shares: Sequence[Mapping[str, Any]],
-    planted: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """What is planted beside what is measured.
-
-    Rank correlation of IoU with the planted overlap; how many shares' intervals hold the planted
-    share.
-    """
-    known = {row["semantic"]: row for row in planted}
-    ranks = [
-        _rank(part, members, known, against)
-        for part, members in _by_word(groups).items()
-        for against in ("overlap", "shares")
-    ]
-    held: dict[tuple[str, str], list[bool]] = defaultdict(list)
-    for row in shares:
-        words = list(row["words"].items())
-        for word, figure in words[1:] if len(words) == 2 else words:  # the two of a pair sum to 1
-            truth = known.get(row["semantic"], {}).get("shares", {}).get(word)
-            if truth is not None and figure["low"] is not None:
-                part = row["condition"], row["axis"]
-                held[part].append(figure["low"] <= truth <= figure["high"])
-    return {
-        "planted": [dict(row) for row in planted],
-        "rank": [rank for rank in ranks if rank["spearman"]["n"]],
-        "shares": [
-            {"condition": condition, "axis": axis, "compared": len(each), "covered": sum(each)}
-            for (condition, axis), each in held.items()
-        ],
-    }
-
-
-def _rank(
-    part: tuple[str, str, str, float],
-    members: Sequence[tuple[str, _Group]],
-    known: Mapping[str, Mapping[str, Any]],
-    against: str,
-) -> dict[str, Any]:
-    """Rank correlation over professions of mean IoU with what is planted ("overlap", "shares").
-
-    The two are uncorrelated in the testbed's world, so each answers its own question.
-    """
-    condition, axis, demographic, percentile = part
-    pairs = [
-        (float(np.mean(list(group.iou.values()))), known[semantic][against][demographic])
-        for semantic, group in members
-        if group.iou and demographic in known.get(semantic, {}).get(against, {})
-    ]
-    figure = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
-    return {
-        "condition": condition,
-        "axis": axis,
-        "demographic": demographic,
-        "percentile": percentile,
-        "against": against,
-        "spearman": figure.to_dict(),
+        "planned": planned,
+        "drawn": len(pictures),
+        "measured": len(measured),
+        "measured_in_part": len(measured & failed),
+        "complete": ended and len(pictures) == planned,
+        "status": {str(name): int(count) for name, count in counts.items()},
+        "failed": len(failures),
+        "failures": failures.head(50).to_dict("records"),
     }

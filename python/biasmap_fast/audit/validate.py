@@ -1,187 +1,181 @@
-"""Checking a run folder: every figure from the records again, every file against its hash."""
+"""Checking a run folder: every file against its hash, every figure from the records again."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..overlap import chance_iou, corrected_iou
-from .files import sha256
+import numpy as np
+import pandas as pd
+
+from ..files import sha256_file
+from ..overlap import chance_iou
+from . import rounds
 from .folder import plan_hash, read_plan
-from .records import OK, SIDES, RecordError, part_path, read_records, read_side
-from .rounds import COLUMNS, asked
-from .summary import summarise
+from .records import TABLES, RecordError, part_path, read, read_hashes
+from .report import summary_json
+from .summary import KEYS, MEASURED, summarise
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
-    import pyarrow as pa
+    from .plan import AuditPlan
+    from .summary import Summary
 
-    from .plan import AuditPlan, Unit
-
-# Sums in another order, by another version of numpy, differ in their last digits.
-_TOLERANCE = 1e-9
+_TOLERANCE = 1e-9  # sums in another order, by another numpy, differ in their last digits
+_PICTURE = ["condition", "profession", "seed"]
 
 
-def validate(folder: Path, planted: Any = None) -> list[str]:
-    """Everything in which a run folder contradicts itself.
+def validate(folder: Path, truth: Iterable[Mapping[str, Any]] | None = None) -> list[str]:
+    """Returns everything in which a run folder contradicts itself, one line per difference.
 
-    Every record is compared with the plan (its settings, and whether it was asked for), with the
-    other records of its picture (every pair and percentile once) and with itself (``chance`` and
-    ``corrected``); every file of a chunk with its hash; ``summary.json`` with a summary computed
-    anew. ``report.html`` is not compared: `render` makes it again.
+    Files are compared with their hashes, records with the plan and with each other, figures with
+    those computed anew. ``report.html`` and ``model-card.md`` are not compared: `render` makes them
+    again. An unfinished run is a difference too.
 
     Args:
-        folder: the run folder, finished or not. Nothing in it is changed.
-        planted: the testbed's table, where the plan's model is the testbed.
-
-    Returns:
-        One line a difference; none if the folder is whole.
+        folder: Run folder; nothing in it is changed.
+        truth: What is planted, for the embedded model.
 
     Raises:
         AuditError: ``folder`` is no run folder.
     """
     plan = read_plan(folder)
+    differences = list(_files(folder))
     try:
-        records = read_records(folder)
-        sides = {side: read_side(folder, side) for side in SIDES}
+        tables = {name: read(folder, name).to_pandas(maps_as_pydicts="strict") for name in TABLES}
     except RecordError as error:
-        # what a plan with a precision asks for, damaged records do not say
-        known = asked(plan).chunks if plan.precision is None else None
-        return [*_files(folder, known), str(error)]
-    chunks = asked(plan, records.select(COLUMNS).to_pylist()).chunks
-    found = [*_files(folder, chunks), *_records(plan, chunks, records)]
-    path = folder / "summary.json"
-    if not path.is_file():
-        return [*found, "summary.json is missing: `biasmap report` writes it"]
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return [*found, f"summary.json cannot be read: {error}"]
-    # through JSON, as the file went: tuples are lists there
-    computed = json.loads(json.dumps(summarise(plan, records, planted, **sides)))
-    found += _different(stated, computed, "summary.json")
-    return found
+        return [*differences, str(error)]
+    pictures, measurements = tables.pop("pictures"), tables.pop("measurements")
+    asked = rounds.asked(plan, pictures, measurements)
+    for number in sorted(set(_chunks(folder)) - set(range(len(asked.chunks)))):
+        differences += [f"chunk {number}: the plan has {len(asked.chunks)} chunks"]
+    expected = {(p.condition, p.profession, p.seed) for chunk in asked.chunks for p in chunk}
+    differences += _pictures(plan, expected, pictures)
+    differences += _values(plan, pictures, measurements)
+    precision = rounds.figures(plan, asked)
+    summary = summarise(plan, pictures, measurements, truth=truth, precision=precision, **tables)
+    if not summary.run["complete"]:
+        drawn = summary.run["drawn"]
+        differences.append(
+            f"the run is not finished: {drawn} of {len(expected)} pictures are drawn"
+        )
+    return differences + list(_written(folder, summary))
 
 
-def _files(folder: Path, chunks: Sequence[Sequence[Unit]] | None) -> Iterator[str]:
-    """Every measured chunk's files against the hashes that were written with them."""
+def _chunks(folder: Path) -> list[int]:
+    parts = [*folder.glob("pictures/part-*.parquet"), *folder.glob("hashes/part-*.json")]
+    return sorted({int(part.stem[5:]) for part in parts if part.stem[5:].isdecimal()})
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Files of each chunk against the hashes that were written with them."""
     plan_now = plan_hash(folder)
-    parts = sorted((folder / "records").glob("part-*.parquet"))
-    count = len(parts) if chunks is None else len(chunks)
-    known = set(parts) if chunks is None else {part_path(folder, i) for i in range(count)}
-    for path in parts:
-        name = path.relative_to(folder).as_posix()
-        if path not in known:
-            yield f"{name}: the plan has {count} chunks, none of this number"
-            continue
+    for number in _chunks(folder):
         try:
-            hashes = (folder / "hashes" / path.name).with_suffix(".json")
-            stated = json.loads(hashes.read_text(encoding="utf-8"))
-            files, plan_then = dict(stated["files"]), stated["plan_sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            yield f"{name}: its hashes cannot be read ({error})"
+            plan_then, files = read_hashes(folder, number)
+        except (OSError, RecordError) as error:
+            yield f"chunk {number}: its hashes cannot be read ({error})"
             continue
         if plan_then != plan_now:
-            yield f"{name}: plan.yaml is not the file under which it was measured"
-        if name not in files:
-            yield f"{name}: its hashes do not name it"
-        for file, expected in sorted(files.items()):
+            yield f"chunk {number}: plan.yaml is not the file under which it was measured"
+        if part_path(folder, "pictures", number).relative_to(folder).as_posix() not in files:
+            yield f"chunk {number}: its hashes do not name its pictures"
+        for name, expected in sorted(files.items()):
             try:
-                data = (folder / file).read_bytes()
+                found = sha256_file(folder / name)
             except OSError as error:
-                yield f"{file}: cannot be read ({error})"
+                yield f"{name}: cannot be read ({error})"
                 continue
-            if sha256(data) != expected:
-                yield f"{file}: SHA-256 is {sha256(data)}, was {expected} when it was measured"
+            if found != expected:
+                yield f"{name}: SHA-256 is {found}, was {expected} when it was measured"
 
 
-def _records(plan: AuditPlan, chunks: Sequence[Sequence[Unit]], records: pa.Table) -> Iterator[str]:
-    """Records against the pictures that are asked for, and against themselves."""
-    pictures = {(unit.condition, unit.profession, unit.seed) for part in chunks for unit in part}
-    cells: Counter[tuple[Any, ...]] = Counter()
-    for row in records.to_pylist():
-        picture = (row["condition"], row["semantic"], row["seed"])
-        where = (
-            f"record of {picture}, {row['axis']}/{row['demographic']}, "
-            f"percentile {row['percentile']:g}"
-        )
-        if picture not in pictures:
-            yield f"{where}: the plan does not ask for this picture"
-            continue
-        cells[picture] += 1
-        for name, expected in _expected(plan, row).items():
-            if row[name] != expected:
-                yield f"{where}: {name} is {row[name]!r}, the plan says {expected!r}"
-        yield from (f"{where}: {text}" for text in _figures(row))
-    if not cells:
-        return
-    most = max(cells.values())
-    for picture, count in cells.items():
-        if count != most:
-            yield f"records of {picture}: {count} rows, where other pictures have {most}"
+def _pictures(
+    plan: AuditPlan, expected: set[tuple[str, str, int]], pictures: pd.DataFrame
+) -> Iterator[str]:
+    for row in pictures.itertuples():
+        picture = (row.condition, row.profession, row.seed)
+        if picture not in expected:
+            yield f"picture {picture}: the plan does not ask for it"
+        elif row.prompt != (prompt := plan.prompt(row.profession, row.condition)):
+            yield f"picture {picture}: prompt is {row.prompt!r}, the plan says {prompt!r}"
 
 
-def _expected(plan: AuditPlan, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that the plan decides."""
-    same = ["model", "steps", "guidance_scale", "dtype", "branch", "soft_mask", "temperature"]
-    same += ["negative_prompt", "evaluation_size"]
-    return {
-        **{name: getattr(plan, name) for name in same},
-        "template": plan.template(row["condition"]),
-        "prompt": plan.prompt(row["semantic"], row["condition"]),
+def _values(plan: AuditPlan, pictures: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
+    """Measured values against their pictures, their statuses and their chance levels."""
+    measured = rows["status"].isin(MEASURED)
+    known = rows[_PICTURE].merge(pictures[_PICTURE], how="left", indicator=True)["_merge"]
+    chance = rows["chance"].copy()
+    for measure, setting in rows[["measure", "setting"]].drop_duplicates().to_numpy():
+        own = rows["measure"].eq(measure) & rows["setting"].eq(setting)
+        if measure in ("iou", "soft_iou"):
+            chance[own] = chance_iou(float(setting))
+        elif measure == "containment":
+            chance[own] = plan.containment.fractions[1]
+    wrong = {
+        "its picture is not in the pictures": known.ne("both").to_numpy(),
+        "it is measured and has no value between 0 and 1": measured
+        & ~rows["value"].between(0, 1 + _TOLERANCE),
+        "it is not measured and has a value": ~measured & rows["value"].notna(),
+        "its chance is not that of its setting": ~np.isclose(
+            rows["chance"], chance, atol=_TOLERANCE
+        ),
     }
+    for text, where in wrong.items():
+        for row in rows[where].itertuples():
+            names = (row.word, row.measure, row.setting, row.part, row.control)
+            picture = (row.condition, row.profession, row.seed)
+            yield f"value of {picture}, {', '.join(name for name in names if name)}: {text}"
+    pairs = rows[rows["part"].eq("") & rows["control"].eq("")].groupby(_PICTURE).size()
+    for picture, count in pairs[pairs < pairs.max()].items():
+        yield f"picture {picture}: {count} values, where other pictures have {pairs.max()}"
 
 
-def _figures(row: Mapping[str, Any]) -> Iterator[str]:
-    """Figures of a record that others of it decide."""
-    fraction = 1 - row["percentile"] / 100
-    if not math.isclose(row["chance"], chance_iou(fraction), abs_tol=_TOLERANCE):
-        yield f"chance is {row['chance']!r}, of this percentile it is {chance_iou(fraction)!r}"
-    numbers = ["iou", "corrected", "soft_iou"]
-    if row["containment_chance"] is not None:
-        numbers.append("containment")
-    if row["status"] != OK:
-        if given := [name for name in numbers if row[name] is not None]:
-            yield f"status is {row['status']!r}, and yet there are {given}"
-        return
-    if missing := [name for name in numbers if row[name] is None]:
-        yield f"status is 'ok', and there is no {missing}"
-        return
-    for name in numbers[:1] + numbers[3:]:
-        if not 0 <= row[name] <= 1 + _TOLERANCE:
-            yield f"{name} is {row[name]!r}, not between 0 and 1"
-    corrected = float(corrected_iou(row["iou"], fraction=fraction))
-    if not math.isclose(row["corrected"], corrected, abs_tol=_TOLERANCE):
-        yield f"corrected is {row['corrected']!r}, of this iou it is {corrected!r}"
+def _written(folder: Path, summary: Summary) -> Iterator[str]:
+    """Figures as they were written against figures computed anew."""
+    text = dict.fromkeys(KEYS, str)
+    readers: dict[str, Any] = {
+        "figures.parquet": pd.read_parquet,
+        "figures.csv": lambda path: pd.read_csv(path, dtype=text).fillna(dict.fromkeys(KEYS, "")),
+        "summary.json": lambda path: pd.DataFrame(json.loads(path.read_text("utf-8"))["figures"]),
+    }
+    for name, reader in readers.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing: `biasmap report` writes it"
+            continue
+        try:
+            yield from _different(name, reader(path), summary.figures)
+        except (ValueError, KeyError, OSError) as error:
+            yield f"{name} cannot be read: {error}"
+    try:
+        stated = json.loads((folder / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # told above
+    now = json.loads(summary_json(summary))
+    for part in ("run", "precision"):
+        if stated.get(part) != now[part]:
+            yield f"summary.json: {part} is {stated.get(part)}, the records give {now[part]}"
 
 
-def _different(stated: Any, computed: Any, where: str) -> Iterator[str]:
-    """Leaves in which two JSON values differ, each with its path."""
-    if isinstance(stated, dict) and isinstance(computed, dict):
-        for name in [*stated, *(name for name in computed if name not in stated)]:
-            if name not in computed:
-                yield f"{where}.{name}: is there, the records do not give it"
-            elif name not in stated:
-                yield f"{where}.{name}: is missing"
-            else:
-                yield from _different(stated[name], computed[name], f"{where}.{name}")
-    elif isinstance(stated, list) and isinstance(computed, list):
-        if len(stated) != len(computed):
-            yield f"{where}: has {len(stated)} entries, the records give {len(computed)}"
-            return
-        for index, pair in enumerate(zip(stated, computed, strict=True)):
-            yield from _different(*pair, f"{where}[{index}]")
-    elif not _equal(stated, computed):
-        yield f"{where}: says {stated!r}, the records give {computed!r}"
-
-
-def _equal(a: Any, b: Any) -> bool:
-    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in (a, b))
-    if numbers:
-        return math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-    return bool(a == b)
+def _different(name: str, stated: pd.DataFrame, now: pd.DataFrame) -> Iterator[str]:
+    both = stated.merge(now, on=KEYS, how="outer", suffixes=("", "_now"), indicator=True)
+    label = both[KEYS].apply(lambda row: " ".join(value for value in row if value), axis=1)
+    for side, text in (
+        ("left_only", "is there, the records do not give it"),
+        ("right_only", "is missing"),
+    ):
+        yield from (f"{name}: {where} {text}" for where in label[both["_merge"] == side])
+    paired = both["_merge"] == "both"
+    for column in ("estimate", "low", "high", "n", "p", "p_adjusted"):
+        then, new = (both[c].astype(float) for c in (column, f"{column}_now"))
+        close = np.isclose(then, new, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
+        for index in both.index[paired & ~close]:
+            yield (
+                f"{name}: {label[index]}: {column} is {then[index]!r}, the records give "
+                f"{new[index]!r}"
+            )
+    for index in both.index[paired & both["method"].ne(both["method_now"])]:
+        yield f"{name}: {label[index]}: method is {both['method'][index]!r}"

@@ -1,4 +1,4 @@
-"""Many attribution prompts at once: groups, tiles, and prompts of single images."""
+"""Many attribution prompts at once: groups, keys, and prompts of single images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast import _C, groups, reference
-from biasmap_fast.groups import ConceptMaps, GroupKeys, group_keys, grouped
+from biasmap_fast import _C, accumulate, reference
+from biasmap_fast.accumulate import PromptKeys, add_maps, grouped, prompt_keys
 from biasmap_fast.unet import split_heads
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,11 +24,11 @@ SHORT = bm.AttributionPrompt("a doctor", ("doctor",))
 def test_groups_have_one_shape_and_one_set_of_images():
     shapes = [(2, 9), (2, 8), (2, 9), (1, 9), (2, 9)]
     images = [None, None, None, None, (1,)]
-    found = grouped(shapes, images)
+    found = grouped(shapes, images, [True] * 5)
     assert [group.prompts for group in found] == [(0, 2), (1,), (3,), (4,)]
     assert [group.concepts for group in found] == [2, 2, 1, 2]
-    assert found[3].mine([(0, 0), (1, 1), (2, 2)]) == [(1, 0)]
-    assert found[0].mine([(1, 0), (2, 1)]) == [(1, 0), (2, 1)]
+    assert found[3].select([(0, 0), (1, 1), (2, 2)]) == [(1, 0)]
+    assert found[0].select([(1, 0), (2, 1)]) == [(1, 0), (2, 1)]
     assert [group.detailed for group in found] == [2, 1, 1, 1]
     found = grouped(shapes, images, [False, False, True, False, True])
     assert [(group.prompts, group.detailed) for group in found] == [
@@ -36,29 +36,20 @@ def test_groups_have_one_shape_and_one_set_of_images():
     ]  # fmt: skip
 
 
-# one tile; tiles of pixels; of prompts; of images
-@pytest.mark.parametrize(
-    ("prompts", "images", "heads", "pixels", "depth", "tokens"),
-    [(1, 1, 2, 9, 4, 3), (3, 1, 8, 4096, 40, 12), (40, 1, 8, 100, 8, 77), (2, 50, 8, 64, 16, 20)],
-)
+@pytest.mark.parametrize("prompts", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-def test_tiles_equal_prompt_by_prompt(prompts, images, heads, pixels, depth, tokens, dtype):
+def test_prompts_without_the_kernel(prompts, dtype):
     torch.manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
-    rows = torch.randn(images, pixels, heads * depth).to(dtype)
-    query = split_heads(rows, heads)
-    keys = torch.randn(prompts, heads, tokens, depth, dtype=wide)
-    weights = torch.rand(prompts, 2, tokens, dtype=wide)
-    start = torch.rand(prompts, images, 2, pixels, dtype=wide)
-    found, adding = start.clone(), ConceptMaps()
-    group = GroupKeys(weights, {"layer": keys})
-    for _ in range(2):  # the memory of the tiles is used again
-        adding.add([found], rows, group, "layer")
+    rows = torch.randn(2, 100, 4 * 8).to(dtype)
+    keys = torch.randn(prompts, 4, 12, 8, dtype=wide)
+    weights = torch.rand(prompts, 2, 12, dtype=wide)
+    start = torch.rand(prompts, 2, 2, 100, dtype=wide)
+    found = start.clone()
+    add_maps([found], rows, PromptKeys(weights, {"layer": keys}), "layer")
     for index in range(prompts):
-        exact = reference.concept_map(query.double(), keys[index].double(), weights[index].double())
-        torch.testing.assert_close(
-            found[index].double(), start[index].double() + 2 * exact, rtol=1e-5, atol=1e-5
-        )
+        expected = start[index].double() + exact_map(rows, keys[index], weights[index])
+        torch.testing.assert_close(found[index].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def exact_map(query, keys, weights):
@@ -76,7 +67,7 @@ def prompts_case(images, heads, pixels, depth, scale):
     project = scale * torch.randn(heads, 32, depth) / 32**0.5
     keys = [(each @ project).contiguous() for each in states]  # [heads, T', d]
     weights = [torch.rand(2, 9) * (torch.rand(2, 9) < 0.5) for _ in states]
-    group = group_keys(
+    group = prompt_keys(
         torch.stack(weights),
         torch.stack(states),
         lambda given: {"layer": given[:, None] @ project},  # [R, heads, T, d]
@@ -90,12 +81,12 @@ def prompts_case(images, heads, pixels, depth, scale):
 )
 def test_one_kernel_for_prompts_that_share_tokens(shape):
     query, group, keys, weights = prompts_case(*shape, scale=1.0)
-    assert group.distinct.by_layer["layer"].shape[1] == 7 + 6 * 2
+    assert group.by_layer["layer"].shape[1] == 7 + 6 * 2
     start = torch.rand(6, shape[0], 2, shape[2])
     by_column = query.transpose(1, 2).contiguous().transpose(1, 2)
     for given in (query, torch.cat([query, query], dim=2)[..., : query.shape[2]], by_column):
         found = start.clone()
-        ConceptMaps().add([found], given, group, "layer")
+        add_maps([found], given, group, "layer")
         for index in range(6):
             exact = exact_map(query, keys[index], weights[index])
             torch.testing.assert_close(
@@ -107,7 +98,7 @@ def test_one_kernel_for_prompts_that_share_tokens(shape):
 def test_half_queries_are_widened(dtype):
     query, group, keys, weights = prompts_case(2, 4, 64, 16, scale=1.0)
     found = torch.zeros(6, 2, 2, 64)
-    ConceptMaps().add([found], query.to(dtype).requires_grad_(), group, "layer")
+    add_maps([found], query.to(dtype).requires_grad_(), group, "layer")
     for index in range(6):
         heads = split_heads(query.to(dtype), 4)
         exact = reference.concept_map(heads, keys[index], weights[index])
@@ -118,7 +109,7 @@ def test_maps_of_a_batch_are_those_of_its_images_whatever_the_threads():
     query, group, *_ = prompts_case(5, 4, 300, 16, scale=1.0)
     wide = torch.zeros(6, 8, 2, 300)
     together = wide[:, 2:7]  # strided, as some images of a run are
-    ConceptMaps().add([together], query, group, "layer")
+    add_maps([together], query, group, "layer")
     assert not wide[:, :2].any()
     assert not wide[:, 7:].any()
     threads = torch.get_num_threads()
@@ -126,7 +117,7 @@ def test_maps_of_a_batch_are_those_of_its_images_whatever_the_threads():
     try:
         for image in range(5):
             alone = torch.zeros(6, 1, 2, 300)
-            ConceptMaps().add([alone], query[image : image + 1], group, "layer")
+            add_maps([alone], query[image : image + 1], group, "layer")
             assert torch.equal(alone[:, 0], together[:, image])
     finally:
         torch.set_num_threads(threads)
@@ -145,7 +136,7 @@ def tile_of_width(tmp_path_factory):
     function.restype = ctypes.c_bool
 
     def tile(width, query, group):
-        own = group.distinct
+        own = group
         keys, (prompts, concepts, tokens) = own.by_layer["layer"], own.weights.shape
         maps = torch.full((prompts, concepts, 64), -1.0)
         sizes = [ctypes.c_int64(n) for n in (*keys.shape[::2], tokens, prompts, concepts)]
@@ -174,7 +165,7 @@ def test_prompts_far_apart(scale):
     # one prompt's own tokens outshine all others by more than float32's exponents can tell
     query, group, keys, weights = prompts_case(2, 4, 64, 16, scale=scale)
     found = torch.zeros(6, 2, 2, 64)
-    ConceptMaps().add([found], query, group, "layer")
+    add_maps([found], query, group, "layer")
     for index in range(6):
         exact = exact_map(query, keys[index], weights[index])
         torch.testing.assert_close(found[index].double(), exact, rtol=1e-3, atol=1e-3)
@@ -184,11 +175,11 @@ def test_not_finite_where_the_reference_is_not():
     query, group, keys, weights = prompts_case(2, 4, 64, 16, scale=1.0)
     heads = split_heads(query, 4)
     heads[0, 1, 5], heads[1, 2, 7] = float("nan"), float("inf")
-    own = group.distinct.by_layer["layer"]
-    (token,) = (group.distinct.members[3] * (group.distinct.members.sum(0) == 1)).nonzero()[:1, 0]
+    own = group.by_layer["layer"]
+    (token,) = (group.members[3] * (group.members.sum(0) == 1)).nonzero()[:1, 0]
     own[0, token] = float("nan")  # of the fourth prompt alone
     found = torch.zeros(6, 2, 2, 64)
-    ConceptMaps().add([found], query, group, "layer")
+    add_maps([found], query, group, "layer")
     assert found[3].isnan().all()
     for index in (0, 1, 2, 4, 5):
         exact = reference.concept_map(heads, keys[index], weights[index])
@@ -204,12 +195,12 @@ def test_a_repeated_token_counts_twice():
     prompts = [states[own] for own in which.repeat(3, 1)]
     keys = [each.view(8, 2, 8).transpose(0, 1).contiguous() for each in prompts]  # [heads, T', d]
     weights = [torch.rand(1, 8) for _ in prompts]
-    group = group_keys(
+    group = prompt_keys(
         torch.stack(weights), torch.stack(prompts), lambda given: {"layer": split_heads(given, 2)}
     )
-    assert group.distinct.by_layer["layer"].shape == (2, 8, 8)
+    assert group.by_layer["layer"].shape == (2, 8, 8)
     query, found = torch.randn(1, 5, 16), torch.zeros(9, 1, 1, 5)
-    ConceptMaps().add([found], query, group, "layer")
+    add_maps([found], query, group, "layer")
     for index, own in enumerate(keys):
         exact = reference.concept_map(split_heads(query, 2), own, weights[index])
         torch.testing.assert_close(found[index], exact)
@@ -224,7 +215,7 @@ def test_parts_of_the_first_prompts_alone(backend, monkeypatch):
         torch.ones(2, 2, 2, 100),
         torch.zeros(0, 2, 2, 100),
     )
-    ConceptMaps().add([every, some, none], query, group, "layer")
+    add_maps([every, some, none], query, group, "layer")
     for index in range(6):
         exact = exact_map(query, keys[index], weights[index]).float()
         torch.testing.assert_close(every[index], exact, rtol=1e-5, atol=1e-5)
@@ -233,7 +224,7 @@ def test_parts_of_the_first_prompts_alone(backend, monkeypatch):
 
 def test_the_reference_where_it_is_asked_for(monkeypatch):
     monkeypatch.setenv("BIASMAP_BACKEND", "reference")
-    assert prompts_case(1, 2, 9, 4, scale=1.0)[1].distinct is None
+    assert prompts_case(1, 2, 9, 4, scale=1.0)[1].members is None
 
 
 def test_what_the_kernel_refuses():
@@ -271,7 +262,7 @@ def test_prompts_of_single_images_are_those_of_the_batch():
     with bm.attribute(pipe, nested, by="block") as own:
         draw()
         draw()
-    all_maps, maps = everything.maps(), own.maps()
+    all_maps, maps = everything.maps_by_prompt(), own.maps_by_prompt()
     assert {name: found.images for name, found in maps.items()} == {
         DOCTOR.name: (0, 2, 3, 5),
         SHORT.name: (0, 2, 3, 5),
@@ -329,11 +320,10 @@ def test_the_kernel_is_given_what_it_reads(monkeypatch):
     nested = [[DOCTOR, SHORT], [DOCTOR, NURSE], [DOCTOR, NURSE]]
     with bm.attribute(pipe, nested) as expected:
         draw()
-    monkeypatch.setattr(groups, "fused_prompts", lambda *args: False)
-    monkeypatch.setattr(groups, "fused_attention", lambda *args: True)
-    monkeypatch.setattr(groups, "add_concept_map", add)
+    monkeypatch.setattr(accumulate, "fused_prompts", lambda *args: False)
+    monkeypatch.setattr(accumulate, "add_concept_map", add)
     with bm.attribute(pipe, nested) as found:
         draw()
     assert set(seen) == {(3, 2), (1, 1), (2, 2)}
-    for name, maps in expected.maps().items():
-        torch.testing.assert_close(found.maps()[name].values, maps.values)
+    for name, maps in expected.maps_by_prompt().items():
+        torch.testing.assert_close(found.maps_by_prompt()[name].values, maps.values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,31 +18,32 @@ import torch
 
 from .. import environment
 from ..concepts import text_encoders, tokenize
+from ..files import sha256
 from ..pipelines import load_pipeline
 from . import conditions
+from .chunk import Chunk, failed_chunk, measure_chunk, merged
 from .classifiers import reader_for
-from .controls import control_prompts
 from .draw import Cache, check_drawable
-from .files import sha256
 from .folder import AuditError
-from .measure import Chunk, failed_chunk, measure_chunk, merged
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .measure import Reader
-    from .plan import AuditPlan, Unit
+    from .classifiers import Reader
+    from .plan import AuditPlan, Picture
 
 logger = logging.getLogger(__name__)
+
+Described = dict[str, dict[str, Any]]  # condition -> what measures
 
 
 class Worker:
     """Measures chunks between ``__enter__`` and ``__exit__``.
 
     Args:
-        plan: what to draw and measure.
-        pipe: the pipeline to audit, already loaded; left as it was. Default loads ``plan.model``.
-        folder: the user's working directory, where the modules of conditions are looked for.
+        plan: What to draw and measure.
+        pipe: The pipeline to audit, already loaded; left as it was. Default loads ``plan.model``.
+        folder: The user's working directory, where the modules of conditions are looked for.
     """
 
     def __init__(self, plan: AuditPlan, pipe: Any = None, *, folder: str | None = None) -> None:
@@ -52,26 +53,32 @@ class Worker:
         self._stack = ExitStack()
         self._pipe: Any = None
         self._cache = Cache()
-        self._own: tuple[str, Any, Cache] | None = None  # of the condition with its own pipeline
-        self._own_stack = ExitStack()
+        # of the condition with a pipeline of its own that is held now
+        self._separate: tuple[str, Any, Cache] | None = None
+        self._separate_stack = ExitStack()
+        self._described: set[str] = set()
         self._read: Reader | None = None
         self._reported: set[tuple[bool, str]] = set()  # whether of one picture alone, and why
 
     def __enter__(self) -> Self:
-        for condition in self._plan.interventions:
-            kind, target = conditions.parse(self._plan.interventions[condition])
+        plan = self._plan
+        for text in plan.interventions.values():
+            kind, target = conditions.parse(text)
             if kind == "function":  # before a model is loaded
                 conditions.find(target, self._folder)
-        self._read = reader_for(self._plan, self._folder)
-        pipe = self._given or self._load()
-        self._pipe = self._stack.enter_context(_ready(self._plan, pipe))
+        self._read = reader_for(plan, self._folder)
         try:
-            _check_prompts(self._pipe, self._plan)
-            for condition in self._plan.conditions:
-                if self._plan.pipeline_of(condition) is None:
-                    check_drawable(self._pipe, self._plan, condition)
+            self._pipe = self._stack.enter_context(_ready(plan, self._given or self._load()))
+            _check_prompts(self._pipe, plan)
+            separate = [name for name in plan.conditions if plan.pipeline_of(name) is not None]
+            for condition in plan.conditions:
+                if condition not in separate:
+                    check_drawable(self._pipe, plan, condition)
+            # a last condition that cannot be made must not be found when the first is drawn
+            for condition in reversed(separate):
+                self._switch_to(condition)
         except BaseException:
-            self._stack.close()
+            self.__exit__(None, None, None)
             raise
         return self
 
@@ -85,37 +92,30 @@ class Worker:
         self._stack.close()
 
     def describe(self) -> dict[str, Any]:
-        """What measures, for `folder.check_environment`."""
+        """Returns what measures, for `folder.check_environment`."""
         return {
             **environment.describe(),
             "model": {"id": self._plan.model, "revision": _revision(self._pipe, self._plan)},
             **environment.describe_pipeline(self._pipe),
         }
 
-    def prepare(self, units: Sequence[Unit]) -> dict[str, dict[str, Any]]:
-        """Makes the pipeline of the units' condition, unless it is there already.
+    def prepare(self, pictures: Sequence[Picture]) -> Described:
+        """Makes the pipeline of the pictures' condition, unless it is there already.
 
         Returns:
-            condition -> what measures, of a pipeline that was made just now.
+            Condition -> what measures, if it was not returned before.
         """
-        owners = {self._plan.pipeline_of(unit.condition) for unit in units}
-        (owner,) = owners
-        if owner is None or (self._own is not None and self._own[0] == owner):
+        (condition,) = {self._plan.pipeline_of(picture.condition) for picture in pictures}
+        if condition is None:
             return {}
-        self._leave()
-        text = self._plan.interventions[owner]
-        try:
-            made = conditions.make(text, self._load, self._own_stack, folder=self._folder)
-            pipe = self._own_stack.enter_context(_ready(self._plan, made))
-            _check_prompts(pipe, self._plan)
-            check_drawable(pipe, self._plan, owner)
-        except BaseException:
-            self._own_stack.close()
-            raise
-        self._own = (owner, pipe, Cache())
+        pipe = self._switch_to(condition)
+        if condition in self._described:
+            return {}
+        self._described.add(condition)
+        text = self._plan.interventions[condition]
         source = conditions.source_of(text, self._folder)
         return {
-            owner: {
+            condition: {
                 "intervention": text,
                 "source_sha256": None if source is None else sha256(source),
                 **environment.describe(),
@@ -123,34 +123,39 @@ class Worker:
             }
         }
 
-    def measure(self, units: Sequence[Unit]) -> Chunk:
-        """Measures one chunk, whose condition was prepared.
+    def measure(self, pictures: Sequence[Picture]) -> Chunk:
+        """Measures one chunk, whose condition was prepared."""
+        condition = self._plan.pipeline_of(pictures[0].condition)
+        if condition is None or self._separate is None:
+            return self._attempt(self._pipe, self._cache, pictures)
+        return self._attempt(*self._separate[1:], pictures)
 
-        Raises:
-            OSError: files or the network failed, which is no fault of a picture.
-        """
-        own = self._plan.pipeline_of(units[0].condition)
-        if own is None or self._own is None:
-            return self._attempt(self._pipe, self._cache, units)
-        return self._attempt(*self._own[1:], units)
+    def results(
+        self, todo: Iterable[tuple[int, list[Picture]]]
+    ) -> Iterator[tuple[Described, int, Chunk | None]]:
+        """Yields conditions whose pipeline was just made, then the chunk itself."""
+        for index, pictures in todo:
+            if entered := self.prepare(pictures):
+                yield entered, index, None
+            yield {}, index, self.measure(pictures)
 
-    def _attempt(self, pipe: Any, cache: Cache, units: Sequence[Unit]) -> Chunk:
-        """Measures the units together; if that raises, each half of them by itself."""
+    def _attempt(self, pipe: Any, cache: Cache, pictures: Sequence[Picture]) -> Chunk:
+        """Measures the pictures together; if that raises, each half of them by itself."""
         try:
-            return measure_chunk(pipe, self._plan, units, self._read, cache)
+            return measure_chunk(pipe, self._plan, pictures, self._read, cache)
         except OSError:
             raise
         except Exception as error:  # whatever a picture raises is its row's reason
             status, reason = _fault(error)
-            self._report(len(units), reason)
+            self._report(len(pictures), reason)
         # Past the handler: what the failed attempt held on the device is free again.
         if status == "out_of_memory" and torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if len(units) == 1:
-            return failed_chunk(pipe, self._plan, units, status, reason)
-        half = len(units) // 2
-        first = self._attempt(pipe, cache, units[:half])
-        return merged(first, self._attempt(pipe, cache, units[half:]))
+        if len(pictures) == 1:
+            return failed_chunk(pipe, self._plan, pictures, status, reason)
+        half = len(pictures) // 2
+        first = self._attempt(pipe, cache, pictures[:half])
+        return merged(first, self._attempt(pipe, cache, pictures[half:]))
 
     def _report(self, pictures: int, reason: str) -> None:
         """Warns of what was raised, of a single picture with its traceback, and of that once."""
@@ -173,10 +178,26 @@ class Worker:
             device=plan.device,
         )
 
+    def _switch_to(self, condition: str) -> Any:
+        """Makes and checks the pipeline of a condition, unless it is the one held now."""
+        if self._separate is not None and self._separate[0] == condition:
+            return self._separate[1]
+        self._leave()
+        text, stack = self._plan.interventions[condition], self._separate_stack
+        try:
+            made = conditions.make(text, self._load, stack, folder=self._folder)
+            pipe = stack.enter_context(_ready(self._plan, made))
+            _check_prompts(pipe, self._plan)
+            check_drawable(pipe, self._plan, condition)
+        except BaseException:
+            stack.close()
+            raise
+        self._separate = (condition, pipe, Cache())
+        return pipe
+
     def _leave(self) -> None:
-        """Lets go of the pipeline of the condition so far."""
-        self._own = None
-        self._own_stack.close()
+        self._separate = None
+        self._separate_stack.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -192,36 +213,34 @@ def _copied(pipe: Any) -> Any:
 
 
 def _fault(error: Exception) -> tuple[str, str]:
-    """Status and reason of a picture whose drawing raised."""
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return "out_of_memory" if memory else "error", text[:500]
 
 
 @contextmanager
-def _ready(plan: AuditPlan, ready: Any) -> Iterator[Any]:
+def _ready(plan: AuditPlan, pipe: Any) -> Iterator[Any]:
     """The pipeline with the plan's scheduler and without bars; afterwards as it was."""
-    dtype = str(ready.unet.dtype).removeprefix("torch.")
-    device = torch.device(getattr(ready, "_execution_device", ready.unet.device)).type
+    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    device = torch.device(getattr(pipe, "_execution_device", pipe.unet.device)).type
     if (dtype, device) != (plan.dtype, torch.device(plan.device).type):
         raise AuditError(
             f"the plan says {plan.dtype} on {plan.device}, the given pipeline has a UNet of "
             f"{dtype} on {device}"
         )
-    scheduler, bar = ready.scheduler, getattr(ready, "_progress_bar_config", {})
-    unet = ready.unet
+    scheduler, unet, bar = pipe.scheduler, pipe.unet, getattr(pipe, "_progress_bar_config", {})
     try:
         if plan.engine is not None:
-            ready.unet = _engine(plan, unet)
+            pipe.unet = _engine(plan, unet)
         if plan.compile:
-            ready.unet = torch.compile(unet)
+            pipe.unet = torch.compile(unet)
         if plan.scheduler is not None:
-            ready.scheduler = _scheduler(plan.scheduler).from_config(scheduler.config)
-        ready.set_progress_bar_config(**{**bar, "disable": True})
-        yield ready
+            pipe.scheduler = _scheduler(plan.scheduler).from_config(scheduler.config)
+        pipe.set_progress_bar_config(**{**bar, "disable": True})
+        yield pipe
     finally:
-        ready.scheduler, ready.unet = scheduler, unet
-        ready.set_progress_bar_config(**bar)
+        pipe.scheduler, pipe.unet = scheduler, unet
+        pipe.set_progress_bar_config(**bar)
 
 
 def _engine(plan: AuditPlan, unet: Any) -> Any:
@@ -238,26 +257,26 @@ def _engine(plan: AuditPlan, unet: Any) -> Any:
 def _scheduler(name: str) -> Any:
     import diffusers
 
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise AuditError(
             f"expected the class name of a scheduler of diffusers ('DDIMScheduler'), got {name!r}"
         )
-    return found
+    return kind
 
 
 def _check_prompts(pipe: Any, plan: AuditPlan) -> None:
-    """Finds every concept's tokens now: the last profession's error must not take hours."""
+    """Looks for every concept's tokens now: the last profession's error must not take hours."""
+    encoders = text_encoders(pipe)
     for profession in plan.professions:
-        for pair in plan.pairs(profession):
-            for tokenizer, _ in text_encoders(pipe):
-                tokenize(pair.semantic_prompt, tokenizer)
-                tokenize(pair.demographic_prompt, tokenizer)
-    for prompt in control_prompts(plan, plan.professions):
-        for tokenizer, _ in text_encoders(pipe):
+        for pair in plan.pairs(profession) + plan.control_pairs(profession):
             try:
-                tokenize(prompt, tokenizer)
+                for tokenizer, _ in encoders:
+                    tokenize(pair.profession_prompt, tokenizer)
+                    tokenize(pair.word_prompt, tokenizer)
             except ValueError as error:
+                if not pair.control:
+                    raise
                 raise ValueError(
                     f"a control cannot be measured: {error}. Choose other control words, or turn "
                     "the controls off"
