@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import tempfile
 import threading
@@ -45,44 +44,29 @@ from .harness import save
 
 
 class Clock:
-    """Exclusive processor and wall time by name: what is timed inside counts there alone."""
+    """Exclusive processor time by name: what is timed inside counts there alone."""
 
     def __init__(self) -> None:
         self.cpu: dict[str, float] = {}
-        self.wall: dict[str, float] = {}
-        self._inside: list[list[float]] = []
+        self._inside: list[float] = []
         self._thread = threading.get_ident()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self.time(name):
+            nested = threading.get_ident() == self._thread  # in the writer's nothing is
+            begun = time.thread_time()
+            self._inside += [0.0] * nested
+            try:
                 return function(*args, **kwargs)
+            finally:
+                took = time.thread_time() - begun
+                inner = self._inside.pop() if nested else 0.0
+                self.cpu[name] = self.cpu.get(name, 0.0) + took - inner
+                if nested and self._inside:
+                    self._inside[-1] += took
 
         return run
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        if threading.get_ident() != self._thread:  # the writer's: nothing is nested there
-            begun = time.thread_time()
-            try:
-                yield
-            finally:
-                self.cpu[name] = self.cpu.get(name, 0.0) + time.thread_time() - begun
-            return
-        inner = [0.0, 0.0]
-        self._inside.append(inner)
-        cpu, wall = time.thread_time(), time.perf_counter()
-        try:
-            yield
-        finally:
-            took = (time.thread_time() - cpu, time.perf_counter() - wall)
-            self._inside.pop()
-            self.cpu[name] = self.cpu.get(name, 0.0) + took[0] - inner[0]
-            self.wall[name] = self.wall.get(name, 0.0) + took[1] - inner[1]
-            if self._inside:
-                self._inside[-1][0] += took[0]
-                self._inside[-1][1] += took[1]
 
 
 @contextmanager
@@ -130,7 +114,6 @@ def profile(pipe: Any, plan: bm.AuditPlan) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "guidance_scale": plan.guidance_scale,
         "cpu_seconds": {name: round(each, 3) for name, each in sorted(clock.cpu.items())},
-        "wall_seconds": {name: round(each, 3) for name, each in sorted(clock.wall.items())},
         "background_cpu_seconds": round(background, 3),
         "share": {name: round(each, 5) for name, each in shares.items()},
         "share_of_all_but_the_networks": round(1 - shares["network"], 5),
@@ -167,17 +150,14 @@ def sd15(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--part", choices=("testbed", "sd15"), default="testbed")
     parser.add_argument("--seeds", type=int, default=20, help="of the testbed's 20 professions")
     parser.add_argument("--steps", type=int, help="default 25, and 2 at SD 1.5's shapes")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = testbed(options) if options.part == "testbed" else sd15(options)
-    path = save([], options.out, 1, f"audit-profile-{options.part}")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **table}, indent=1) + "\n")
-    print(json.dumps(table, indent=1))
+    save(f"audit-profile-{options.part}", table)
     sys.exit(set(table["status"]) != {"ok"})
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers
 
-from .guidance import RowwiseEnergy
+from .guidance import RowwiseEnergy, watched
 from .harness import Entry, Group
 from .settings import Settings
 
@@ -60,18 +60,12 @@ class Published:
         """IoU of the profession's and each word's map, of one generation."""
         states: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in self.layers}
         prompts = self.prompts(profession, axis)
-        handles = []
-        for layer in self.layers:
 
-            def keep(_module: Any, inputs: Any, name: str = layer.name) -> None:
-                states[name].append(inputs[0][:1].detach())  # a view: the whole batch stays
+        def keep(layer: Any, hidden: torch.Tensor, _: torch.Tensor) -> None:
+            states[layer.name].append(hidden[:1].detach())  # a view: the whole batch stays
 
-            handles.append(layer.module.to_q.register_forward_pre_hook(keep))
-        try:
+        with watched(self.layers, keep):
             self.draw(profession, seed, prompts if steered else [])
-        finally:
-            for handle in handles:
-                handle.remove()
         return [self.overlap(states, prompt) for prompt in prompts]
 
     def draw(self, profession: str, seed: int, prompts: list[bm.AttributionPrompt]) -> torch.Tensor:
@@ -114,7 +108,7 @@ class Published:
         given = scheduler.scale_model_input(z, timestep).repeat(2, 1, 1, 1)
         # Its scripts have one prompt; ours has a word a prompt, which costs them the maps alone.
         energies = RowwiseEnergy(self.pipe, prompts[0])
-        with energies:
+        with energies.watch():
             prediction = unet(given, timestep, embeddings).sample
         (gradient,) = torch.autograd.grad(energies(), z)
         return prediction.detach(), gradient
@@ -184,15 +178,22 @@ def audit(settings: Settings, pipe: Any, planned: bm.AuditPlan) -> Callable[[], 
     return run
 
 
+def iou_of(result: Any) -> dict[tuple[str, int, str, str, str], float]:
+    """(condition, seed, profession, axis, word) -> IoU: all that timing reads of records."""
+    return {
+        (r["condition"], r["seed"], r["semantic"], r["axis"], r["demographic"]): r["iou"]
+        for r in result.records.to_pylist()
+    }
+
+
 def plain_findings(result: Any, professions: tuple[str, ...]) -> np.ndarray:
     """IoU under ``plain`` of the first seed's pictures, ``[axes, pictures, words]``."""
-    values = {
-        (row["semantic"], row["axis"], row["demographic"]): row["iou"]
-        for row in result.records.to_pylist()
-        if row["condition"] == "plain" and row["seed"] == 0
-    }
+    values = iou_of(result)
     return np.array(
-        [[[values[p, axis, w] for w in words] for p in professions] for axis, words in AXES.items()]
+        [
+            [[values["plain", 0, p, axis, word] for word in words] for p in professions]
+            for axis, words in AXES.items()
+        ]
     )
 
 
@@ -228,15 +229,11 @@ def scaling(settings: Settings, over: str, values: tuple[int, ...]) -> list[Entr
     """Plain audits that differ in one number; a time is that of the whole audit."""
     pipe = bm.testbed.pipeline(device=settings.device)
 
-    @cache
     def planned(value: int) -> bm.AuditPlan:
-        given: dict[str, int] = {"pictures": 8, "batch": 8, "steps": 5}
-        more: dict[str, Any] = {"conditions": ("plain",)}
-        if over == "concepts":
-            more["axes"] = {"words": PROFESSIONS[8 : 8 + value]}
-        else:
-            given[over] = value
-        return plan(settings, **given, **more)
+        given: dict[str, Any] = {"pictures": 8, "batch": 8, "steps": 5, "conditions": ("plain",)}
+        axes = {"words": PROFESSIONS[8 : 8 + value]}
+        given |= {"axes": axes} if over == "concepts" else {over: value}
+        return plan(settings, **given)
 
     return [
         Entry(f"{value} {over}", audit(settings, pipe, planned(value)), ours=True, x=float(value))
@@ -247,12 +244,11 @@ def scaling(settings: Settings, over: str, values: tuple[int, ...]) -> list[Entr
 def controls(settings: Settings) -> list[Entry]:
     """An audit of one axis without what is measured beside it, and with the defaults."""
     pipe = bm.testbed.pipeline(device=settings.device)
-    steps = 2 if settings.quick else 10
     one: dict[str, Any] = {"axes": ["gender"], "conditions": ("plain",), "evaluation_size": None}
-    bare = plan(settings, 8, 8, steps, **one)
-    same: dict[str, Any] = {"professions": PROFESSIONS[:8], "seeds": (0,), "steps": steps}
-    same |= {"guidance_scale": GUIDANCE, "classifier": "none", "device": str(settings.device)}
-    defaults = bm.AuditPlan(**same, save_pictures="none", save_maps="none")
+    bare = plan(settings, 8, 8, 2 if settings.quick else 10, **one)
+    same = ["professions", "seeds", "steps", "guidance_scale", "classifier", "device"]
+    same += ["save_pictures", "save_maps"]
+    defaults = bm.AuditPlan(**{name: getattr(bare, name) for name in same})
     return [
         Entry("IoU alone", audit(settings, pipe, bare), ours=True),
         Entry("containment, controls and curves", audit(settings, pipe, defaults), ours=True),
@@ -261,49 +257,28 @@ def controls(settings: Settings) -> list[Entry]:
 
 def groups(settings: Settings) -> list[Group]:
     quick = settings.quick
-    batches, pictures = ((1, 4, 8), 8) if quick else ((1, 8, 64), 64)
-    steps = 2 if quick else 10
+    batches, pictures, steps = ((1, 4, 8), 8, 2) if quick else ((1, 8, 64), 64, 10)
     found = [
         Group(
-            "audits",
-            "against the published recipe",
+            "audits", "against the published recipe",
             f"embedded model, two axes, plain and guided, {steps} steps; time of a finding",
-            lambda: against_published(settings, batches, pictures),
-            settings.rounds(2),
-            125.0,
-            threads=1,
-            warm_up="run_audit, batch 1",
-            slope="batch size",
-        )
-    ]
-    found.append(
+            lambda: against_published(settings, batches, pictures), settings.rounds(2), 125.0,
+            warm_up="run_audit, batch 1", slope="batch size",
+        ),
         Group(
-            "audits",
-            "what the defaults measure beside IoU",
-            f"embedded model, one axis, 8 pictures, {2 if quick else 10} steps; a whole audit",
-            lambda: controls(settings),
-            settings.rounds(3),
-            30.0,
-        )
-    )
-    series = {
-        "pictures": (4, 8, 16),
-        "concepts": (2, 4, 8),
-        "steps": (2, 4, 8) if quick else (4, 8, 16),
-    }
-    found += [
-        Group(
-            "audits",
-            f"scaling with {over}",
-            "embedded model, plain, one axis, 8 pictures, 5 steps, batch 8, one of them varied; "
-            "time of a whole audit",
-            lambda over=over, values=values: scaling(settings, over, values),  # type: ignore[misc]
-            settings.rounds(3),
-            22.0,
-            threads=1,
-            warm_up=f"{values[0]} {over}",
-            slope=over,
-        )
-        for over, values in series.items()
-    ]
+            "audits", "what the defaults measure beside IoU",
+            f"embedded model, one axis, 8 pictures, {steps} steps; a whole audit",
+            lambda: controls(settings), settings.rounds(3), 30.0,
+        ),
+    ]  # fmt: skip
+    series = {"pictures": (4, 8, 16), "concepts": (2, 4, 8)}
+    for over, values in {**series, "steps": (2, 4, 8) if quick else (4, 8, 16)}.items():
+        workload = "embedded model, plain, one axis, 8 pictures, 5 steps, batch 8, one of them "
+        setup = partial(scaling, settings, over, values)
+        found.append(
+            Group(
+                "audits", f"scaling with {over}", workload + "varied; time of a whole audit", setup,
+                settings.rounds(3), 22.0, warm_up=f"{values[0]} {over}", slope=over,
+            )
+        )  # fmt: skip
     return found

@@ -11,12 +11,10 @@ minutes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import biasmap_fast as bm
@@ -40,12 +38,11 @@ def measure(plan: bm.AuditPlan, workers: int) -> tuple[float, list[dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     # Ray's workers inherit it: a thread that spins while it waits would take a core from the other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -65,10 +62,7 @@ def main() -> None:
             times.append(took)
             first = first or rows
             identical = identical and to_table(rows).equals(to_table(first))
-            print(
-                f"{workers} workers: {took:.1f} s, {plan.pictures / took:.2f} pictures/s",
-                flush=True,
-            )
+            print(f"{workers} workers: {took:.1f} s", flush=True)
     ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
     table = {
         "pictures": plan.pictures,
@@ -81,9 +75,7 @@ def main() -> None:
         "speed_up_of_each_round": [round(each, 3) for each in ratios],
         "identical_records": identical,
     }
-    path = save([], options.out, 1, "audit-cluster")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **table}, indent=1) + "\n")
-    print(json.dumps(table, indent=1))
+    save("audit-cluster", table)
     sys.exit(not identical)
 
 

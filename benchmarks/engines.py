@@ -24,12 +24,12 @@ import biasmap_fast as bm
 from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.engines.onnx import relative
 
-from .guidance import build, flops
+from .audits import iou_of
+from .guidance import PROMPT, build, flops
 from .harness import Entry, Group
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
-PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
 
 # name -> options of the export
 ENGINES: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ def audits(settings: Settings, seeds: int) -> list[Entry]:
     """One audit through torch and through an engine; a time is a picture's."""
     pipe = bm.testbed.pipeline()
     folder = exported(pipe, settings.scratch, "onnx, reduced maps", "testbed")
-    records: dict[str, list[dict[str, Any]]] = {}
+    values: dict[str, dict[Any, float]] = {}
 
     def audit(name: str, engine: str | None) -> Callable[[], str]:
         given: dict[str, Any] = {"engine": engine, "seeds": range(seeds), "device": "cpu"}
@@ -128,14 +128,13 @@ def audits(settings: Settings, seeds: int) -> list[Entry]:
 
         def run() -> str:
             out = settings.scratch / f"{name}-{time.monotonic_ns()}"
-            records[name] = bm.run_audit(plan, out, progress=False).records.to_pylist()
+            values[name] = iou_of(bm.run_audit(plan, out, progress=False))
             return name
 
         return run
 
     def error(name: str) -> float:
-        pairs = zip(records["torch"], records[name], strict=True)
-        return float(max(abs(a["iou"] - b["iou"]) for a, b in pairs))
+        return max(abs(value - values["torch"][key]) for key, value in values[name].items())
 
     pictures = 20 * seeds
     return [

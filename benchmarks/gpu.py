@@ -90,7 +90,7 @@ def run(name: str, command: list[str], **environment: str) -> Step:
         output, status = str(error), f"failed ({error})"
     seconds = time.monotonic() - start
     lines = output.splitlines()
-    print("\n".join(lines[-25:]))
+    print("\n".join(lines[-150:]))
     print(f"== {name}: {status}, {seconds:.0f} s", flush=True)
     return Step(name, status, seconds, "\n".join(lines[-60:]))
 
@@ -156,33 +156,6 @@ def timings() -> dict[str, Any]:
     return {**first, "rows": [row for record in records for row in record["rows"]]}
 
 
-def table(steps: list[Step], measured: dict[str, Any]) -> str:
-    lines, group = [], ""
-    for row in measured["rows"]:
-        if row["group"] != group:
-            group = row["group"]
-            lines.append(f"\n{group}: {row['workload']}")
-        if row["median_ms"] is None:
-            lines.append(f"  {row['name']:34} {row['status']}")
-            continue
-        error = "" if row["error"] is None else f"{row['error']:.1e}"
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
-        bound = "" if row["bound_ms"] is None else f"{row['bound_ms'] / row['median_ms']:.0%}"
-        lines.append(
-            f"  {row['name']:34}{row['median_ms']:10.4f} ms {ratio:>9}"
-            f"{error:>10}{bound:>6} of bound  {row['note']}"
-        )
-    lines.append("")
-    for each in measured.get("limits", {}).values():
-        rate = each["exponentials_g_s"]
-        lines.append(
-            f"bounds: {each['copy_gb_s']:.0f} GB/s copied, "
-            + ("exponentials not measured" if rate is None else f"{rate:.0f}e9 exponentials a s")
-        )
-    lines += [f"{step.name:28}{step.status:30}{step.seconds:6.0f} s" for step in steps]
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     out = os.environ.get("OUT") or ROOT / "benchmarks/results"
@@ -198,7 +171,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "gpu.json"
     target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(table(steps, measured))
+    for step in steps:
+        print(f"{step.name:28}{step.status:30}{step.seconds:6.0f} s")
     print(f"\n{name}: {target}")
     sys.exit(any(step.status != "ok" for step in steps))
 

@@ -9,6 +9,8 @@ chunks are measured at 64 channels, or they would take half of the whole run.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -114,7 +116,8 @@ class Calls:
         """Written from the description of the published code; none of it is copied."""
         latents, timestep, text = self.arguments()
         latents.requires_grad_()
-        with RowwiseEnergy(self.pipe, PROMPT) as energy:
+        energy = RowwiseEnergy(self.pipe, PROMPT)
+        with energy.watch():
             prediction = self.pipe.unet(latents, timestep, text).sample
         (gradient,) = torch.autograd.grad(energy(), latents)
         alpha_bar = self.pipe.scheduler.alphas_cumprod[int(timestep)]
@@ -129,6 +132,21 @@ class Calls:
         return sample
 
 
+@contextmanager
+def watched(
+    layers: Sequence[Any], see: Callable[[Any, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Gives ``see`` each layer with what its `to_q` gets and makes, as naive hooks do."""
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def hook(_: Any, inputs: Any, query: torch.Tensor, layer: Any = layer) -> None:
+                see(layer, inputs[0], query)
+
+            stack.callback(layer.module.to_q.register_forward_hook(hook).remove)
+        yield
+
+
 class RowwiseEnergy:
     """The published energy of one UNet call of one image: maps of batch index 0, unrolled masks."""
 
@@ -136,23 +154,12 @@ class RowwiseEnergy:
         self.layers = cross_attention_layers(pipe, None)
         self.keys = AttributionCache().keys(pipe, (prompt,), self.layers, apart=True)
         self.queries: dict[str, torch.Tensor] = {}
-        self.handles: list[Any] = []
 
-    def __enter__(self) -> RowwiseEnergy:
-        for layer in self.layers:
+    def watch(self) -> AbstractContextManager[None]:
+        def see(layer: Any, _: torch.Tensor, query: torch.Tensor) -> None:
+            self.queries[layer.name] = query
 
-            def keep(
-                _module: Any, _inputs: Any, query: torch.Tensor, name: str = layer.name
-            ) -> None:
-                self.queries[name] = query
-
-            self.handles.append(layer.module.to_q.register_forward_hook(keep))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        return watched(self.layers, see)
 
     def maps(self) -> torch.Tensor:
         """``[1, K, h, w]``, summed over heads and layers."""

@@ -17,7 +17,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,6 @@ class Row:
     ratio: float | None = None  # of time to the group's first row's, median over the rounds
     ratio_quartiles: tuple[float, float] | None = None
     error: float | None = None
-    bytes: float = 0.0
-    flops: float = 0.0
-    exponentials: float = 0.0
     bound_ms: float | None = None  # no version can be faster
     bound_by: str = ""
     peak_mib: float | None = None  # growth of the high-water mark over one call
@@ -218,8 +215,7 @@ def measure(
     for entry in entries:
         row = Row(
             group.part, group.name, entry.name, group.workload, status[entry.name], group.threads,
-            entry.note, entry.ours, x=entry.x, bytes=entry.bytes, flops=entry.flops,
-            exponentials=entry.exponentials,
+            entry.note, entry.ours, x=entry.x,
         )  # fmt: skip
         rows.append(row)
         if row.status != "ok":
@@ -264,18 +260,18 @@ def add_rounds(rows: Sequence[Row], more: Sequence[Row]) -> None:
     summarize(rows)
 
 
-def skipped(group: Group, reason: str) -> Row:
-    """The row of a group that was not run."""
-    return Row(group.part, group.name, "*", group.workload, f"skipped: {reason}", group.threads)
-
-
-def high_water_mib() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
+def no_row(group: Group, status: str, *, ours: bool = False) -> Row:
+    """What stands for a group that was not run."""
+    return Row(group.part, group.name, "*", group.workload, status, group.threads, ours=ours)
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
     """Growth of the process's high-water mark over one call, or of the allocator's on a GPU."""
+
+    def high_water() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -284,38 +280,36 @@ def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark of building
-    started = high_water_mib()
+    started = high_water()
     run()
-    return high_water_mib() - started
+    return high_water() - started
 
 
 def slope(points: Sequence[tuple[float, float]]) -> dict[str, float]:
     """Of log time over log x by least squares, with its 95 % interval (Student's t)."""
-    from scipy import stats
+    from scipy import stats  # not on every machine that only times kernels
 
     x, y = np.log(np.array(points)).T
     fit = stats.linregress(x, y)
     half = float(stats.t.ppf(0.975, len(x) - 2) * fit.stderr)
-    return {
-        "slope": float(fit.slope),
-        "low": float(fit.slope) - half,
-        "high": float(fit.slope) + half,
-        "points": len(x),
-    }
+    value = float(fit.slope)
+    return {"slope": value, "low": value - half, "high": value + half, "points": len(x)}
 
 
 def slopes(groups: Sequence[Group], rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One for each group that has something to fit over."""
-    found = []
+    fits = []
     for group in groups:
-        own = [row for row in rows if (row.part, row.group) == (group.part, group.name)]
         points = [
-            (row.x, each) for row in own if row.x and row.status == "ok" for each in row.times_ms
+            (row.x, time)
+            for row in rows
+            if (row.part, row.group) == (group.part, group.name) and row.x and row.status == "ok"
+            for time in row.times_ms
         ]
         if group.slope and len({x for x, _ in points}) >= 3:
             named = {"part": group.part, "group": group.name, "over": group.slope}
-            found.append({**named, **slope(points)})
-    return found
+            fits.append({**named, **slope(points)})
+    return fits
 
 
 def regressions(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> list[str]:
@@ -387,43 +381,17 @@ def environment(threads: int, gpu: str | None = None) -> dict[str, Any]:
     }
 
 
-def write(record: dict[str, Any], target: Path, *, nan: bool = True) -> Path:
-    """Writes JSON, whole or not at all; without ``nan`` one in it is an error."""
+def write(record: dict[str, Any], target: Path) -> Path:
+    """Writes JSON, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, allow_nan=nan) + "\n")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(target)
     return target
 
 
-def save(rows: list[Row], folder: Path, threads: int, name: str, gpu: str | None = None) -> Path:
-    """Writes ``folder/<device>/<name>.json``, of a script that is not part of a whole run."""
-    record = {**environment(threads, gpu), "rows": [asdict(row) for row in rows]}
-    return write(record, folder / slug(str(record["device"])) / f"{name}.json")
-
-
-def show(rows: Sequence[Row]) -> None:
-    """A table on stdout."""
-    group = ""
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            print(f"\n{row.part}: {group}, {row.workload}, {row.threads} thread(s)")
-            print(
-                f"{'':36}{'median ms':>11}{'quartiles':>22}{'ratio':>9}{'error':>9}{'MiB':>7}"
-                f"{'KiB held':>10}{'of bound':>9}"
-            )
-        if row.status != "ok" or row.median_ms is None or row.quartiles_ms is None:
-            print(f"{row.name:36} {row.status}")
-            continue
-        digits = 1 if row.median_ms >= 10 else 4
-        low, high = row.quartiles_ms
-        cells = [f"{row.median_ms:11.{digits}f}{f'{low:.{digits}f} to {high:.{digits}f}':>22}"]
-        cells.append("" if row.ratio is None else f"{row.ratio:.3g}")
-        cells.append("" if row.error is None else f"{row.error:.1e}")
-        cells.append("" if row.peak_mib is None else f"{row.peak_mib:.0f}")
-        cells.append("" if row.held_kib is None else f"{row.held_kib:.0f}")
-        cells.append("" if row.bound_ms is None else f"{row.bound_ms / row.median_ms:.0%}")
-        widths = (33, 9, 9, 7, 10, 9)
-        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        print(f"{row.name:36}{line}  {row.note}")
+def save(name: str, record: dict[str, Any]) -> None:
+    """Writes and prints the record of a script that is not part of a whole run, on one thread."""
+    whole = {**environment(1), **record}
+    write(whole, RESULTS / slug(str(whole["device"])) / f"{name}.json")
+    print(json.dumps(record, indent=1))

@@ -22,9 +22,10 @@ import biasmap_fast as bm
 from biasmap_fast import ops, presets, reference
 
 from .harness import Entry, Group, device_clock
+from .overlap import CONCEPTS, SIDE, attribution_like
 from .settings import Settings
 
-SETS, CONCEPTS, SIDE, ROTATED = 256, 8, 64, 4
+SETS, ROTATED = 256, 4
 TOKENS, MAPS = 12, 2
 # Cross-attention of SD 1.5 at 512 x 512: queries, heads, d; five layers each in the recorder
 LAYERS = ((4096, 8, 40), (1024, 8, 80), (256, 8, 160))
@@ -34,30 +35,62 @@ FORWARD, GRADIENT, ROUNDED = 1e-5, 1e-4, 1e-3
 COMPILING = 30.0
 
 
+Function = Callable[[Any], Any]
+
+
 @dataclass
 class Setting:
     device: torch.device
     rounds: int
     compiled: bool
 
-    def group(
-        self, name: str, workload: str, entries: list[Entry], compiling: float = 15.0
-    ) -> Group:
-        """``compiling``: seconds that torch.compile needs, if it is asked."""
+    def group(self, name: str, workload: str, entries: list[Entry], seconds: float = 15.0) -> Group:
+        """``seconds`` that torch.compile needs, if it is asked."""
         if self.compiled:
             name += ", torch compiled"
-        seconds = 3.0 + compiling if self.compiled else 3.0
+        seconds = 3.0 + seconds * self.compiled
         part = "kernels-compiled" if self.compiled else "kernels"
         return Group(part, name, workload, lambda: entries, self.rounds, seconds, repeats=10)
 
+    def compare(
+        self,
+        inputs: Sequence[Any],
+        functions: tuple[Function, Function],
+        error: Callable[[Any], float | None] | None = None,
+        tolerance: float | None = None,
+        wrap: Callable[[Function], Function] = lambda function: function,
+        *,
+        size: float = 0.0,
+        exponentials: float = 0.0,
+    ) -> list[Entry]:
+        """Torch, compiled torch, ours, and ours without Python; each in ``wrap``, not compiled.
 
-@dataclass(frozen=True)
-class Work:
-    bytes: float = 0.0
-    exponentials: float = 0.0
+        Args:
+            inputs: what the functions are called on, in turn.
+            functions: plain torch, native.
+            error: of a result.
+            tolerance: the greatest error of ours that is no failure.
+            wrap: what is timed of a function.
+            size: bytes that must move at least.
+            exponentials: that must be taken at least.
+        """
+        plain, native = functions
+        timed = {"torch reference": wrap(plain)}
+        if self.compiled:
+            timed["torch reference, compiled"] = wrap(torch.compile(plain))
+        timed["native"] = wrap(native)
+        entries = [Entry(name, rotating(run, inputs), error) for name, run in timed.items()]
+        if self.device.type == "cuda":
+            replay = in_a_graph(timed["native"], inputs)
+            entries.append(Entry("native, in a graph", replay, error, calls=len(inputs)))
+        for entry in entries:
+            entry.ours = entry.name.startswith("native")
+            entry.tolerance = tolerance if entry.ours else None
+            entry.bytes, entry.exponentials = size, exponentials
+        return entries
 
 
-def rotating(run: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], Any]:
+def rotating(run: Function, inputs: Sequence[Any]) -> Callable[[], Any]:
     """Calls ``run`` on the inputs in turn."""
     turn: Iterator[Any] = itertools.cycle(inputs)
     return lambda: run(next(turn))
@@ -88,42 +121,6 @@ def in_a_graph(run: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[],
     return replay
 
 
-Function = Callable[[Any], Any]
-
-
-def as_it_is(function: Function) -> Function:
-    return function
-
-
-def compare(
-    setting: Setting,
-    inputs: Sequence[Any],
-    plain: Function,
-    native: Function,
-    error: Callable[[Any], float | None] | None,
-    tolerance: float | None,
-    work: Work,
-    wrap: Callable[[Function], Function] = as_it_is,
-) -> list[Entry]:
-    """Torch, compiled torch, ours, and ours without Python; each in ``wrap``, not compiled.
-
-    ``tolerance``: the greatest error of ours that is no failure.
-    """
-    found = [Entry("torch reference", rotating(wrap(plain), inputs), error)]
-    if setting.compiled:
-        fast = wrap(torch.compile(plain))
-        found.append(Entry("torch reference, compiled", rotating(fast, inputs), error))
-    found.append(Entry("native", rotating(wrap(native), inputs), error, ours=True))
-    if setting.device.type == "cuda":
-        replay = in_a_graph(wrap(native), inputs)
-        name = "native, in a graph"
-        found.append(Entry(name, replay, error, calls=len(inputs), ours=True))
-    for entry in found:
-        entry.bytes, entry.exponentials = work.bytes, work.exponentials
-        entry.tolerance = tolerance if entry.ours else None
-    return found
-
-
 def exponential_rate() -> float | None:
     """1e9 exponentials of float32 a second, measured through Triton; None without it."""
     if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
@@ -136,12 +133,9 @@ def exponential_rate() -> float | None:
     return STEPS * x.numel() / 1e6 / statistics.median(times)
 
 
-def attribution_like(sets: int, device: torch.device, seed: int) -> torch.Tensor:
-    """Maps ``[sets, CONCEPTS, N]``: coarse blobs, some noise, range about 5."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(sets, CONCEPTS, 8, 8, generator=generator) ** 2
-    maps = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic")
-    return ((maps + 0.05 * torch.rand(maps.shape, generator=generator)) * 5).flatten(2).to(device)
+def rotated_maps(sets: int, device: torch.device) -> list[torch.Tensor]:
+    """``[sets, CONCEPTS, N]`` each."""
+    return [attribution_like(sets, seed).flatten(2).to(device) for seed in range(ROTATED)]
 
 
 def with_gradient(function: Function) -> Function:
@@ -168,87 +162,60 @@ def relative_error(exact: torch.Tensor) -> Callable[[torch.Tensor], float]:
 
 def overlap_rows(setting: Setting, sets: int, concepts: int) -> Iterator[Group]:
     pairs = torch.combinations(torch.arange(concepts))
-    inputs = [
-        attribution_like(sets, setting.device, seed)[:, :concepts].contiguous()
-        for seed in range(ROTATED)
-    ]
     on_device = pairs.to(setting.device)
+    inputs = [maps[:, :concepts].contiguous() for maps in rotated_maps(sets, setting.device)]
     workload = f"{sets} sets of {concepts} concepts at {SIDE} x {SIDE}, {len(pairs)} pairs"
     size, pixels = inputs[0].nbytes, inputs[0].numel()
+    soft = (
+        lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
+        lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
+    )
+    hard = (
+        lambda maps: reference.pairs_iou(maps, on_device, 70.0)[0],
+        lambda maps: ops.pairs_iou(maps, pairs, 70.0).iou,
+    )
     exact = inputs[0].double().requires_grad_()
-    expected = reference.soft_iou(exact, on_device, 0.3, 0.01)
+    expected = soft[0](exact)
     (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    compare = setting.compare
 
     def guided() -> list[Entry]:
         # Maps and their gradient; a mask at the root, and once more, as masks are not kept
         return compare(
-            setting,
-            inputs,
-            lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
-            lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
-            relative_error(gradient),
-            GRADIENT,
-            Work(2 * size, 2 * pixels),
-            with_gradient,
-        )
+            inputs, soft, relative_error(gradient), GRADIENT, with_gradient,
+            size=2 * size, exponentials=2 * pixels,
+        )  # fmt: skip
 
     yield setting.group("SoftIoU with gradient", workload, guided(), COMPILING)
     if concepts == CONCEPTS and not setting.compiled:
         # One call between two events, not ten: the unrolled one takes seconds.
         yield Group(
             "kernels", "SoftIoU with gradient, as published", workload,
-            lambda: [published(inputs[0], pairs), *(each for each in guided() if each.ours)],
+            lambda: [published(inputs[0], pairs), *(entry for entry in guided() if entry.ours)],
             min(3, setting.rounds), 10.0,
         )  # fmt: skip
-    yield setting.group(
-        "hard IoU",
-        workload,
-        compare(
-            setting,
-            inputs,
-            lambda maps: reference.pairs_iou(maps, on_device, 70.0)[0],
-            lambda maps: ops.pairs_iou(maps, pairs, 70.0).iou,
-            largest_error(reference.pairs_iou(inputs[0], on_device, 70.0)[0].double()),
-            FORWARD,
-            Work(size),
-        ),
-    )
+    error = largest_error(hard[0](inputs[0]).double())
+    yield setting.group("hard IoU", workload, compare(inputs, hard, error, FORWARD, size=size))
     yield soft_topk_rows(setting, [maps.flatten(0, 1) for maps in inputs])
     # A mask at the root, once: no method that finds it does with less.
-    yield setting.group(
-        "SoftIoU",
-        workload,
-        compare(
-            setting,
-            inputs,
-            lambda maps: reference.soft_iou(maps, on_device, 0.3, 0.01),
-            lambda maps: ops.soft_iou(maps, pairs, 0.3, 0.01),
-            largest_error(expected.detach()),
-            FORWARD,
-            Work(size, pixels),
-        ),
-        COMPILING,
-    )
+    error = largest_error(expected.detach())
+    entries = compare(inputs, soft, error, FORWARD, size=size, exponentials=pixels)
+    yield setting.group("SoftIoU", workload, entries, COMPILING)
 
 
 def soft_topk_rows(setting: Setting, inputs: Sequence[torch.Tensor]) -> Group:
-    exact = inputs[0].double().requires_grad_()
-    (gradient,) = torch.autograd.grad(reference.soft_topk(exact, 0.3, 0.01)[:, ::2].sum(), exact)
-    return setting.group(
-        "soft top-k with gradient",
-        f"{len(exact)} maps at {SIDE} x {SIDE}",
-        compare(
-            setting,
-            inputs,
-            lambda x: reference.soft_topk(x, 0.3, 0.01)[:, ::2],
-            lambda x: ops.soft_topk(x, 0.3, 0.01)[:, ::2],
-            relative_error(gradient),
-            GRADIENT,
-            Work(4 * inputs[0].nbytes, exact.numel()),  # maps, mask, its gradient, theirs
-            with_gradient,
-        ),
-        COMPILING,
+    top = (
+        lambda x: reference.soft_topk(x, 0.3, 0.01)[:, ::2],
+        lambda x: ops.soft_topk(x, 0.3, 0.01)[:, ::2],
     )
+    exact = inputs[0].double().requires_grad_()
+    (gradient,) = torch.autograd.grad(top[0](exact).sum(), exact)
+    entries = setting.compare(
+        inputs, top, relative_error(gradient), GRADIENT, with_gradient,
+        size=4 * inputs[0].nbytes, exponentials=exact.numel(),  # maps, mask, its gradient, theirs
+    )  # fmt: skip
+    workload = f"{len(exact)} maps at {SIDE} x {SIDE}"
+    return setting.group("soft top-k with gradient", workload, entries, COMPILING)
 
 
 def published(maps: torch.Tensor, pairs: torch.Tensor) -> Entry:
@@ -289,52 +256,31 @@ def attention_inputs(
 
 def concept_map_rows(setting: Setting) -> Iterator[Group]:
     batch = 16 if setting.device.type == "cuda" else 1
-    for shape in LAYERS[: 1 if setting.compiled else None]:
-        inputs = attention_inputs(batch, shape, setting.device)
+    functions = (
+        lambda arguments: reference.concept_map(*arguments),
+        lambda arguments: ops.concept_map(*arguments),
+    )
+    for n, heads, depth in LAYERS[: 1 if setting.compiled else None]:
+        inputs = attention_inputs(batch, (n, heads, depth), setting.device)
         query, keys, weights = inputs[0]
         exact = query.double().requires_grad_()
         expected = reference.concept_map(exact, keys.double(), weights.double())
         (gradient,) = torch.autograd.grad(expected.sum(), exact)
-        n, heads, depth = shape
-        workload = (
-            f"{batch} x {n} queries, {heads} heads of {depth}, {TOKENS} tokens, {query.dtype}"
-        )
-
-        yield setting.group(
-            "concept maps",
-            workload,
-            compare(
-                setting,
-                inputs,
-                lambda arguments: reference.concept_map(*arguments),
-                lambda arguments: ops.concept_map(*arguments),
-                largest_error(expected.detach()),
-                FORWARD * heads,
-                Work(query.nbytes),
-            ),
-        )
-        yield setting.group(
-            "concept maps with gradient",
-            workload,
-            compare(
-                setting,
-                inputs,
-                lambda arguments: reference.concept_map(*arguments),
-                lambda arguments: ops.concept_map(*arguments),
-                relative_error(gradient),
-                ROUNDED,
-                Work(2 * query.nbytes),  # queries, their gradient
-                with_gradient,
-            ),
-        )
+        sizes = f"{batch} x {n} queries, {heads} heads of {depth}, {TOKENS} tokens, {query.dtype}"
+        error = largest_error(expected.detach())
+        forward = setting.compare(inputs, functions, error, FORWARD * heads, size=query.nbytes)
+        yield setting.group("concept maps", sizes, forward)
+        backward = setting.compare(
+            inputs, functions, relative_error(gradient), ROUNDED, with_gradient,
+            size=2 * query.nbytes,  # queries, their gradient
+        )  # fmt: skip
+        yield setting.group("concept maps with gradient", sizes, backward)
 
 
 def recorder_group(setting: Setting) -> Group:
     """All that the recorder computes in one UNet call of one image: fifteen layers."""
     layers = [attention_inputs(1, shape, setting.device)[0] for shape in LAYERS for _ in range(5)]
-    sums = {
-        n: torch.zeros(1, MAPS, n, device=setting.device) for n in (shape[0] for shape in LAYERS)
-    }
+    sums = {n: torch.zeros(1, MAPS, n, device=setting.device) for n, *_ in LAYERS}
 
     def plain(_: Any) -> None:
         for query, keys, weights in layers:
@@ -344,12 +290,10 @@ def recorder_group(setting: Setting) -> Group:
         for query, keys, weights in layers:
             ops.add_concept_map(sums[query.shape[2]], query, keys, weights)
 
-    work = Work(sum(query.nbytes for query, *_ in layers))
-    return setting.group(
-        "the recorder's share of a UNet call",
-        "15 layers of SD 1.5, one image",
-        compare(setting, [None], plain, native, None, None, work),
-    )
+    size = sum(query.nbytes for query, *_ in layers)
+    entries = setting.compare([None], (plain, native), size=size)
+    workload = "15 layers of SD 1.5, one image"
+    return setting.group("the recorder's share of a UNet call", workload, entries)
 
 
 def captured_unet(settings: Settings, width: int = 320, side: int = 64) -> list[Entry]:

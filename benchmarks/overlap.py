@@ -23,9 +23,9 @@ CONCEPTS, SIDE = 8, 64
 PAIRS = torch.combinations(torch.arange(CONCEPTS))  # [28, 2]
 
 
-def attribution_like(sets: int) -> torch.Tensor:
+def attribution_like(sets: int, seed: int = 0) -> torch.Tensor:
     """Maps ``[sets, CONCEPTS, SIDE, SIDE]``: coarse blobs, some noise, range about 5."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(sets, CONCEPTS, 8, 8, generator=generator) ** 2
     maps = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic")
     return (maps + 0.05 * torch.rand(maps.shape, generator=generator)) * 5

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from .guidance import PROMPT
 from .harness import Entry, Group
-from .recorder import PROMPT, Runs, real_size
+from .recorder import Runs, real_size
 from .settings import Settings
 
 

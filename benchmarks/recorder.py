@@ -14,7 +14,7 @@ threads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,19 +26,13 @@ from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers, resolutions
 
-from .guidance import build
+from .guidance import PROMPT, build, watched
 from .harness import Entry, Group
+from .kernels import LAYERS, MAPS, TOKENS, attention_inputs
 from .settings import Settings
 
-PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
 OTHER = bm.AttributionPrompt("a photo of the face of a doctor and man", ("doctor", "man"))
 SAME = 1e-4  # two tools' maps of one prompt, relative
-
-
-def one_of(found: Any) -> torch.Tensor:
-    """The maps of `PROMPT` among those of several prompts."""
-    maps: torch.Tensor = found[PROMPT.name].values
-    return maps
 
 
 class Runs:
@@ -67,7 +61,7 @@ class Runs:
         with bm.attribute(self.pipe, prompts, branch="uncond") as recorder:
             self.draw()
             self.held[f"recorder {len(prompts)}"] = recorder.nbytes["maps"]
-        return one_of(recorder.maps_by_prompt())
+        return recorder.maps_by_prompt()[PROMPT.name].values
 
     def probabilities(self) -> torch.Tensor:
         """Hooks that keep every call's attention, ``[images, heads, n, T']``."""
@@ -75,17 +69,11 @@ class Runs:
         keys = AttributionCache().keys(self.pipe, (PROMPT,), layers, apart=True)
         kept: list[torch.Tensor] = []
 
-        def see(layer: Any) -> Callable[..., None]:
-            def hook(_module: Any, _inputs: Any, query: torch.Tensor) -> None:
-                q = layer.split_heads(query[: self.images]).float()  # [B, heads, n, d]
-                kept.append((q @ keys.by_layer[layer.name][0].float().transpose(1, 2)).softmax(-1))
+        def see(layer: Any, _: torch.Tensor, query: torch.Tensor) -> None:
+            q = layer.split_heads(query[: self.images]).float()  # [B, heads, n, d]
+            kept.append((q @ keys.by_layer[layer.name][0].float().transpose(1, 2)).softmax(-1))
 
-            return hook
-
-        with ExitStack() as stack:
-            for layer in layers:
-                handle = layer.module.to_q.register_forward_hook(see(layer))
-                stack.callback(handle.remove)
+        with watched(layers, see):
             self.draw()
         self.held["probabilities"] = sum(one.nbytes for one in kept)
         sizes = resolutions(*self.size)
@@ -173,12 +161,10 @@ def real_size(settings: Settings, width: int, **kwargs: Any) -> Any:
     return pipe.to(settings.device, settings.dtype)
 
 
-def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...]) -> list[Entry]:
+def layers_entries(settings: Settings) -> list[Entry]:
     """What the recorder computes in one UNet call of one image, with the work there is."""
-    from .kernels import MAPS, TOKENS, attention_inputs
-
-    inputs = [attention_inputs(1, shape, settings.device)[0] for shape in shapes for _ in range(5)]
-    sums = {shape[0]: torch.zeros(1, 1, MAPS, shape[0]) for shape in shapes}
+    inputs = [attention_inputs(1, shape, settings.device)[0] for shape in LAYERS for _ in range(5)]
+    sums = {n: torch.zeros(1, 1, MAPS, n) for n, *_ in LAYERS}
     states = torch.eye(TOKENS)  # no two tokens are alike
 
     def own_keys(keys: torch.Tensor) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
@@ -212,50 +198,46 @@ def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...])
 
 
 def groups(settings: Settings) -> list[Group]:
-    found: list[Group] = []
-
-    def add(name: str, workload: str, setup: Callable[[], list[Entry]], **kwargs: Any) -> None:
-        found.append(Group("recorder", name, workload, setup, **kwargs))
-
     def testbed(images: int, steps: int) -> list[Entry]:
         pipe = bm.testbed.pipeline(device=settings.device)
         why = "cannot: it wants prompts of 77 tokens, this model has 20"
         return entries(Runs(pipe, images, steps, 16), settings, why)
 
-    workload = "{} image(s), {} steps, two chunks, latents of 16 x 16, float32"
     sizes = [(1, 10), (1, 25), (1, 50), (8, 25)]
     if settings.quick or settings.gpu:  # where time is short
         sizes = [(1, 10)] if settings.quick else [(1, 25), (8, 25)]
+    found: list[Group] = []
     for images, steps in sizes:
         rounds = settings.rounds(7 if images * steps <= 25 else 3)
         drawing = (rounds + 1) * 5 * steps * 0.009 * (1 + images)
-        add(
-            f"testbed, {images} image(s), {steps} steps",
-            workload.format(images, steps),
-            lambda images=images, steps=steps: testbed(images, steps),  # type: ignore[misc]
-            rounds=rounds,
-            seconds=15.0 if settings.gpu else drawing + 20 * (steps == 50),
-            peaks=steps == 50,
-        )
+        seconds = 15.0 if settings.gpu else drawing + 20 * (steps == 50)
+        found.append(
+            Group(
+                "recorder", f"testbed, {images} image(s), {steps} steps",
+                f"{images} image(s), {steps} steps, two chunks, latents of 16 x 16, float32",
+                partial(testbed, images, steps), rounds, seconds, peaks=steps == 50,
+            )
+        )  # fmt: skip
     width, steps = (32, 1) if settings.quick else (320, 25 if settings.gpu else 1)
-    add(
-        "SD 1.5 shapes",
-        f"{width} channels, random weights, 1 image, {steps} step(s), two chunks, latents of "
-        f"64 x 64, {str(settings.dtype).removeprefix('torch.')}",
-        lambda: entries(Runs(real_size(settings, width), 1, steps, 64), settings, "", settings.gpu),
-        rounds=settings.rounds(5 if settings.gpu else 2),
-        warm_up="" if settings.gpu else "plain",
-        seconds=100 if settings.gpu else 125,
-        threads=2,
-        peaks=settings.gpu,
-    )
-    if not settings.gpu:
-        shapes = ((4096, 8, 40), (1024, 8, 80), (256, 8, 160))
-        add(
-            "the recorder's share of a UNet call",
-            "15 layers of SD 1.5, one image, 12 tokens, float32",
-            lambda: layers_entries(settings, shapes),
-            rounds=settings.rounds(9),
-            seconds=3,
+    dtype = str(settings.dtype).removeprefix("torch.")
+    found.append(
+        Group(
+            "recorder", "SD 1.5 shapes",
+            f"{width} channels, random weights, 1 image, {steps} step(s), two chunks, latents of "
+            f"64 x 64, {dtype}",
+            lambda: entries(
+                Runs(real_size(settings, width), 1, steps, 64), settings, "", settings.gpu
+            ),
+            settings.rounds(5 if settings.gpu else 2), 100 if settings.gpu else 125, threads=2,
+            warm_up="" if settings.gpu else "plain", peaks=settings.gpu,
         )
+    )  # fmt: skip
+    if not settings.gpu:
+        found.append(
+            Group(
+                "recorder", "the recorder's share of a UNet call",
+                "15 layers of SD 1.5, one image, 12 tokens, float32",
+                lambda: layers_entries(settings), settings.rounds(9), 3,
+            )
+        )  # fmt: skip
     return found

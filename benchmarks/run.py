@@ -31,36 +31,17 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .harness import (
-    RESULTS,
-    ROOT,
-    Group,
-    Limits,
-    Row,
-    add_rounds,
-    device_clock,
-    environment,
-    failure,
-    measure,
-    measure_limits,
-    newest,
-    peak_mib,
-    regressions,
-    show,
-    skipped,
-    slopes,
-    slug,
-    wall_clock,
-    write,
-)
+from . import harness
+from .harness import RESULTS, ROOT, Group, Limits, Row, wall_clock
 from .settings import Settings, find_daam, find_ovam
+from .tables import part_tables
 
 logger = logging.getLogger("bench")
 
@@ -135,9 +116,9 @@ def send_peak(sender: Any, options: argparse.Namespace, part: str, group: str, n
             (entry,) = (each for each in found.setup() if each.name == name)
             if entry.run is None:
                 raise ValueError(entry.status)
-            sender.send(peak_mib(entry.run, settings.device))
+            sender.send(harness.peak_mib(entry.run, settings.device))
     except Exception as error:
-        sender.send(failure(error))
+        sender.send(harness.failure(error))
 
 
 class Bench:
@@ -157,7 +138,7 @@ class Bench:
             rate = None
             if self.settings.gpu:
                 rate = importlib.import_module("benchmarks.kernels").exponential_rate()
-            self.limits[threads] = measure_limits(self.settings.device, rate)
+            self.limits[threads] = harness.measure_limits(self.settings.device, rate)
         return self.limits[threads]
 
     def run(self, parts: Sequence[str], keep: Callable[[], object]) -> None:
@@ -172,7 +153,7 @@ class Bench:
                 self.rows.append(Row(part, part, "*", "", f"skipped: {error}", 0))
             except Exception as error:  # of the part itself: the next has its turn
                 logger.exception("%s", part)
-                self.rows.append(Row(part, part, "*", "", failure(error), 0, ours=True))
+                self.rows.append(Row(part, part, "*", "", harness.failure(error), 0, ours=True))
             took = time.monotonic() - begun
             logger.info("%s: %d rows in %.0f s", part, len(self.rows) - found, took)
 
@@ -180,17 +161,16 @@ class Bench:
         left = self.deadline - time.monotonic()
         if left < group.seconds:
             reason = f"{group.seconds:.0f} s needed, {max(left, 0):.0f} s of the budget left"
-            self.rows.append(skipped(group, reason))
+            self.rows.append(harness.no_row(group, f"skipped: {reason}"))
             return
         begun = time.monotonic()
         try:
             rows = self.measured(group)
         except ImportError as error:
-            rows = [skipped(group, str(error))]
+            rows = [harness.no_row(group, f"skipped: {error}")]
         except Exception as error:  # of a set-up: recorded, and the next group has its turn
             logger.exception("%s / %s", group.part, group.name)
-            failed = skipped(group, "")
-            rows = [replace(failed, status=failure(error), ours=True)]
+            rows = [harness.no_row(group, harness.failure(error), ours=True)]
         for row in rows if group.peaks else ():
             if row.status == "ok" and time.monotonic() < self.deadline:
                 peak_in_process(row, self.options)
@@ -200,19 +180,27 @@ class Bench:
         self.groups.append(group)
 
     def measured(self, group: Group) -> list[Row]:
-        clock = partial(device_clock, repeats=group.repeats) if self.settings.gpu else wall_clock
-        return measure(group, group.setup(), self.limit(group.threads), clock, self.deadline)
+        clock = (
+            partial(harness.device_clock, repeats=group.repeats)
+            if self.settings.gpu
+            else wall_clock
+        )
+        return harness.measure(
+            group, group.setup(), self.limit(group.threads), clock, self.deadline
+        )
 
     def confirm(self, before: Sequence[dict[str, Any]]) -> None:
         """More rounds of every group with a row worse than ``before``, while there is time."""
         for group in self.groups:
             rows = [row for row in self.rows if (row.part, row.group) == (group.part, group.name)]
             left = self.deadline - time.monotonic()
-            if left < group.seconds or not regressions([asdict(row) for row in rows], before):
+            if left < group.seconds or not harness.regressions(
+                [asdict(row) for row in rows], before
+            ):
                 continue
             logger.info("%s / %s: measured again, it seems worse", group.part, group.name)
             try:
-                add_rounds(rows, self.measured(group))
+                harness.add_rounds(rows, self.measured(group))
             except Exception:  # of a set-up: the first measurement stands
                 logger.exception("%s / %s", group.part, group.name)
 
@@ -221,13 +209,13 @@ class Bench:
         threads = max((group.threads for group in self.groups), default=1)
         peers = (self.settings.ovam, self.settings.daam)
         return {
-            **environment(threads, gpu),
+            **harness.environment(threads, gpu),
             "quick": self.settings.quick,
             "load_before": round(load, 2),
             "seconds": round(time.monotonic() - self.begun, 1),
             "peers": {peer.name: peer.version or peer.status for peer in peers},
             "limits": {str(n): asdict(limits) for n, limits in self.limits.items()},
-            "slopes": slopes(self.groups, self.rows),
+            "slopes": harness.slopes(self.groups, self.rows),
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -243,14 +231,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--daam", type=Path, metavar="DIR", help="a folder with DAAM to measure too")
     made.add_argument("--quick", action="store_true", help="everything small, two rounds: a test")
     made.add_argument(
-        "--against", metavar="FILE", default="newest",
-        help="stored run to compare with, or none; default the device's newest",
-    )  # fmt: skip
-    made.add_argument(
         "--budget", type=float, metavar="S", help="seconds; default 880, on a GPU 450"
     )
     made.add_argument("--out", type=Path, metavar="DIR", help="folder of results, see above")
-    made.add_argument("--json", action="store_true", help="the results on stdout, no table")
     return made
 
 
@@ -270,22 +253,17 @@ def quieten() -> None:
 
 def place(options: argparse.Namespace, device: str) -> Path:
     """Where a run is written: only a whole one among those that tables are made of."""
-    whole = not options.part and not options.quick
     long = options.part is not None and len(options.part) == 1 and options.part[0] in LONG
-    kept = whole or (long and not options.quick)
-    folder = (options.out or (RESULTS if kept else ROOT / "runs/bench")) / slug(device)
+    kept = not options.quick and (long or not options.part)
+    folder = (options.out or (RESULTS if kept else ROOT / "runs/bench")) / harness.slug(device)
     return folder / f"{options.part[0] if long else time.strftime('%Y-%m-%d', time.gmtime())}.json"
 
 
 def stored(options: argparse.Namespace, device: str) -> tuple[str, list[dict[str, Any]]]:
     """The rows to compare with, and where they are from."""
-    if options.against == "none" or options.quick:
-        return "", []
-    path: Path | None = Path(options.against)
-    if options.against == "newest":
-        alone = place(options, device) if set(options.part or ()) & set(LONG) else None
-        path = alone or newest(RESULTS / slug(device))
-    if path is None or not path.exists():
+    alone = set(options.part or ()) & set(LONG)
+    path = place(options, device) if alone else harness.newest(RESULTS / harness.slug(device))
+    if options.quick or path is None or not path.exists():
         return "", []
     record = json.loads(path.read_text())
     return path.name, record["rows"] if record["schema"] >= 2 else []
@@ -310,19 +288,17 @@ def main() -> None:
         name, before = stored(options, device)
         path = place(options, device)
         # A whole run replaces the stored one of the day at its end alone.
-        keep = (lambda: write(bench.record(load), path)) if options.part else (lambda: None)
+        keep = (lambda: harness.write(bench.record(load), path)) if options.part else (lambda: None)
         bench.run(options.part or SETS[options.set], keep)
         bench.confirm(before)
         record = bench.record(load)
-        write(record, path)
+        harness.write(record, path)
 
-    if options.json:
-        print(json.dumps(record, indent=1))
-    else:
-        show(bench.rows)
-        for each in record["slopes"]:
-            print("{group}: slope {slope:.2f} [{low:.2f}, {high:.2f}] over {over}".format(**each))
-    worse = regressions(record["rows"], before)
+    for part in dict.fromkeys(row.part for row in bench.rows):
+        print(f"\n# {part}\n\n{part_tables(record, part)}")
+    for fit in record["slopes"]:
+        print("{group}: slope {slope:.2f} [{low:.2f}, {high:.2f}] over {over}".format(**fit))
+    worse = harness.regressions(record["rows"], before)
     failed = [row for row in bench.rows if row.ours and row.status.startswith("failed")]
     lines = [f"worse than {name}: {line}" for line in worse]
     lines += [f"failed: {row.part} / {row.group} / {row.name}: {row.status}" for row in failed]

@@ -45,17 +45,8 @@ from training.population import random_person
 from training.stages import TrainSettings
 from training.train import train, weight_hashes
 
-from .common import (
-    WORD,
-    Labels,
-    above_chance,
-    labels_of,
-    options,
-    plan_of,
-    professions_right,
-    values_of,
-    write,
-)
+from . import common
+from .common import WORD, Labels, labels_of, plan_of
 
 BLOCK = 20
 STRIDE = 10_000  # between the first seeds of two professions
@@ -145,12 +136,8 @@ def amplification(plain: Labels, guided: Labels, shares: dict[str, float]) -> di
         drawn = [float(np.mean(list(labels[p].values()))) for p in plain]
         fit = stats.linregress(planted, drawn)
         reach = stats.t.ppf(0.975, len(drawn) - 2) * fit.stderr
-        slopes[name] = {
-            "value": float(fit.slope),
-            "low": float(fit.slope - reach),
-            "high": float(fit.slope + reach),
-            "n": len(drawn),
-        }
+        low, high = float(fit.slope - reach), float(fit.slope + reach)
+        slopes[name] = {"value": float(fit.slope), "low": low, "high": high, "n": len(drawn)}
     moves = {
         p: {
             seed: np.sign(shares[p] - 0.5) * (float(guided[p][seed]) - float(own[seed]))
@@ -169,10 +156,8 @@ def amplification(plain: Labels, guided: Labels, shares: dict[str, float]) -> di
 
 def no_effect(result: AuditResult, labels: Labels, splits: int) -> dict[str, Any]:
     """Random halves of the seeds, paired, as if they were two conditions."""
-    iou = {
-        pair: {seed: one for seed, (_, one) in pictures.items()}
-        for pair, pictures in values_of(result).items()
-    }
+    values_of = common.values_of(result)
+    iou = {pair: {seed: one for seed, (_, one) in own.items()} for pair, own in values_of.items()}
     seeds = np.array(result.plan.seeds)
     tests, t_intervals, share_intervals, overall = [], [], [], []
     for split in range(splits):
@@ -232,16 +217,11 @@ def unbiased_plan(folder: Path, seeds: int) -> AuditPlan:
     model = folder / "no-bias-model"
     if not (model / "training.json").is_file():
         train(UNBIASED, model)
-    known = AuditPlan.model_validate({})  # words that a model of the embedded kind knows
-    return plan_of(
-        model=str(model),
-        professions=known.professions,
-        axes=known.axes,
-        controls=known.controls,
-        classifier="studies.audit:read_unbiased",
-        seeds=range(seeds),
-        guidance_scale=1.0,
-    )
+    default = AuditPlan.model_validate({})  # words that a model of the embedded kind knows
+    known = {name: getattr(default, name) for name in ("professions", "axes", "controls")}
+    reader = "studies.audit:read_unbiased"
+    plan = {"model": str(model), "classifier": reader, "guidance_scale": 1.0}
+    return plan_of(**plan, **known, seeds=range(seeds))
 
 
 def no_bias_trained(result: AuditResult, labels: Labels) -> dict[str, Any]:
@@ -251,7 +231,7 @@ def no_bias_trained(result: AuditResult, labels: Labels) -> dict[str, Any]:
     return {
         "seeds": len(result.plan.seeds),
         "weights": weight_hashes(Path(result.plan.model)),
-        "professions right": professions_right(result),
+        "professions right": common.professions_right(result),
         "shares": {
             "nominal": 0.05,
             "block": BLOCK,
@@ -261,8 +241,8 @@ def no_bias_trained(result: AuditResult, labels: Labels) -> dict[str, Any]:
         },
         # of the audit, where all professions have the same seeds
         "seeds on which all professions agree": int((np.ptp(words, axis=0) == 0).sum()),
-        "containment": above_chance(result, "containment"),
-        "iou": above_chance(result, "iou"),
+        "containment": common.above_chance(result, "containment"),
+        "iou": common.above_chance(result, "iou"),
     }
 
 
@@ -284,7 +264,7 @@ def no_bias(repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = options(__doc__, "audit", seeds=40, own_seeds=200, splits=25, repeats=5)
+    given = common.options(__doc__, "audit", seeds=40, own_seeds=200, splits=25, repeats=5)
     torch.set_num_threads(1)
     results = {
         scale: run_audit(
@@ -309,7 +289,7 @@ def main() -> None:
             run_audit(unbiased, given.runs / "no-bias"), own_unbiased
         ),
     }
-    write(given.out, 2, record)
+    common.write(given.out, 2, record)
 
 
 if __name__ == "__main__":

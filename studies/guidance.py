@@ -1,6 +1,6 @@
 """What guidance moves: a study on the embedded model, where the truth is known.
 
-    python -m studies.guidance [--runs DIR] [--cells a,b] [--report]
+    python -m studies.guidance [--runs DIR] [--cells [CELL ...]]
 
 Four figures that must not be mistaken for each other, against the energy's scale: the energy; the
 measured IoU, of the maps made during the guided run and of maps made afterwards, without guidance,
@@ -8,14 +8,14 @@ from the finished picture; the true overlap, which is the part of the marker's d
 lies on the pixels which the demographic decides; and whether the picture is what was asked for.
 The control adds random directions of the gradients' own norms. Every cell draws the same seeds, so
 differences are paired. A cell and profession that is on the disk is not drawn again; several
-processes may share a folder if each is given its own --cells.
+processes may share a folder if each is given its own --cells; without a cell after it, nothing is
+drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -131,9 +131,9 @@ def prompts_of(profession: str) -> dict[str, Any]:
     }
 
 
-def recorded(recorder: Recorder) -> dict[str, Any]:
+def recorded(recorder: Recorder) -> Any:
     """The maps of several prompts, by name."""
-    return dict(recorder.maps_by_prompt())
+    return recorder.maps_by_prompt()
 
 
 def overlaps(maps: dict[str, Any], profession: str, prefix: str) -> dict[str, list[float]]:
@@ -149,7 +149,7 @@ def overlaps(maps: dict[str, Any], profession: str, prefix: str) -> dict[str, li
 
 def look_again(
     pipe: Any, text: str, latents: torch.Tensor, seeds: Sequence[int], profession: str
-) -> dict[str, Any]:
+) -> Any:
     """Maps of finished pictures, unguided: noised to several times, one UNet call each."""
     states = pipe.encode_prompt([text] * len(seeds), latents.device, 1, False)[0]
     generators = [torch.Generator().manual_seed(10**7 + seed) for seed in seeds]
@@ -327,46 +327,43 @@ def corrected(iou: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(folder: Path) -> None:
-    found = load(folder)
-    if "plain" not in found:
-        raise SystemExit(f"{folder} has no complete plain cell yet: run without --report first")
-    rows = summarise(found)
+    cells = load(folder)
+    if "plain" not in cells:
+        raise SystemExit(f"{folder} has no complete plain cell yet")
+    rows = summarise(cells)
     record = {"steps": STEPS, "guidance_scale": 1.0, "professions": len(bm.testbed.truth())}
     write(RESULTS / "guidance.json", 1, {**record, "rows": rows})
     plot(rows, FIGURE)
-    for row in rows:
-        cells = [f"{name} {100 * row['measures'][name]['relative']:+.1f} %" for name in MEASURES]
-        print(f"{row['cell']:20} {', '.join(cells)}, right {row['profession_right']['value']:.3f}")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Panels over the energy's scale: guided, and random directions of the same norms."""
     figure = Figure(figsize=(13, 6.2), layout="constrained")
     grid = figure.subplots(2, 3, sharex=True).ravel()
-    percent = "change, %"
-    panels: tuple[tuple[str, str, Sequence[tuple[str, str]]], ...] = (
-        ("energy", percent, [("energy", "-")]),
-        ("measured IoU", percent, [("IoU during, joint", "-"), ("IoU after, joint", "--")]),
-        ("true overlap in the picture", percent, [("true overlap", "-")]),
-        ("plausibility", percent, [("plausibility", "-")]),
-        ("pictures that show the profession", "%", [("right", "-")]),
-        ("P(woman), mean over professions", "change, points", [("share", "-")]),
-    )
+    panels = {  # title -> unit and figures
+        "energy": ("change, %", ["energy"]),
+        "measured IoU": ("change, %", ["IoU during, joint", "IoU after, joint"]),
+        "true overlap in the picture": ("change, %", ["true overlap"]),
+        "plausibility": ("change, %", ["plausibility"]),
+        "pictures that show the profession": ("%", ["profession_right"]),
+        "P(woman), mean over professions": ("change, points", ["share_woman_change"]),
+    }
     curves = [("scale", "guided", "#0072B2", "o"), ("random", "random directions", "#D55E00", "s")]
-    for axes, (title, unit, measures) in zip(grid, panels, strict=True):
+    for axes, (title, (unit, names)) in zip(grid, panels.items(), strict=True):
         for prefix, label, colour, shape in curves:
-            own = [r for r in rows if r["cell"].startswith(f"{prefix} ")]
-            own.sort(key=lambda r: r["scale"])
-            for measure, style in measures:
-                xs = [r["scale"] for r in own]
-                values, low, high = zip(*(percents(r, measure) for r in own), strict=True)
+            shown = [row for row in rows if row["cell"].startswith(f"{prefix} ")]
+            shown.sort(key=lambda row: row["scale"])
+            scales = [row["scale"] for row in shown]
+            for name, style in zip(names, ("-", "--"), strict=False):
+                values, low, high = zip(*(percents(row, name) for row in shown), strict=True)
                 when = ", measured afterwards" if style == "--" else ""
-                axes.plot(xs, values, style, color=colour, marker=shape, ms=4, label=label + when)
-                axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.plot(
+                    scales, values, style, color=colour, marker=shape, ms=4, label=label + when
+                )
+                axes.fill_between(scales, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(100.0 if unit == "%" else 0.0, color="#333333", linewidth=0.8)
-        axes.set_xscale("log")
+        axes.set(xscale="log", ylabel=unit)
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_ylabel(unit)
         axes.grid(color="#e3e3e3", linewidth=0.6)
     for axes in grid[3:]:
         axes.set_xlabel("scale of the energy")
@@ -374,31 +371,22 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def percents(row: dict[str, Any], measure: str) -> tuple[float, float, float]:
-    """A panel's value and interval in percent; a missing end of an interval is not drawn."""
-    if measure in ("right", "share"):
-        found = row["profession_right" if measure == "right" else "share_woman_change"]
-        ends = [found[name] for name in ("value", "low", "high")]
-    else:
-        figures = row["measures"][measure]
-        ends = [figures[name] for name in ("relative", "relative_low", "relative_high")]
-    value, low, high = (float("nan") if end is None else 100 * end for end in ends)
-    return value, low, high
+def percents(row: dict[str, Any], name: str) -> list[float]:
+    """A value and its interval in percent; a missing end of an interval is not drawn."""
+    relative = name in row["measures"]
+    figures = row["measures"][name] if relative else row[name]
+    keys = ("relative", "relative_low", "relative_high") if relative else ("value", "low", "high")
+    return [float("nan") if figures[key] is None else 100 * figures[key] for key in keys]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/study-guidance")
-    parser.add_argument("--cells", default=",".join(CELLS), help="names with commas; default all")
-    parser.add_argument("--report", action="store_true", help="only write results and figure")
-    options = parser.parse_args()
+    parser.add_argument("--cells", nargs="*", choices=CELLS, default=CELLS, metavar="CELL")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    names = [name.strip() for name in options.cells.split(",")]
-    if unknown := [name for name in names if name not in CELLS]:
-        sys.exit(f"no cells {unknown}; there are {list(CELLS)}")
-    if not options.report:
-        run(options.runs, names)
-    report(options.runs)
+    run(given.runs, list(given.cells))
+    report(given.runs)
 
 
 if __name__ == "__main__":

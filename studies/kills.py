@@ -41,15 +41,19 @@ MOMENTARY = ("environment.json", "report.html", ".lock", ".holder.json")
 
 
 def make_plan(options: argparse.Namespace) -> bm.AuditPlan:
-    professions = [row.profession for row in bm.testbed.truth()][: options.professions]
     settings: dict[str, Any] = {
-        "professions": professions,
+        "professions": bm.testbed.PROFESSIONS[: options.professions],
         "seeds": range(options.seeds),
         "steps": options.steps,
         "batch_size": options.batch_size,
         "conditions": ["plain", "guided"],
     }
     return bm.AuditPlan(**settings, save_pictures="all", save_maps="all")
+
+
+def parts(folder: Path, name: str = "pictures") -> int:
+    """How many chunks a run has written."""
+    return len(list((folder / name).glob("part-*")))
 
 
 def begin(plan: bm.AuditPlan, folder: Path, pipe: Any) -> int:
@@ -85,8 +89,8 @@ def state(folder: Path) -> str:
         return "in the middle of a file"
     if (folder / "summary.json").exists():
         return "writing the report"
-    parts, hashes = (len(list((folder / n).glob("part-*"))) for n in ("pictures", "hashes"))
-    return "between the files of a chunk" if hashes > parts else "between chunks or drawing"
+    inside = parts(folder, "hashes") > parts(folder)
+    return "between the files of a chunk" if inside else "between chunks or drawing"
 
 
 def processor_time(child: int) -> float:
@@ -112,11 +116,7 @@ def undisturbed_run(plan: bm.AuditPlan, folder: Path, pipe: Any) -> tuple[float,
     child, chunks = begin(plan, folder, pipe), len(plan.chunks())
     seconds = []
     for count in (1, chunks):
-
-        def there(count: int = count) -> bool:
-            return len(list((folder / "pictures").glob("part-*.parquet"))) >= count
-
-        if wait_for(child, there) is not None:
+        if wait_for(child, lambda count=count: parts(folder) >= count) is not None:  # type: ignore[misc]
             sys.exit("the audit ended before its last chunk was seen")
         seconds.append(processor_time(child))
     wait_for(child, lambda: False)
@@ -142,8 +142,7 @@ def killed_run(
     chunks = len(plan.chunks())
     while True:
         child = begin(plan, folder, pipe)
-        parts = len(list((folder / "pictures").glob("part-*.parquet")))
-        if len(log) == kills or parts == chunks:
+        if len(log) == kills or parts(folder) == chunks:
             wait_for(child, lambda: False)
             return log
         # In processor time: on a machine that grew busy all would else fall before the first chunk.
@@ -152,34 +151,31 @@ def killed_run(
             return log  # it had ended before its time came
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        parts = len(list((folder / "pictures").glob("part-*.parquet")))
-        log.append({"after_cpu_s": round(delay, 3), "chunks": parts, "state": state(folder)})
-        print(f"killed at {parts} of {chunks} chunks, {log[-1]['state']}", flush=True)
+        done = {"after_cpu_s": round(delay, 3), "chunks": parts(folder), "state": state(folder)}
+        log.append(done)
+        print(f"killed at {done['chunks']} of {chunks} chunks, {done['state']}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--professions", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--random", type=int, default=0, help="seed of the moments")
+    numbers = {"kills": 20, "professions": 6, "seeds": 6, "steps": 3, "batch-size": 2, "random": 0}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--save", action="store_true", help="write studies/results/kills.json")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads of OpenMP must not be forked
     plan, pipe = make_plan(options), bm.testbed.pipeline()
-    with tempfile.TemporaryDirectory() as place:
-        undisturbed = Path(place) / "undisturbed"
+    log: list[dict[str, Any]] = []
+    different: list[str] = []
+    folders = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        undisturbed = Path(scratch) / "undisturbed"
         start, chunk = undisturbed_run(plan, undisturbed, pipe)
         longest = longest_delay(start, chunk, len(plan.chunks()), options.kills)
         chance = random.Random(options.random)
         expected, records = content(undisturbed), bm.load_audit(undisturbed).measurements
-        log: list[dict[str, Any]] = []
-        different: list[str] = []
-        folders = 0
         while len(log) < options.kills:
-            killed = Path(place) / f"killed-{folders}"
+            killed = Path(scratch) / f"killed-{folders}"
             log += killed_run(plan, killed, pipe, options.kills - len(log), longest, chance)
             found = content(killed)
             names = sorted(n for n in expected | found if expected.get(n) != found.get(n))
@@ -188,20 +184,19 @@ def main() -> None:
             if not bm.load_audit(killed).measurements.equals(records):
                 different.append(f"{killed.name}: measurements")
             folders += 1
-        table = {
-            "pictures": len(list(plan.pictures())),
-            "chunks": len(plan.chunks()),
-            "measurements": len(records),
-            "runs_killed": folders,
-            "files_compared_of_each": len(expected),
-            "differences": different,
-            "cpu_s_of_start_and_chunk": [round(start, 3), round(chunk, 3)],
-            "states": dict(Counter(entry["state"] for entry in log)),
-            "kills": log,
-        }
+    table = {
+        "pictures": len(list(plan.pictures())),
+        "chunks": len(plan.chunks()),
+        "measurements": len(records),
+        "runs_killed": folders,
+        "files_compared_of_each": len(expected),
+        "differences": different,
+        "cpu_s_of_start_and_chunk": [round(start, 3), round(chunk, 3)],
+        "states": dict(Counter(entry["state"] for entry in log)),
+    }
     if options.save:
-        write(RESULTS / "kills.json", 2, table)
-    print(json.dumps({name: each for name, each in table.items() if name != "kills"}, indent=1))
+        write(RESULTS / "kills.json", 2, {**table, "kills": log})
+    print(json.dumps(table, indent=1))
     sys.exit(bool(different))
 
 

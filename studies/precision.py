@@ -8,9 +8,8 @@ controls) stands for the truth. Into studies/results/precision.json go
 * *pool*: audits simulated from it, with replacement, the two words of a picture together. For each
   precision the images drawn, those of a fixed design (one number of seeds for all professions, the
   smallest that makes every interval as narrow; it knows the pool's spreads, which nobody does
-  beforehand), and how often intervals hold the pool's mean: fixed width, Student's t at the number
-  where drawing stopped, Student's t of the fixed design, and that of IoU, which the rule does not
-  look at;
+  beforehand), and how often intervals hold the pool's mean: fixed width, Student's t of
+  the fixed design, and that of IoU, which the rule does not look at;
 * *distributions*: the same of values whose mean is known, up to ones that break such intervals;
 * *mean over professions*: the crossed bootstrap where professions have different numbers of seeds;
 * *audit*: one real `--precision` audit, and its values beside the pool's of the same pictures.
@@ -143,14 +142,13 @@ def simulate_pool(array: Floats, precision: float, trials: int, seed: int) -> di
     most = 2 * fixed + 10 * first_size(precision)
     truth = array.mean(axis=1)  # [P, J, 2]
     counts: list[Any] = []
-    hits: dict[str, list[Any]] = {name: [] for name in ("fixed width", "t", "iou", "fixed")}
+    hits: dict[str, list[Any]] = {name: [] for name in ("fixed width", "iou", "fixed")}
     for own, mean in zip(array, truth, strict=True):
         drawn = own[rng.integers(0, len(own), (trials, most))]  # [R, N, J, 2]
         found = stop(drawn[..., 0], precision, drawn[..., 1])
         counts.append(found.counts)
         miss, other = np.abs(found.means - mean[:, 0]), np.abs(found.others - mean[:, 1])
         hits["fixed width"].append(miss <= np.maximum(found.wide, precision))
-        hits["t"].append(miss <= found.widths)
         hits["iou"].append(other <= found.other_widths)
         means, widths = moments(drawn[..., 0], np.array([fixed]))
         hits["fixed"].append((np.abs(means - mean[:, 0]) <= widths)[:, 0])
@@ -160,9 +158,7 @@ def simulate_pool(array: Floats, precision: float, trials: int, seed: int) -> di
     fewer = fixed_number(spreads[without], precision)
     return {
         "precision": precision,
-        "first_round": first_size(precision),
         "images": float(images.sum(axis=0).mean()),
-        "images_standard_error": float(images.sum(axis=0).std(ddof=1) / math.sqrt(trials)),
         "images_fixed": fixed * len(array),
         "share": float(images.sum(axis=0).mean() / (fixed * len(array))),
         "share_without_the_widest": float(
@@ -202,7 +198,7 @@ def simulate(name: str, precision: float, trials: int, seed: int) -> dict[str, A
     fixed = fixed_number(np.array([spread]), precision)
     rng = np.random.default_rng([seed, round(1000 * precision)])
     most = 2 * fixed + 10 * first_size(precision)
-    hits: dict[str, list[Any]] = {"fixed width": [], "t": [], "without the term": [], "fixed": []}
+    hits: dict[str, list[Any]] = {"fixed width": [], "without the term": [], "fixed": []}
     counts, errors = [], []
     for begin in range(0, trials, 500):
         values = draw(rng, (min(500, trials - begin), most, 1))
@@ -211,7 +207,6 @@ def simulate(name: str, precision: float, trials: int, seed: int) -> dict[str, A
         counts.append(found.counts)
         miss = np.abs(errors[-1])
         hits["fixed width"].append(miss <= np.maximum(found.wide, precision))
-        hits["t"].append(miss <= found.widths)
         hits["without the term"].append(
             np.abs(bare.means - truth) <= np.maximum(bare.widths, precision)
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -55,20 +54,6 @@ class TrainSettings:
     settle_batch: int = 32
     calibration_pictures: int = 1600  # per profession; 0 leaves the words as training left them
     autoencoder_sha256: str = ""  # of an autoencoder taken from another run; empty to train one
-
-    def __post_init__(self) -> None:
-        for stage, quantity in itertools.product(LATER, ("steps", "batch")):
-            if (value := getattr(self, f"{stage}_{quantity}")) < 1:
-                raise ValueError(f"`{stage}_{quantity}` must be at least 1, got {value}")
-        if self.calibration_pictures < 0:
-            raise ValueError(
-                f"`calibration_pictures` must be at least 0, got {self.calibration_pictures}"
-            )
-        if self.pictures < max(self.autoencoder_batch, self.unet_batch):
-            raise ValueError(
-                f"`pictures` must be at least the batch size, got {self.pictures} pictures for "
-                f"batches of {self.autoencoder_batch} and {self.unet_batch}"
-            )
 
     def digest(self, stage: str) -> str:
         """A short hash of what decides a stage: its checkpoint continues only under the same."""

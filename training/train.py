@@ -26,7 +26,7 @@ import transformers
 import typer
 
 from biasmap_fast import testbed
-from biasmap_fast.testbed import World, WorldConfig
+from biasmap_fast.testbed import World
 
 from . import networks
 from .calibrate import calibrate
@@ -176,33 +176,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Pipeline folder to write.")],
     seed: Annotated[int, typer.Option(help="Seed of weights, population and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="Cores, part of what is reproduced.")] = 1,
-    autoencoder_steps: Annotated[
-        int, typer.Option(help="Steps of the autoencoder.")
-    ] = TrainSettings.autoencoder_steps,
-    unet_steps: Annotated[int, typer.Option(help="Steps of the UNet.")] = TrainSettings.unet_steps,
-    settle_steps: Annotated[
-        int, typer.Option(help="Steps of the UNet's last stage.")
-    ] = TrainSettings.settle_steps,
-    calibration_pictures: Annotated[
-        int, typer.Option(help="Pictures per profession that calibrate its word; 0: none.")
-    ] = TrainSettings.calibration_pictures,
-    palette_seed: Annotated[int, typer.Option(help="Seed of the marker colours.")] = 0,
-    layout_seed: Annotated[int, typer.Option(help="Seed of shares, levels and positions.")] = 0,
-    geometry: Annotated[str, typer.Option(help="Where the region is: bust or crown.")] = "bust",
     measure: Annotated[bool, typer.Option(help="Measure the model afterwards.")] = True,
 ) -> None:
     """Trains a testbed model; a run that was killed continues where it was."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(threads)
-    settings = TrainSettings(
-        seed=seed,
-        world=WorldConfig(palette_seed=palette_seed, layout_seed=layout_seed, geometry=geometry),
-        autoencoder_steps=autoencoder_steps,
-        unet_steps=unet_steps,
-        settle_steps=settle_steps,
-        calibration_pictures=calibration_pictures,
-    )
-    train(settings, out)
+    train(TrainSettings(seed=seed), out)
     if measure:
         evaluate_folder(out, threads=threads)
 

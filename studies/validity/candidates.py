@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -121,59 +122,46 @@ class View:
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
-        self.cache: dict[Any, torch.Tensor] = {}
+        self.masks: dict[tuple[str, float], torch.Tensor] = {}
 
-    def keep(self, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if key not in self.cache:
-            self.cache[key] = make()
-        return self.cache[key]
-
+    @cached_property
     def ranks(self) -> torch.Tensor:
         """Ranks of the pixels in 0..1."""
-        count = self.values.shape[-1] - 1
-        return self.keep("ranks", lambda: self.values.argsort(-1).argsort(-1).float() / count)
+        return self.values.argsort(-1).argsort(-1).float() / (self.values.shape[-1] - 1)
 
+    @cached_property
     def ordered(self) -> torch.Tensor:
-        return self.keep("ordered", lambda: self.values.sort(-1).values)
+        return self.values.sort(-1).values
+
+    @cached_property
+    def mass(self) -> torch.Tensor:
+        """What lies above the map's minimum, as a distribution."""
+        above = self.values - self.values.amin(-1, keepdim=True)
+        return above / above.sum(-1, keepdim=True).clamp(min=1e-12)
 
     def top(self, percent: float) -> torch.Tensor:
         """The package's hard mask: strictly above the percentile."""
-
-        def make() -> torch.Tensor:
+        if ("top", percent) not in self.masks:
             # linear between order statistics, as numpy's percentile and the package's
             place = (1 - percent / 100) * (self.values.shape[-1] - 1)
             below = int(place)
-            low, high = (self.ordered()[..., i : i + 1] for i in (below, below + 1))
-            edge: torch.Tensor = low + (place - below) * (high - low)
-            return (self.values > edge).float()
-
-        return self.keep(("top", percent), make)
+            low, high = (self.ordered[..., i : i + 1] for i in (below, below + 1))
+            edge = low + (place - below) * (high - low)
+            self.masks["top", percent] = (self.values > edge).float()
+        return self.masks["top", percent]
 
     def soft(self, percent: float) -> torch.Tensor:
         """The package's soft mask."""
-        return self.keep(
-            ("soft", percent), lambda: bm.soft_topk(self.values, fraction=percent / 100)
-        )
+        if ("soft", percent) not in self.masks:
+            self.masks["soft", percent] = bm.soft_topk(self.values, fraction=percent / 100)
+        return self.masks["soft", percent]
 
-    def mass(self) -> torch.Tensor:
-        """What lies above the map's minimum, as a distribution."""
 
-        def make() -> torch.Tensor:
-            above = self.values - self.values.amin(-1, keepdim=True)
-            return above / above.sum(-1, keepdim=True).clamp(min=1e-12)
-
-        return self.keep("mass", make)
-
-    def standard(self, ranked: bool) -> torch.Tensor:
-        """Values or ranks with mean 0 and norm 1."""
-
-        def make() -> torch.Tensor:
-            x = self.ranks() if ranked else self.values
-            x = x - x.mean(-1, keepdim=True)
-            length: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return x / length.clamp(min=1e-12)
-
-        return self.keep(("standard", ranked), make)
+def standard(x: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and norm 1."""
+    x = x - x.mean(-1, keepdim=True)
+    length: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp(min=1e-12)
 
 
 def _jaccard(inner: Any, a: Any, b: Any) -> Any:
@@ -198,19 +186,7 @@ def measures(marker_percent: float, region_percent: float) -> dict[str, Measure]
         return lambda view: view.soft(percent)
 
     def ranks(view: View) -> torch.Tensor:
-        return view.ranks()
-
-    def mass(view: View) -> torch.Tensor:
-        return view.mass()
-
-    def root(view: View) -> torch.Tensor:
-        return view.mass().sqrt()
-
-    def values(view: View) -> torch.Tensor:
-        return view.standard(ranked=False)
-
-    def rank_values(view: View) -> torch.Tensor:
-        return view.standard(ranked=True)
+        return view.ranks
 
     found: dict[str, Measure] = {}
     for p in (50, 30, 20, 10, 5):
@@ -226,10 +202,10 @@ def measures(marker_percent: float, region_percent: float) -> dict[str, Measure]
         # how high the demographic's map ranks where the profession's mask is
         found[f"rank under top {p} %"] = (top(p), ranks, _per_first)
         found[f"rank under soft {p} %"] = (soft(p), ranks, _per_first)
-    found["rank under mass"] = (mass, ranks, _plain)
-    found["rank correlation"] = (rank_values, rank_values, _plain)
-    found["correlation"] = (values, values, _plain)
-    found["Bhattacharyya"] = (root, root, _plain)
+    found["rank under mass"] = (lambda view: view.mass, ranks, _plain)
+    found["rank correlation"] = (*[lambda view: standard(view.ranks)] * 2, _plain)
+    found["correlation"] = (*[lambda view: standard(view.values)] * 2, _plain)
+    found["Bhattacharyya"] = (*[lambda view: view.mass.sqrt()] * 2, _plain)
     found[PLANTED] = (top(marker_percent), top(region_percent), _jaccard)
     return found
 

@@ -17,7 +17,7 @@ from scipy import stats
 from .candidates import PLANTED, PUBLISHED, PUBLISHED_BRANCH, Candidate
 from .collect import load
 from .models import GROUPS
-from .score import WORDS, Truth, control, values_of
+from .score import WORDS, Truth, values_of
 from .weights import learned
 
 FIGURES = ("concordance", "auc", "rho", "adjacent", "quarter", "picture_auc")
@@ -215,12 +215,13 @@ def packaged(runs: Path, candidates: dict[str, Candidate]) -> dict[str, Any]:
 
 
 def controls(group: Group, winner: Candidate) -> dict[str, Any]:
-    """The winner's concordance with "photo" in the profession's place, over models and words."""
-    found = []
+    """The winner's concordance with "photo" in the profession's place: 0.5 if it says nothing."""
+    means = []
     for name in group.passed:
         sums, record = load(group.folder / f"{name}.maps")
-        found.append(np.mean(list(control(sums, record, winner).values())))
-    return interval(np.array(found))
+        values = [values_of(sums, record, winner, word, noun="control") for word in WORDS]
+        means.append(np.mean(Truth(record).scores(np.stack(values))["concordance"]))
+    return interval(np.array(means))
 
 
 def everything(runs: Path) -> pa.Table:
@@ -271,8 +272,8 @@ def plot(runs: Path, record: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("true overlap drawn, a profession and model each")
         axes.set_ylabel("measured, mean of both words")
     table = everything(runs)
-    raw = np.array([n == "raw" for n in table["null"].to_pylist()])
-    raw &= np.array([w == "both" for w in table["word"].to_pylist()])
+    shown = {"word": "both", "null": "raw"}
+    raw = np.array([row == shown for row in table.select(list(shown)).to_pylist()])
     if last == "final":
         x, y = (table[f"{g} concordance"].to_numpy()[raw] for g in ("choosing", "final"))
         right.scatter(
@@ -283,9 +284,9 @@ def plot(runs: Path, record: dict[str, Any], path: Path) -> None:
             (winner, "chosen", "#0072B2", "o"),
         ]
         for candidate, label, colour, shape in marks:
-            keep = raw & matches(table, candidate)
-            spot = [table[f"{g} concordance"].to_numpy()[keep] for g in ("choosing", "final")]
-            right.scatter(*spot, s=50, color=colour, marker=shape, label=label, zorder=3)
+            spot = np.array([row == asdict(candidate) for row in table.select(PARTS).to_pylist()])
+            points = (table[f"{g} concordance"].to_numpy()[raw & spot] for g in record["groups"])
+            right.scatter(*points, s=50, color=colour, marker=shape, label=label, zorder=3)
         right.plot([0.3, 1], [0.3, 1], color="#333333", linewidth=0.8)
         right.set_title("concordance with the truth, both words", loc="left", fontsize=10)
         right.set_xlabel("models that chose")
@@ -294,13 +295,3 @@ def plot(runs: Path, record: dict[str, Any], path: Path) -> None:
     for axes in (left, middle, right):
         axes.grid(color="#e3e3e3", linewidth=0.6)
     figure.savefig(path, dpi=110)
-
-
-def matches(table: pa.Table, candidate: Candidate) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which rows are of one candidate."""
-    same = [
-        np.array([value == getattr(candidate, part) for value in table[part].to_pylist()])
-        for part in PARTS
-    ]
-    found: np.ndarray[Any, np.dtype[np.bool_]] = np.logical_and.reduce(same)
-    return found

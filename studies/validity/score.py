@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 
 from .candidates import (
     Candidate,
+    Measure,
     View,
     layer_maps,
     map_choices,
@@ -92,8 +93,7 @@ def score_model(sums: dict[str, torch.Tensor], record: dict[str, Any]) -> pa.Tab
     """One row a candidate, word (or "both") and null ("raw", "shuffled subtracted")."""
     layers = layer_maps(sums)
     truth = Truth(record)
-    sizes = np.mean(list(record["sizes"].values())) / 64**2
-    every = measures(100 * float(sizes), 100 * record["region_fraction"])
+    every = measures_of(record)
     tables = []
     for maps in map_choices():
         found: dict[tuple[str, str], list[Array]] = {}  # (word, null) -> [P, S] a measure
@@ -117,6 +117,12 @@ def score_model(sums: dict[str, torch.Tensor], record: dict[str, Any]) -> pa.Tab
     return pa.concat_tables(tables)
 
 
+def measures_of(record: dict[str, Any]) -> dict[str, Measure]:
+    """All measures by name, for a model's planted sizes."""
+    sizes = float(np.mean(list(record["sizes"].values()))) / 64**2
+    return measures(100 * sizes, 100 * record["region_fraction"])
+
+
 def values_of(
     sums: dict[str, torch.Tensor],
     record: dict[str, Any],
@@ -125,26 +131,10 @@ def values_of(
     noun: str = "noun",
 ) -> Array:
     """What a candidate says of every picture, `[P, S]`."""
-    sizes = np.mean(list(record["sizes"].values())) / 64**2
-    measure = measures(100 * float(sizes), 100 * record["region_fraction"])[candidate.measure]
+    measure = measures_of(record)[candidate.measure]
     a, b = pair_of_maps(layer_maps(sums), record["concepts"], candidate, word, noun)
     values: Array = overlap(View(a), View(b), measure).diagonal(dim1=1, dim2=2).double().numpy()
     return values
-
-
-def control(
-    sums: dict[str, torch.Tensor], record: dict[str, Any], chosen: Candidate
-) -> dict[str, float]:
-    """A candidate's concordance where "photo" stands for the profession: 0.5 if it says nothing."""
-    truth = Truth(record)
-    return {
-        word: float(
-            truth.scores(values_of(sums, record, chosen, word, noun="control")[None])[
-                "concordance"
-            ][0]
-        )
-        for word in WORDS
-    }
 
 
 def _with_null(matrix: Array) -> dict[str, Array]:

@@ -18,7 +18,7 @@ def test_a_native_op_that_fails_is_a_row_beside_torch(group):
         raise RuntimeError("no kernel image")
 
     setting = kernels.Setting(torch.device("cuda"), rounds=2, compiled=False)
-    entries = kernels.compare(setting, [None], lambda _: 1.0, broken, None, None, kernels.Work())
+    entries = setting.compare([None], (lambda _: 1.0, broken))
     rows = measure(group(*entries), entries, None)
     assert [row.name for row in rows] == ["torch reference", "native", "native, in a graph"]
     assert rows[0].status == "ok"

@@ -17,9 +17,9 @@ from benchmarks.harness import (
     add_rounds,
     measure,
     newest,
+    no_row,
     peak_mib,
     regressions,
-    skipped,
     slope,
     slopes,
 )
@@ -111,8 +111,8 @@ def test_what_fails_or_is_not_run_is_no_number(group):
     assert rows["wrong"].status.startswith("failed: error 5.0e-01")
     assert rows["shape"].status.startswith("failed: TypeError")
     assert rows["nan"].status.startswith("failed: error nan")
-    assert skipped(group(), "no time").status == "skipped: no time"
-    assert skipped(group(), "no time").median_ms is None
+    assert no_row(group(), "skipped: no time").status == "skipped: no time"
+    assert no_row(group(), "skipped: no time").median_ms is None
 
 
 def test_the_error_is_that_of_the_first_call(group):
