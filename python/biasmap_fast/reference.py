@@ -57,7 +57,7 @@ def attention(
 def percentile(x: torch.Tensor, percentile: float) -> torch.Tensor:
     """``numpy.percentile(x, percentile, axis=-1)``, bit for bit in float32 and float64.
 
-    ``torch.quantile`` rounds its interpolation differently and refuses large inputs.
+    ``torch.quantile`` rounds differently and refuses large inputs.
     """
     n = x.shape[-1]
     position = (n - 1) * (percentile / 100.0)
@@ -118,7 +118,7 @@ def soft_iou(
 
 
 class _SoftTopk(torch.autograd.Function):
-    # With the gradient by the implicit function theorem; differentiable twice.
+    # Differentiable twice, by the implicit function theorem.
     @staticmethod
     def forward(
         x: torch.Tensor, fraction: float, temperature: float
@@ -141,7 +141,8 @@ class _SoftTopk(torch.autograd.Function):
 
     @staticmethod
     def vmap(_: Any, in_dims: tuple[int, None, None], x: torch.Tensor, *settings: float) -> Any:
-        return _SoftTopk.apply(x.movedim(in_dims[0], 0), *settings), (0, 0)
+        x = x.movedim(in_dims[0], 0)
+        return _SoftTopk.apply(x, *settings), (0, 0)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -154,8 +155,7 @@ class _SoftTopk(torch.autograd.Function):
 
 def _solve_offset(z: torch.Tensor, fraction: float) -> torch.Tensor:
     """The d ``[..., 1]`` with ``mean(sigmoid(z + d)) = fraction``: Newton inside a bracket."""
-    # Saturated pixels are counted and only their distance to 0 or 1 is summed, so that the root
-    # does not drown in rounding if few pixels lie in between.
+    # Of saturated pixels only the distance to 0 or 1 is summed, so that the root is exact.
     whole, part = divmod(fraction * z.shape[-1], 1.0)
     logit = math.log(fraction) - math.log1p(-fraction)
     low = logit - z.amax(dim=-1, keepdim=True)  # mean <= fraction here
