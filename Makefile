@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 CXX_FILES := $(filter %.h %.cpp %.cu,$(wildcard csrc/* tests/emulation/*))
 
-.PHONY: help demo engine test lint format bench study validity scale gpu testbed clean
+.PHONY: help demo engine test test-fast lint format docs bench study validity scale gpu testbed clean
 
 help:
 	@echo "make demo     audit the embedded model and write runs/first/report.html"
 	@echo "make engine   export the embedded model's UNet with its maps to engines/testbed"
 	@echo "make test     the test suite"
+	@echo "make test-fast the tests that take seconds, without the slow ones"
+	@echo "make docs     tables and figures of README.md and docs/ from committed results"
 	@echo "make lint     ruff, mypy --strict, clang-format"
 	@echo "make bench    every benchmark, into benchmarks/results/, tables and figures (under 15 minutes)"
 	@echo "make study    what guidance moves, and what an audit finds where the truth is known (two hours; goes on if stopped)"
@@ -30,6 +32,9 @@ engines/testbed/manifest.json: | $(VENV)/.installed-onnx
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -42,31 +47,34 @@ format: $(VENV)/.installed-dev
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.installed-onnx
-	$(BIN)/python benchmarks/run.py $(if $(OVAM),--ovam $(OVAM)) $(if $(DAAM),--daam $(DAAM)); \
-	status=$$?; $(BIN)/python benchmarks/tables.py && $(BIN)/python benchmarks/figures.py && exit $$status
+	$(BIN)/python -m benchmarks.run $(if $(OVAM),--ovam $(OVAM)) $(if $(DAAM),--daam $(DAAM)); \
+	status=$$?; $(BIN)/python -m docs.build && exit $$status
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m docs.build
 
 study: $(VENV)/.installed
-	$(BIN)/python benchmarks/study_guidance.py
-	$(BIN)/python benchmarks/study_audit.py
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m studies.guidance
+	$(BIN)/python -m studies.audit
+	$(BIN)/python -m docs.build
 
 scale: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/kills.py --out benchmarks/results
-	$(BIN)/python benchmarks/cluster.py
-	$(BIN)/python benchmarks/audit_profile.py
-	$(BIN)/python benchmarks/audit_profile.py --part sd15
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m studies.kills --save
+	$(BIN)/python -m benchmarks.cluster
+	$(BIN)/python -m benchmarks.audit_profile
+	$(BIN)/python -m benchmarks.audit_profile --part sd15
+	$(BIN)/python -m docs.build
 
 validity: $(VENV)/.installed
-	$(BIN)/python benchmarks/study_validity.py
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m studies.validity
+	$(BIN)/python -m docs.build
 
 # Not in the environment above: with the packages of a machine that has a GPU, and perhaps no network.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT))
+	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 testbed: $(VENV)/.installed
-	$(BIN)/python -m biasmap_fast.testbed.train --out runs/testbed --threads $(or $(THREADS),1)
+	$(BIN)/python -m training.train --out runs/testbed --threads $(or $(THREADS),1)
 
 clean:
 	rm -rf build $(VENV)

@@ -1,6 +1,6 @@
 """What of an audit's time the networks take, what the maps, and what the audit's own loop.
 
-    python benchmarks/audit_profile.py [--part testbed|sd15]
+    python -m benchmarks.audit_profile [--part testbed|sd15]
 
 ``testbed`` audits the embedded model, ``sd15`` one picture of two steps at the shapes of SD 1.5
 with random weights (9 GiB of memory, minutes; its text encoder and decoder are small ones, and the
@@ -39,8 +39,9 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast import attribution
 from biasmap_fast.audit import measure, run, work, writer
-from guidance import build
-from harness import save
+
+from .guidance import build
+from .harness import save
 
 
 class Clock:

@@ -28,14 +28,14 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import presets
-from biasmap_fast.attribution import attribution_keys
-from biasmap_fast.concepts import tokenize_all
+from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers
-from guidance import RowwiseEnergy
-from harness import Entry, Group
-from settings import Settings
+
+from .guidance import RowwiseEnergy
+from .harness import Entry, Group
+from .settings import Settings
 
 AXES: dict[str, tuple[str, ...]] = {"gender": ("man", "woman"), "other": ("lawyer", "nurse")}
 PROFESSIONS = bm.testbed.PROFESSIONS
@@ -122,14 +122,14 @@ class Published:
     @torch.no_grad()
     def overlap(self, states: dict[str, list[torch.Tensor]], prompt: bm.AttributionPrompt) -> float:
         """Maps from the kept states, layer by layer and step by step, and their IoU."""
-        keys = attribution_keys(self.pipe, self.layers, tokenize_all(prompt, self.pipe))
+        keys = AttributionCache().keys(self.pipe, (prompt,), self.layers, apart=True)
         size = self.pipe.unet.config.sample_size
         total = torch.zeros(1, 2, size, size, device=self.pipe.device)
         for layer in self.layers:
             for kept in states[layer.name]:
                 query = layer.split_heads(layer.module.to_q(kept))
                 side = int(query.shape[2] ** 0.5)
-                maps = concept_map(query, keys.by_layer[layer.name], keys.weights)
+                maps = concept_map(query, keys.by_layer[layer.name][0], keys.weights[0])
                 total += resize(maps.view(1, 2, side, side), (size, size))
         large = resize(total, (presets.PAPER.size, presets.PAPER.size))[0].cpu().numpy()
         first, second = (one > np.percentile(one, presets.PAPER.percentile) for one in large)

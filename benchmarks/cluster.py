@@ -1,6 +1,6 @@
 """One audit with one and with two Ray workers, one thread each: the time, and the same records.
 
-    python benchmarks/cluster.py [--seeds N] [--steps N] [--rounds N]
+    python -m benchmarks.cluster [--seeds N] [--steps N] [--rounds N]
 
 Each time is that of measuring alone, from the moment when every worker has the model to the last
 chunk: what it takes to start Ray and load models does not grow with the audit. The runs take turns.
@@ -22,7 +22,8 @@ from typing import Any
 import biasmap_fast as bm
 from biasmap_fast.audit.cluster import Cluster
 from biasmap_fast.audit.records import KEY, to_table
-from harness import save
+
+from .harness import save
 
 
 def measure(plan: bm.AuditPlan, workers: int) -> tuple[float, list[dict[str, Any]]]:

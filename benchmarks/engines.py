@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast.attribution import AttributionCache, attribution_states
-from biasmap_fast.concepts import tokenize_all
+from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.engines.onnx import relative
-from guidance import build, flops
-from harness import Entry, Group
-from settings import Settings
+
+from .guidance import build, flops
+from .harness import Entry, Group
+from .settings import Settings
 
 logger = logging.getLogger(__name__)
 PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
@@ -64,7 +64,7 @@ class Calls:
         self.given = given
         self.unet = pipe.unet
         self.cache = AttributionCache()  # keys are made once a run, as an engine's states are given
-        self.states = attribution_states(pipe, tokenize_all(PROMPT, pipe))
+        self.states = self.cache.states(pipe, PROMPT)
         self.expected = self.plain(pipe.unet)()
 
     def plain(self, model: Any) -> Callable[[], torch.Tensor]:

@@ -1,24 +1,16 @@
-"""Draws the figures of docs/benchmarks.md from the newest whole run.
-
-python benchmarks/figures.py [--check]
-"""
+"""The figures of docs/benchmarks.md, drawn from the newest whole run."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from bench_tables import DEVICE, ROOT, read
-from harness import newest
+from .harness import ROOT
 
-DOCS = ROOT / "docs"
 # Okabe and Ito's colours, which those who see red and green alike can tell apart
 COLOURS = {
     "plain": "#999999",
@@ -44,25 +36,22 @@ def measured(record: dict[str, Any], part: str, group: str = "") -> Rows:
     ]
 
 
-def bars(
-    axes: Any,
-    rows: Rows,
-    value: Callable[[dict[str, Any]], float],
-    form: str,
-    quartiles: Callable[[dict[str, Any]], tuple[float, float]] | None = None,
-) -> None:
-    """Horizontal bars, with quartiles where there are some, and the value at the end."""
-    values = [value(row) for row in rows]
-    ends = [quartiles(row) if quartiles else (v, v) for row, v in zip(rows, values, strict=True)]
-    for i, (row, each, (low, high)) in enumerate(zip(rows, values, ends, strict=True)):
+def bars(axes: Any, rows: Rows, form: str, values: list[tuple[float, ...]]) -> None:
+    """Horizontal bars of value, or of value and quartiles, with the value at the end."""
+    for i, (row, (value, *quartiles)) in enumerate(zip(rows, values, strict=True)):
         colour = COLOURS.get(row["name"], OURS if row["ours"] else THEIRS)
-        axes.barh(i, each, color=colour, height=0.65)
+        axes.barh(i, value, color=colour, height=0.65)
         if quartiles:
-            axes.plot([low, high], [i, i], color="black", linewidth=1.2)
-        axes.text(max(each, high), i, f" {form.format(each)}", va="center", fontsize=8)
+            axes.plot(quartiles, [i, i], color="black", linewidth=1.2)
+        end = max(value, *quartiles) if quartiles else value
+        axes.text(end, i, f" {form.format(value)}", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.set_xlim(0, 1.2 * max(high for _, high in ends))
+    axes.set_xlim(0, 1.2 * max(max(one) for one in values))
     axes.invert_yaxis()
+    plain(axes)
+
+
+def plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
 
@@ -74,7 +63,7 @@ def overhead(record: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, group in zip(figure.subplots(1, len(shown)), shown, strict=True):
         rows = measured(record, "recorder", group)
-        bars(axes, rows, lambda row: row["ratio"], "{:.2f}", lambda row: row["ratio_quartiles"])
+        bars(axes, rows, "{:.2f}", [(row["ratio"], *row["ratio_quartiles"]) for row in rows])
         axes.set_title(group.replace("(s)", "s" * ("8 image" in group)), fontsize=9)
         axes.set_xlabel("time, of the plain run", fontsize=8)
     return figure
@@ -96,19 +85,8 @@ def memory(record: dict[str, Any]) -> Figure:
         axes.annotate(words, (x[-1], y[-1]), xytext=(6, -3), textcoords="offset points", fontsize=8)
     axes.set(yscale="log", xlabel="steps", ylabel="held after the run, KiB", xlim=(5, 85))
     axes.set_title("embedded model, one image", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
+    plain(axes)
     return figure
-
-
-def seconds(row: dict[str, Any]) -> tuple[float, float]:
-    low, high = row["quartiles_ms"]
-    return low / 1e3, high / 1e3
-
-
-def an_hour(row: dict[str, Any]) -> tuple[float, float]:
-    low, high = row["quartiles_ms"]
-    return 3.6e6 / high, 3.6e6 / low
 
 
 def guidance(record: dict[str, Any]) -> Figure:
@@ -118,12 +96,13 @@ def guidance(record: dict[str, Any]) -> Figure:
     grid = figure.subplots(len(groups), 2, squeeze=False)
     for (left, right), group in zip(grid, groups, strict=True):
         rows = measured(record, "guidance", group)
-        bars(left, rows, lambda row: row["median_ms"] / 1e3, "{:.1f} s", seconds)
+        times = [(row["median_ms"], *row["quartiles_ms"]) for row in rows]
+        bars(left, rows, "{:.1f} s", [tuple(each / 1e3 for each in one) for one in times])
         width = rows[0]["workload"].partition(",")[0]
         left.set_title(f"{group.partition(', ')[2]}, {width}: time", fontsize=9)
         peaks = [row for row in rows if row["peak_mib"] is not None]
         if peaks:
-            bars(right, peaks, lambda row: row["peak_mib"], "{:,.0f} MiB")
+            bars(right, peaks, "{:,.0f} MiB", [(row["peak_mib"],) for row in peaks])
         right.set_title("peak memory beyond the model", fontsize=9)
     return figure
 
@@ -149,28 +128,32 @@ def limit(record: dict[str, Any]) -> Figure:
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set_xlabel("share of the measured limit, %", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
+    plain(axes)
     return figure
 
 
 def audits(record: dict[str, Any]) -> Figure:
-    """Findings an hour, ours over batch sizes."""
+    """Findings per hour, ours over batch sizes."""
     rows = measured(record, "audits", "against the published recipe")
     figure = Figure(figsize=(7, 0.35 * len(rows) + 0.6), layout="constrained")
     axes = figure.subplots()
-    bars(axes, rows, lambda row: 3.6e6 / row["median_ms"], "{:,.0f}", an_hour)
+    times = [(row["median_ms"], *reversed(row["quartiles_ms"])) for row in rows]
+    bars(axes, rows, "{:,.0f}", [tuple(3.6e6 / each for each in one) for one in times])
     axes.set_xlabel("findings an hour (embedded model, one thread)", fontsize=8)
     return figure
 
 
-# name -> how it is drawn, and the part of a run that it shows
-FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Figure], str]] = {
-    "overhead": (overhead, "recorder"),
-    "memory": (memory, "recorder"),
-    "guidance": (guidance, "guidance"),
-    "limit": (limit, "overlap"),
-    "audits": (audits, "audits"),
+Draw = Callable[[dict[str, Any]], Figure]
+# file -> how it is drawn, and the part of a run that it shows
+FIGURES: dict[Path, tuple[Draw, str]] = {
+    ROOT / f"docs/benchmarks-{draw.__name__}.png": (draw, part)
+    for draw, part in (
+        (overhead, "recorder"),
+        (memory, "recorder"),
+        (guidance, "guidance"),
+        (limit, "overlap"),
+        (audits, "audits"),
+    )
 }
 
 
@@ -186,25 +169,9 @@ def stale(path: Path, record: dict[str, Any], part: str) -> bool:
     return not path.exists() or stamp(record).encode() not in path.read_bytes()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 if a figure is out of date")
-    options = parser.parse_args()
-    found = newest(DEVICE)
-    if found is None:
-        sys.exit(f"{DEVICE.relative_to(ROOT)} has no whole run: run benchmarks/run.py")
-    record = read(found)
-    mpl.use("agg")
-    for name, (draw, part) in FIGURES.items():
-        path = DOCS / f"benchmarks-{name}.png"
-        if options.check:
-            if stale(path, record, part):
-                sys.exit(f"{path.relative_to(ROOT)} is out of date: run benchmarks/figures.py")
-        elif measured(record, part):
-            draw(record).savefig(path, dpi=110, metadata={"Source": stamp(record)})
-        else:
-            path.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    main()
+def save(path: Path, draw: Draw, record: dict[str, Any], part: str) -> None:
+    """Writes a figure, or removes it if the run has nothing to show."""
+    if not measured(record, part):
+        path.unlink(missing_ok=True)
+    else:
+        draw(record).savefig(path, dpi=110, metadata={"Source": stamp(record)})

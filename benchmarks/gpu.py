@@ -1,6 +1,6 @@
 """Builds, tests, checks and times the CUDA kernels on the GPU of this machine, without network.
 
-    make gpu [OUT=DIR]      (or: python3 benchmarks/gpu.py [--out DIR])
+    make gpu [OUT=DIR]      (or: python3 -m benchmarks.gpu [--out DIR])
 
 Needs Python with torch and pytest, nvcc, scikit-build-core, pybind11 and ninja, all installed.
 Without diffusers the one group that needs it is skipped. A step that fails is recorded as failed,
@@ -108,7 +108,7 @@ def with_site() -> dict[str, str]:
 
 
 def tests() -> Step:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_cuda.py", "-p"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/core/test_cuda.py", "-p"]
     command += ["no:cacheprovider", "-q", "--durations=5"]
     # Warnings of this machine's other packages are not our failures.
     step = run("tests", [*command, "-W", "default"], **with_site())
@@ -118,7 +118,7 @@ def tests() -> Step:
 
 
 def benchmarks(part: str) -> Step:
-    command = [sys.executable, "benchmarks/run.py", "--set", "gpu", "--part", part]
+    command = [sys.executable, "-m", "benchmarks.run", "--set", "gpu", "--part", part]
     # Less than the limit: what there is no time for is then a row that says so.
     command += ["--budget", f"{max(limit(part) - 10, 1):.0f}", "--out", str(BUILD / part)]
     return run(part, command, **with_site())
@@ -133,7 +133,7 @@ def sanitizer(tool: str) -> Step:
         command += ["--report-api-errors", "no"]
     # Every tensor its own allocation, or what lies beyond one's end is another's.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command += [sys.executable, "benchmarks/sanitize.py"]
+    command += [sys.executable, "-m", "benchmarks.sanitize"]
     return run(tool, command, **alone, **with_site())
 
 

@@ -15,13 +15,13 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import presets
-from biasmap_fast.attribution import attribution_keys
-from biasmap_fast.concepts import tokenize_all
+from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers
-from harness import Entry, Group
-from settings import Settings
+
+from .harness import Entry, Group
+from .settings import Settings
 
 PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
 
@@ -90,12 +90,13 @@ def flops(width: int, chunks: int) -> float:
 class Calls:
     """Ways of one UNet call with ``chunks`` copies of the latents in its batch."""
 
-    def __init__(self, pipe: Any, chunks: int) -> None:
-        self.pipe, self.chunks = pipe, chunks
+    def __init__(self, pipe: Any, chunks: int, side: int = 64) -> None:
+        self.pipe, self.chunks, self.side = pipe, chunks, side
 
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
-        latents = torch.randn(1, 4, 64, 64, generator=generator).repeat(self.chunks, 1, 1, 1)
+        latents = torch.randn(1, 4, self.side, self.side, generator=generator)
+        latents = latents.repeat(self.chunks, 1, 1, 1)
         text = torch.randn(self.chunks, 77, 768, generator=generator)
         unet = self.pipe.unet
         return (
@@ -121,7 +122,8 @@ class Calls:
         return added
 
     def guided(self) -> torch.Tensor:
-        guide = bm.guide(self.pipe, PROMPT, branch="uncond", chunks=self.chunks, clip=None)
+        energy = bm.Energy(clip=None)
+        guide = bm.guide(self.pipe, PROMPT, energy, branch="uncond", chunks=self.chunks)
         with guide, torch.no_grad():
             sample: torch.Tensor = self.pipe.unet(*self.arguments()).sample
         return sample
@@ -132,7 +134,7 @@ class RowwiseEnergy:
 
     def __init__(self, pipe: Any, prompt: bm.AttributionPrompt) -> None:
         self.layers = cross_attention_layers(pipe, None)
-        self.keys = attribution_keys(pipe, self.layers, tokenize_all(prompt, pipe))
+        self.keys = AttributionCache().keys(pipe, (prompt,), self.layers, apart=True)
         self.queries: dict[str, torch.Tensor] = {}
         self.handles: list[Any] = []
 
@@ -156,10 +158,10 @@ class RowwiseEnergy:
         """``[1, K, h, w]``, summed over heads and layers."""
         queries = [layer.split_heads(self.queries[layer.name])[:1] for layer in self.layers]
         side = int(max(q.shape[2] for q in queries) ** 0.5)
-        total = torch.zeros(1, len(self.keys.weights), side, side, device=queries[0].device)
+        total = torch.zeros(1, self.keys.weights.shape[1], side, side, device=queries[0].device)
         for layer, rows in zip(self.layers, queries, strict=True):
             here = int(rows.shape[2] ** 0.5)
-            maps = concept_map(rows, self.keys.by_layer[layer.name], self.keys.weights)
+            maps = concept_map(rows, self.keys.by_layer[layer.name][0], self.keys.weights[0])
             total = total + resize(maps.view(1, -1, here, here), (side, side))
         return total
 

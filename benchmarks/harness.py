@@ -28,6 +28,8 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast import _C
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 TOLERANCE = 0.05  # worse by more than this, beyond both spreads, is a regression
 FEW = 5  # rounds; of fewer the quartiles say too little, and worse is three times that
 SAMPLE = 20.0  # milliseconds that one timing on the CPU takes at least, by calls in a row

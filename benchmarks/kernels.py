@@ -20,8 +20,9 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import ops, presets, reference
-from harness import Entry, Group, device_clock
-from settings import Settings
+
+from .harness import Entry, Group, device_clock
+from .settings import Settings
 
 SETS, CONCEPTS, SIDE, ROTATED = 256, 8, 64, 4
 TOKENS, MAPS = 12, 2
@@ -127,7 +128,7 @@ def exponential_rate() -> float | None:
     """1e9 exponentials of float32 a second, measured through Triton; None without it."""
     if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
         return None
-    from exponentials import STEPS, take_exponentials
+    from .exponentials import STEPS, take_exponentials
 
     x = torch.rand(1 << 24, device="cuda")
     take_exponentials(x)
@@ -351,12 +352,12 @@ def recorder_group(setting: Setting) -> Group:
     )
 
 
-def captured_unet(settings: Settings, width: int = 320) -> list[Entry]:
+def captured_unet(settings: Settings, width: int = 320, side: int = 64) -> list[Entry]:
     """A UNet call in a CUDA graph, without the recorder and then with it."""
-    from guidance import PROMPT, Calls, build  # needs diffusers
+    from .guidance import PROMPT, Calls, build  # needs diffusers
 
     pipe = build(width).to(settings.device, settings.dtype)
-    latents, timestep, text = Calls(pipe, 2).arguments()
+    latents, timestep, text = Calls(pipe, 2, side).arguments()
     timestep = timestep.to(settings.device)  # a copy from the host cannot be captured
     recorder = bm.attribute(pipe, PROMPT, chunks=2)
 

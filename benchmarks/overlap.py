@@ -15,8 +15,9 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import ops, presets, reference
-from harness import Entry, Group
-from settings import Settings
+
+from .harness import Entry, Group
+from .settings import Settings
 
 CONCEPTS, SIDE = 8, 64
 PAIRS = torch.combinations(torch.arange(CONCEPTS))  # [28, 2]

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from harness import Entry, Group
-from recorder import PROMPT, Runs, real_size
-from settings import Settings
+from .harness import Entry, Group
+from .recorder import PROMPT, Runs, real_size
+from .settings import Settings
 
 
 def tried(

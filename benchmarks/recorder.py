@@ -20,15 +20,15 @@ from typing import Any
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast.attribution import attribution_keys
-from biasmap_fast.concepts import tokenize_all
-from biasmap_fast.groups import ConceptMaps, group_keys
+from biasmap_fast.accumulate import add_maps, prompt_keys
+from biasmap_fast.attribution import AttributionCache
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers, resolutions
-from guidance import build
-from harness import Entry, Group
-from settings import Settings
+
+from .guidance import build
+from .harness import Entry, Group
+from .settings import Settings
 
 PROMPT = bm.AttributionPrompt("a photo of the face of a doctor and woman", ("doctor", "woman"))
 OTHER = bm.AttributionPrompt("a photo of the face of a doctor and man", ("doctor", "man"))
@@ -67,18 +67,18 @@ class Runs:
         with bm.attribute(self.pipe, prompts, branch="uncond") as recorder:
             self.draw()
             self.held[f"recorder {len(prompts)}"] = recorder.nbytes["maps"]
-        return one_of(recorder.maps())
+        return one_of(recorder.maps_by_prompt())
 
     def probabilities(self) -> torch.Tensor:
         """Hooks that keep every call's attention, ``[images, heads, n, T']``."""
         layers = cross_attention_layers(self.pipe, None)
-        keys = attribution_keys(self.pipe, layers, tokenize_all(PROMPT, self.pipe))
+        keys = AttributionCache().keys(self.pipe, (PROMPT,), layers, apart=True)
         kept: list[torch.Tensor] = []
 
         def see(layer: Any) -> Callable[..., None]:
             def hook(_module: Any, _inputs: Any, query: torch.Tensor) -> None:
                 q = layer.split_heads(query[: self.images]).float()  # [B, heads, n, d]
-                kept.append((q @ keys.by_layer[layer.name].float().transpose(1, 2)).softmax(-1))
+                kept.append((q @ keys.by_layer[layer.name][0].float().transpose(1, 2)).softmax(-1))
 
             return hook
 
@@ -91,7 +91,7 @@ class Runs:
         sizes = resolutions(*self.size)
         total = torch.zeros(self.images, 2, *self.size, device=kept[0].device)
         for one in kept:
-            columns = (one @ keys.weights.to(one).T).sum(1).transpose(1, 2)  # [B, K, n]
+            columns = (one @ keys.weights[0].to(one).T).sum(1).transpose(1, 2)  # [B, K, n]
             total += resize(
                 columns.reshape(*columns.shape[:2], *sizes[columns.shape[2]]), self.size
             )
@@ -108,7 +108,7 @@ class Runs:
         )
         with torch.no_grad():
             maps = hooker.get_ovam_callable()(PROMPT.text)  # [1, T', h, w]
-        (tokenized,) = tokenize_all(PROMPT, self.pipe)
+        (tokenized,) = AttributionCache().tokens(self.pipe, PROMPT)
         found: torch.Tensor = torch.einsum("kt,bthw->bkhw", tokenized.weights.to(maps), maps)
         return found
 
@@ -175,7 +175,7 @@ def real_size(settings: Settings, width: int, **kwargs: Any) -> Any:
 
 def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...]) -> list[Entry]:
     """What the recorder computes in one UNet call of one image, with the work there is."""
-    from kernels import MAPS, TOKENS, attention_inputs
+    from .kernels import MAPS, TOKENS, attention_inputs
 
     inputs = [attention_inputs(1, shape, settings.device)[0] for shape in shapes for _ in range(5)]
     sums = {shape[0]: torch.zeros(1, 1, MAPS, shape[0]) for shape in shapes}
@@ -184,8 +184,7 @@ def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...])
     def own_keys(keys: torch.Tensor) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
         return lambda _: {"layer": keys[None]}
 
-    given = [group_keys(w[None], states[None], own_keys(k)) for _, k, w in inputs]
-    adding = ConceptMaps()
+    given = [prompt_keys(w[None], states[None], own_keys(k)) for _, k, w in inputs]
 
     def kept() -> list[torch.Tensor]:
         return [(q @ k.transpose(1, 2)).softmax(-1) for q, k, _ in inputs]
@@ -197,7 +196,7 @@ def layers_entries(settings: Settings, shapes: tuple[tuple[int, int, int], ...])
     def recorded() -> None:
         for (query, *_), group in zip(inputs, given, strict=True):
             rows = query.transpose(1, 2).flatten(2)  # as `to_q` leaves them: a view
-            adding.add([sums[query.shape[2]]], rows, group, "layer")
+            add_maps([sums[query.shape[2]]], rows, group, "layer")
 
     tokens = sum(query.shape[1] * query.shape[2] * TOKENS for query, *_ in inputs)
     depths = sum(query.numel() * TOKENS for query, *_ in inputs)

@@ -1,9 +1,9 @@
 """Every benchmark by one command: one process, one results file, compared with the stored one.
 
-    python benchmarks/run.py [--set cpu|gpu] [--ovam DIR] [--daam DIR]      (or: biasmap bench)
+    python -m benchmarks.run [--set cpu|gpu] [--ovam DIR] [--daam DIR]
 
 A whole run is written to benchmarks/results/<device>/<date>.json, and the tables and figures of
-README.md and docs/ are made from the newest such file by benchmarks/tables.py and figures.py. A
+README.md and docs/ are made from the newest such file by `python -m docs.build`. A
 run of some parts, or a quick one, goes to runs/bench/ and into no table; a long part, which only
 runs by name, to results/<device>/<part>.json.
 
@@ -38,7 +38,9 @@ from typing import Any
 
 import torch
 
-from harness import (
+from .harness import (
+    RESULTS,
+    ROOT,
     Group,
     Limits,
     Row,
@@ -58,10 +60,8 @@ from harness import (
     wall_clock,
     write,
 )
-from settings import Settings, find_daam, find_ovam
+from .settings import Settings, find_daam, find_ovam
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"
 logger = logging.getLogger("bench")
 
 # part -> module and function; in a set, what matters most runs first
@@ -90,7 +90,7 @@ PEAK_SECONDS = 300
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
-        "audits", "engines", "guidance", "kernels", "overlap", "peers", "recorder",
+        *(f"benchmarks.{module}" for module in sorted({module for module, _ in PARTS.values()})),
         "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
         "transformers.models.clip.modeling_clip",
     ]
@@ -99,7 +99,7 @@ PROCESSES.set_forkserver_preload(
 
 def groups_of(part: str, settings: Settings) -> Iterator[Group]:
     module, function = PARTS[part]
-    yield from getattr(importlib.import_module(module), function)(settings)
+    yield from getattr(importlib.import_module(f"benchmarks.{module}"), function)(settings)
 
 
 def peak_in_process(row: Row, options: argparse.Namespace) -> None:
@@ -156,7 +156,7 @@ class Bench:
         if threads not in self.limits:
             rate = None
             if self.settings.gpu:
-                rate = importlib.import_module("kernels").exponential_rate()
+                rate = importlib.import_module("benchmarks.kernels").exponential_rate()
             self.limits[threads] = measure_limits(self.settings.device, rate)
         return self.limits[threads]
 
@@ -234,7 +234,6 @@ class Bench:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="biasmap bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -15,16 +15,16 @@ def overlap(n: int, concepts: int, dtype: torch.dtype) -> None:
     maps = torch.rand(2, concepts, n, generator=generator).to(dtype).cuda()
     pairs = torch.combinations(torch.arange(concepts), with_replacement=True)
     op = torch.ops.biasmap
-    for where in (pairs, pairs.cuda()):
-        op.pairs_iou(maps, where, 70.0)
-        iou, state = op.soft_iou(maps, where, 0.3, 0.01)
-        upstream = torch.rand(iou.shape, generator=generator).cuda()
-        grads = op.soft_iou_backward(upstream, iou, maps, where, state, 0.3)
-        if not bool(grads.cpu().isfinite().all()):
-            raise RuntimeError(f"soft_iou_backward: not finite at n = {n}")
+    op.pairs_iou(maps, pairs, 70.0)
+    forward = op.soft_iou(maps, pairs, 0.3, 0.01)
+    upstream = torch.rand(forward[0].shape, generator=generator).cuda()
+    grads = op.soft_iou_backward(upstream, maps, pairs, 0.3, 0.01, *forward)
+    if not bool(grads.cpu().isfinite().all()):
+        raise RuntimeError(f"soft_iou_backward: not finite at n = {n}")
     x = maps[0]
-    mask, state = op.soft_topk(x, 0.3, 0.01)
-    op.soft_topk_backward(torch.rand(mask.shape, generator=generator).cuda(), mask, state)
+    forward = op.soft_topk(x, 0.3, 0.01)
+    upstream = torch.rand(x.shape, generator=generator).cuda()
+    op.soft_topk_backward(upstream, x, 0.3, 0.01, *forward)
 
 
 def attention(n: int, heads: int, depth: int, tokens: int, dtype: torch.dtype) -> None:
@@ -35,7 +35,7 @@ def attention(n: int, heads: int, depth: int, tokens: int, dtype: torch.dtype) -
     weights = torch.rand(9, tokens, generator=generator).cuda()
     maps = torch.rand(2, 9, n, generator=generator).cuda()
     torch.ops.biasmap.concept_map(query, keys, weights)
-    torch.ops.biasmap.add_concept_map(maps, query, keys, weights)
+    ops.add_concept_map(maps, query, keys, weights)
     grad = torch.ops.biasmap.concept_map_backward(maps, query, keys, weights)
     if not bool(grad.cpu().isfinite().all()):
         raise RuntimeError(f"concept_map_backward: not finite at n = {n}")
@@ -48,9 +48,9 @@ def main() -> None:
         for n, concepts in ((1, 2), (65, 10), (333, 3), (4096, 2), (16387, 9)):
             overlap(n, concepts, dtype)
         for n, heads, depth, tokens in (
-            (1, 1, 1, 1),
+            (1, 1, 8, 1),
             (65, 9, 40, 12),
-            (33, 2, 13, 20),
+            (33, 2, 24, 20),
             (40, 8, 160, 77),
         ):
             attention(n, heads, depth, tokens, dtype)

@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include "concept_map.h"
+#include "cpu.h"
 #include "overlap.h"
 #include "tensor_view.h"
 
@@ -16,7 +17,7 @@ namespace py = pybind11;
 using biasmap::CudaQueue;
 using biasmap::Float;
 using biasmap::kAny;
-using biasmap::Pairs;
+using biasmap::MapSets;
 using biasmap::SoftMap;
 using biasmap::TensorView;
 
@@ -33,10 +34,11 @@ template <typename... Parts> void require(bool good, const Parts &...parts) {
     throw std::invalid_argument(message.str());
 }
 
-void check_soft(double fraction, double temperature) {
+biasmap::SoftSettings soft_settings(double fraction, double temperature) {
     require(fraction > 0.0 && fraction < 1.0, "`fraction` must be in (0, 1), got ", fraction);
     require(temperature > 0.0 && std::isfinite(temperature),
             "`temperature` must be positive and finite, got ", temperature);
+    return biasmap::soft_settings(fraction, temperature);
 }
 
 void check_pixels(int64_t pixels) {
@@ -45,7 +47,7 @@ void check_pixels(int64_t pixels) {
 }
 
 // Where the op runs: where its main tensor is, if there are kernels for that.
-dlpack::Device place_of(const TensorView &tensor) {
+dlpack::Device device_of(const TensorView &tensor) {
 #if defined(BIASMAP_CUDA_TOOLKIT)
     if (tensor.device().type == dlpack::kCuda)
         return tensor.device();
@@ -55,224 +57,211 @@ dlpack::Device place_of(const TensorView &tensor) {
     return biasmap::kOnCpu;
 }
 
-void check_concepts(int64_t concepts, dlpack::Device place) {
-    require(place.type == dlpack::kCpu || concepts <= biasmap::kMostConceptsOnGpu,
-            "`maps` on a GPU may have ", biasmap::kMostConceptsOnGpu, " concepts at most, got ",
-            concepts);
-}
-
-// Pairs may lie on the host whatever the maps' device: kernels then get them by value.
-Pairs checked_pairs(const TensorView &pairs, int64_t concepts, dlpack::Device place) {
-    check_concepts(concepts, place);
-    const bool on_host = pairs.device().type == dlpack::kCpu;
-    const auto *data =
-        pairs.data<int64_t>("pairs", "[P, 2]", {kAny, 2}, on_host ? biasmap::kOnCpu : place);
-    const int64_t count = pairs.size(0);
-    if (on_host)
-        for (int64_t i = 0; i < 2 * count; ++i)
-            require(data[i] >= 0 && data[i] < concepts, "pairs[", i / 2, "] names concept ",
-                    data[i], ", but `maps` has K = ", concepts, " concepts");
-    require(place.type == dlpack::kCpu || !on_host || count <= biasmap::kPairsByValue, "more than ",
-            biasmap::kPairsByValue, " `pairs` must be on the maps' GPU, got ", count,
-            " on the CPU");
-    return {data, count, on_host};
+// What the ops on sets of maps have in common; returns where they run.
+dlpack::Device take_sets(MapSets &p, const TensorView &maps, const TensorView &pairs) {
+    const dlpack::Device device = device_of(maps);
+    p.maps = maps.floats("maps", "[B, K, N]", {kAny, kAny, kAny}, device, p.type);
+    p.batch = maps.size(0), p.concepts = maps.size(1), p.pixels = maps.size(2);
+    p.pairs.data = pairs.data<int64_t>("pairs", "[P, 2]", {kAny, 2}, biasmap::kOnCpu);
+    p.pairs.count = pairs.size(0);
+    for (int64_t i = 0; i < 2 * p.pairs.count; ++i)
+        require(p.pairs.data[i] >= 0 && p.pairs.data[i] < p.concepts, "pairs[", i / 2,
+                "] names concept ", p.pairs.data[i], ", but `maps` has K = ", p.concepts,
+                " concepts");
+    require(device.type == dlpack::kCpu || (p.concepts <= biasmap::kMostConceptsOnGpu &&
+                                            p.pairs.count <= biasmap::kMostPairsOnGpu),
+            "`maps` on a GPU may have ", biasmap::kMostConceptsOnGpu, " concepts and ",
+            biasmap::kMostPairsOnGpu, " pairs at most, got ", p.concepts, " and ", p.pairs.count);
+    check_pixels(p.pixels);
+    return device;
 }
 
 SoftMap *as_state(float *data) { return reinterpret_cast<SoftMap *>(data); }
 
-// The kernels of an op, for `launch`.
+// The kernels of an op, for `launch`; of one that has none on the CPU.
 #if defined(BIASMAP_CUDA_TOOLKIT)
-#    define BIASMAP_CUDA_KERNEL(op) biasmap::op##_cuda
+#    define BIASMAP_ON_GPU(op) biasmap::op##_cuda
 #else
-#    define BIASMAP_CUDA_KERNEL(op) nullptr
+#    define BIASMAP_ON_GPU(op) nullptr
 #endif
-#define BIASMAP_KERNELS(op) biasmap::op##_cpu, BIASMAP_CUDA_KERNEL(op)
-
-template <typename Params> using CudaKernel = void (*)(const Params &, const CudaQueue &);
+#define BIASMAP_KERNELS(op) biasmap::op##_cpu, BIASMAP_ON_GPU(op)
+#define BIASMAP_GPU_KERNELS(op) nullptr, BIASMAP_ON_GPU(op)
 
 template <typename Params>
-void launch(dlpack::Device place, CudaKernel<Params> kernel, const Params &params) {
-    require(place.type == dlpack::kCuda && kernel != nullptr,
-            "this op has kernels for GPUs only, got tensors on ", biasmap::to_string(place));
-    CudaQueue queue{place.id, nullptr};
+void launch(dlpack::Device device, void (*on_cpu)(const Params &),
+            void (*on_gpu)(const Params &, const CudaQueue &), const Params &params) {
+    if (device.type == dlpack::kCpu) {
+        require(on_cpu != nullptr, "this op has kernels for GPUs only, got tensors on the CPU");
+        py::gil_scoped_release release;
+        return on_cpu(params);
+    }
+    CudaQueue queue{device.id, nullptr};
     const auto *api = biasmap::TorchTensorType::get().api;
-    if (api->current_work_stream(place.type, place.id, &queue.stream) != 0)
+    if (api->current_work_stream(device.type, device.id, &queue.stream) != 0)
         throw py::error_already_set();
     py::gil_scoped_release release;
-    kernel(params, queue);
-}
-
-template <typename Params>
-void launch(dlpack::Device place, void (*on_cpu)(const Params &), CudaKernel<Params> on_cuda,
-            const Params &params) {
-    if (place.type != dlpack::kCpu)
-        return launch(place, on_cuda, params);
-    py::gil_scoped_release release;
-    on_cpu(params);
-}
-
-int64_t words_for(int64_t concepts, int64_t pixels, dlpack::Device place) {
-    return biasmap::mask_words(concepts, pixels, place.type != dlpack::kCpu);
-}
-
-int64_t mask_words(const TensorView &maps) {
-    const dlpack::Device place = place_of(maps);
-    Float type{};
-    maps.floats("maps", "[B, K, N]", {kAny, kAny, kAny}, place, type);
-    return words_for(maps.size(1), maps.size(2), place);
+    on_gpu(params, queue);
 }
 
 void pairs_iou(const TensorView &maps, const TensorView &pairs, double percentile,
                const TensorView &iou, const TensorView &union_pixels, const TensorView &area,
-               const TensorView &masks) {
-    const dlpack::Device place = place_of(maps);
+               const TensorView &threshold) {
     biasmap::PairsIouParams p{};
-    p.maps = maps.floats("maps", "[B, K, N]", {kAny, kAny, kAny}, place, p.type);
-    p.batch = maps.size(0), p.concepts = maps.size(1), p.pixels = maps.size(2);
-    p.pairs = checked_pairs(pairs, p.concepts, place);
-    p.percentile = percentile;
-    check_pixels(p.pixels);
+    const dlpack::Device device = take_sets(p, maps, pairs);
     require(percentile >= 0.0 && percentile < 100.0, "`percentile` must be in [0, 100), got ",
             percentile);
-    p.iou = iou.data<float>("iou", "[B, P]", {p.batch, p.pairs.count}, place);
-    p.union_pixels = union_pixels.data<int32_t>("union", "[B, P]", {p.batch, p.pairs.count}, place);
-    p.area = area.data<int32_t>("area", "[B, K]", {p.batch, p.concepts}, place);
-    const int64_t words = words_for(p.concepts, p.pixels, place);
-    p.masks = reinterpret_cast<uint64_t *>(
-        masks.data<int64_t>("masks", "[B, K, mask_words]", {p.batch, p.concepts, words}, place));
-    launch<biasmap::PairsIouParams>(place, BIASMAP_KERNELS(pairs_iou), p);
+    p.percentile = percentile;
+    p.iou = iou.data<float>("iou", "[B, P]", {p.batch, p.pairs.count}, device);
+    p.union_pixels =
+        union_pixels.data<int32_t>("union", "[B, P]", {p.batch, p.pairs.count}, device);
+    p.area = area.data<int32_t>("area", "[B, K]", {p.batch, p.concepts}, device);
+    p.threshold = threshold.data<float>("threshold", "[B, K]", {p.batch, p.concepts}, device);
+    launch<biasmap::PairsIouParams>(device, BIASMAP_KERNELS(pairs_iou), p);
+}
+
+// What both directions of an op have in common; these return where it runs.
+dlpack::Device take_soft_topk(biasmap::SoftTopkParams &p, const TensorView &x, double fraction,
+                              double temperature, const TensorView &mask, const TensorView &state) {
+    const dlpack::Device device = device_of(x);
+    p.x = x.floats("x", "[M, N]", {kAny, kAny}, device, p.type);
+    p.rows = x.size(0), p.pixels = x.size(1);
+    check_pixels(p.pixels);
+    p.settings = soft_settings(fraction, temperature);
+    p.mask = mask.data<float>("mask", "[M, N]", {p.rows, p.pixels}, device);
+    p.state = as_state(state.data<float>("state", "[M, 4]", {p.rows, 4}, device));
+    return device;
+}
+
+dlpack::Device take_soft_iou(biasmap::SoftIouParams &p, const TensorView &maps,
+                             const TensorView &pairs, double fraction, double temperature,
+                             const TensorView &iou, const TensorView &state,
+                             const TensorView &means) {
+    const dlpack::Device device = take_sets(p, maps, pairs);
+    const int64_t batch = p.batch, concepts = p.concepts;
+    p.settings = soft_settings(fraction, temperature);
+    p.iou = iou.data<float>("iou", "[B, P]", {batch, p.pairs.count}, device);
+    p.state = as_state(state.data<float>("state", "[B, K, 4]", {batch, concepts, 4}, device));
+    p.means = means.data<float>("means", "[B, K, K]", {batch, concepts, concepts}, device);
+    return device;
 }
 
 void soft_topk(const TensorView &x, double fraction, double temperature, const TensorView &mask,
                const TensorView &state) {
-    const dlpack::Device place = place_of(x);
     biasmap::SoftTopkParams p{};
-    p.x = x.floats("x", "[M, N]", {kAny, kAny}, place, p.type);
-    p.rows = x.size(0), p.pixels = x.size(1);
-    p.fraction = fraction, p.temperature = temperature;
-    check_pixels(p.pixels);
-    check_soft(fraction, temperature);
-    p.mask = mask.data<float>("mask", "[M, N]", {p.rows, p.pixels}, place);
-    p.state = as_state(state.data<float>("state", "[M, 4]", {p.rows, 4}, place));
-    launch<biasmap::SoftTopkParams>(place, BIASMAP_KERNELS(soft_topk), p);
+    const dlpack::Device device = take_soft_topk(p, x, fraction, temperature, mask, state);
+    launch<biasmap::SoftTopkParams>(device, BIASMAP_KERNELS(soft_topk), p);
 }
 
-void soft_topk_backward(const TensorView &grad, const TensorView &mask, const TensorView &state,
+void soft_topk_backward(const TensorView &grad, const TensorView &x, double fraction,
+                        double temperature, const TensorView &mask, const TensorView &state,
                         const TensorView &grad_x) {
-    const dlpack::Device place = place_of(mask);
     biasmap::SoftTopkBackwardParams p{};
-    p.mask = mask.data<float>("mask", "[M, N]", {kAny, kAny}, place);
-    p.rows = mask.size(0), p.pixels = mask.size(1);
-    p.grad = grad.data<float>("grad", "[M, N]", {p.rows, p.pixels}, place);
-    p.state = as_state(state.data<float>("state", "[M, 4]", {p.rows, 4}, place));
-    p.grad_x = grad_x.data<float>("grad_x", "[M, N]", {p.rows, p.pixels}, place);
-    launch<biasmap::SoftTopkBackwardParams>(place, BIASMAP_KERNELS(soft_topk_backward), p);
+    const dlpack::Device device = take_soft_topk(p, x, fraction, temperature, mask, state);
+    p.grad = grad.data<float>("grad", "[M, N]", {p.rows, p.pixels}, device);
+    p.grad_x = grad_x.floats("grad_x", "[M, N]", {p.rows, p.pixels}, device, p.type);
+    launch<biasmap::SoftTopkBackwardParams>(device, BIASMAP_KERNELS(soft_topk_backward), p);
 }
 
 void soft_iou(const TensorView &maps, const TensorView &pairs, double fraction, double temperature,
-              const TensorView &iou, const TensorView &state) {
-    const dlpack::Device place = place_of(maps);
+              const TensorView &iou, const TensorView &state, const TensorView &means) {
     biasmap::SoftIouParams p{};
-    p.maps = maps.floats("maps", "[B, K, N]", {kAny, kAny, kAny}, place, p.type);
-    p.batch = maps.size(0), p.concepts = maps.size(1), p.pixels = maps.size(2);
-    p.pairs = checked_pairs(pairs, p.concepts, place);
-    p.fraction = fraction, p.temperature = temperature;
-    check_pixels(p.pixels);
-    check_soft(fraction, temperature);
-    p.iou = iou.data<float>("iou", "[B, P]", {p.batch, p.pairs.count}, place);
-    p.state = as_state(state.data<float>("state", "[B, K, 4]", {p.batch, p.concepts, 4}, place));
-    launch<biasmap::SoftIouParams>(place, BIASMAP_KERNELS(soft_iou), p);
+    const dlpack::Device device =
+        take_soft_iou(p, maps, pairs, fraction, temperature, iou, state, means);
+    launch<biasmap::SoftIouParams>(device, BIASMAP_KERNELS(soft_iou), p);
 }
 
-void soft_iou_backward(const TensorView &grad, const TensorView &iou, const TensorView &maps,
-                       const TensorView &pairs, const TensorView &state, double fraction,
+void soft_iou_backward(const TensorView &grad, const TensorView &maps, const TensorView &pairs,
+                       double fraction, double temperature, const TensorView &iou,
+                       const TensorView &state, const TensorView &means,
                        const TensorView &grad_maps) {
-    const dlpack::Device place = place_of(maps);
     biasmap::SoftIouBackwardParams p{};
-    p.maps = maps.floats("maps", "[B, K, N]", {kAny, kAny, kAny}, place, p.type);
-    p.batch = maps.size(0), p.concepts = maps.size(1), p.pixels = maps.size(2);
-    p.pairs = checked_pairs(pairs, p.concepts, place);
-    p.fraction = fraction;
-    check_pixels(p.pixels);
-    check_soft(fraction, 1.0);
-    p.grad = grad.data<float>("grad", "[B, P]", {p.batch, p.pairs.count}, place);
-    p.iou = iou.data<float>("iou", "[B, P]", {p.batch, p.pairs.count}, place);
-    p.state = as_state(state.data<float>("state", "[B, K, 4]", {p.batch, p.concepts, 4}, place));
-    Float type{};
+    const dlpack::Device device =
+        take_soft_iou(p, maps, pairs, fraction, temperature, iou, state, means);
+    p.grad = grad.data<float>("grad", "[B, P]", {p.batch, p.pairs.count}, device);
     p.grad_maps =
-        grad_maps.floats("grad_maps", "[B, K, N]", {p.batch, p.concepts, p.pixels}, place, type);
-    require(type == p.type, "`grad_maps` must be of the dtype of `maps`");
-    launch<biasmap::SoftIouBackwardParams>(place, BIASMAP_KERNELS(soft_iou_backward), p);
+        grad_maps.floats("grad_maps", "[B, K, N]", {p.batch, p.concepts, p.pixels}, device, p.type);
+    launch<biasmap::SoftIouBackwardParams>(device, BIASMAP_KERNELS(soft_iou_backward), p);
 }
 
-// What both directions of the concept maps have in common.
-template <typename Params>
-void take_attention(Params &p, const TensorView &query, const TensorView &keys,
-                    const TensorView &weights, dlpack::Device place) {
-    p.query = query.strided_floats("query", "[B, heads, n, d]", {kAny, kAny, kAny, kAny}, place,
-                                   p.type, p.strides);
+bool is_wide(const void *data, const int64_t (&strides)[4]) {
+    bool wide = reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[3] == 1;
+    for (int d = 0; d < 3; ++d)
+        wide = wide && strides[d] % biasmap::kChunk == 0;
+    return wide;
+}
+
+dlpack::Device take_attention(biasmap::Attention &p, const TensorView &query,
+                              const TensorView &keys, const TensorView &weights) {
+    const dlpack::Device device = device_of(query);
+    p.query = query.floats("query", "[B, heads, n, d]", {kAny, kAny, kAny, kAny}, device, p.type,
+                           p.strides);
     p.batch = query.size(0), p.heads = query.size(1);
     p.pixels = query.size(2), p.depth = query.size(3);
-    p.keys = keys.data<float>("keys", "[heads, T', d]", {p.heads, kAny, p.depth}, place);
+    p.keys = keys.data<float>("keys", "[heads, T', d]", {p.heads, kAny, p.depth}, device);
     p.tokens = keys.size(1);
-    p.weights = weights.data<float>("weights", "[K, T']", {kAny, p.tokens}, place);
+    p.weights = weights.data<float>("weights", "[K, T']", {kAny, p.tokens}, device);
     p.concepts = weights.size(0);
-    require(p.heads > 0 && p.depth > 0 && p.tokens > 0,
-            "queries and keys must have heads, tokens and d, got ", p.heads, ", ", p.tokens,
-            " and ", p.depth);
-    require(p.batch * p.pixels <= std::numeric_limits<int32_t>::max(),
-            "`query` must have fewer than 2^31 pixels in all");
-    require(p.tokens <= biasmap::kMostTokens, "`keys` may have ", biasmap::kMostTokens,
-            " tokens at most, got ", p.tokens);
+    require(p.heads > 0 && p.depth > 0 && p.batch * p.pixels < int64_t{1} << 31,
+            "`query` must have heads and d, and fewer than 2^31 pixels in all");
+    require(p.tokens > 0 && p.tokens <= biasmap::kMostTokens &&
+                p.concepts <= biasmap::kMostConceptsOnGpu,
+            "`keys` must have 1 to ", biasmap::kMostTokens, " tokens and `weights` at most ",
+            biasmap::kMostConceptsOnGpu, " concepts, got ", p.tokens, " and ", p.concepts);
+    require(p.depth % biasmap::kChunk == 0 && is_wide(p.query, p.strides) &&
+                reinterpret_cast<uintptr_t>(p.keys) % 16 == 0,
+            "`query` and `keys` must be aligned to 16 bytes and have d and strides that are "
+            "multiples of ",
+            biasmap::kChunk);
+    return device;
 }
 
 void concept_map(const TensorView &query, const TensorView &keys, const TensorView &weights,
                  const TensorView &maps, bool add) {
-    const dlpack::Device place = place_of(query);
     biasmap::ConceptMapParams p{};
-    take_attention(p, query, keys, weights, place);
-    p.maps = maps.data<float>("maps", "[B, K, n]", {p.batch, p.concepts, p.pixels}, place);
+    const dlpack::Device device = take_attention(p, query, keys, weights);
+    p.maps = maps.data<float>("maps", "[B, K, n]", {p.batch, p.concepts, p.pixels}, device);
     p.add = add;
-    launch<biasmap::ConceptMapParams>(place, BIASMAP_CUDA_KERNEL(concept_map), p);
+    launch<biasmap::ConceptMapParams>(device, BIASMAP_GPU_KERNELS(concept_map), p);
 }
 
 void concept_map_backward(const TensorView &grad, const TensorView &query, const TensorView &keys,
                           const TensorView &weights, const TensorView &grad_query) {
-    const dlpack::Device place = place_of(query);
     biasmap::ConceptMapBackwardParams p{};
-    take_attention(p, query, keys, weights, place);
-    p.grad = grad.data<float>("grad", "[B, K, n]", {p.batch, p.concepts, p.pixels}, place);
+    const dlpack::Device device = take_attention(p, query, keys, weights);
+    p.grad = grad.data<float>("grad", "[B, K, n]", {p.batch, p.concepts, p.pixels}, device);
     Float type{};
-    p.grad_query = grad_query.strided_floats("grad_query", "[B, heads, n, d]",
-                                             {p.batch, p.heads, p.pixels, p.depth}, place, type,
-                                             p.grad_strides);
-    require(type == p.type, "`grad_query` must be of the dtype of `query`");
-    launch<biasmap::ConceptMapBackwardParams>(place, BIASMAP_CUDA_KERNEL(concept_map_backward), p);
+    p.grad_query =
+        grad_query.floats("grad_query", "[B, heads, n, d]", {p.batch, p.heads, p.pixels, p.depth},
+                          device, type, p.grad_strides);
+    require(type == p.type && is_wide(p.grad_query, p.grad_strides),
+            "`grad_query` must be of the dtype of `query`, and aligned like it");
+    launch<biasmap::ConceptMapBackwardParams>(device, BIASMAP_GPU_KERNELS(concept_map_backward), p);
 }
 
 void prompt_maps(const TensorView &query, const TensorView &keys, const TensorView &members,
-                 const TensorView &weights, const std::vector<TensorView> &maps) {
-    const dlpack::Device place = biasmap::kOnCpu;
+                 const TensorView &weights, const std::vector<py::object> &maps) {
+    const dlpack::Device device = biasmap::kOnCpu;
     biasmap::PromptMapsParams p{};
     Float type{};
-    p.query = static_cast<const float *>(query.strided_floats(
-        "query", "[B, n, heads * d]", {kAny, kAny, kAny}, place, type, p.strides));
+    p.query = static_cast<const float *>(
+        query.floats("query", "[B, n, heads * d]", {kAny, kAny, kAny}, device, type, p.strides));
     p.batch = query.size(0), p.pixels = query.size(1);
-    p.keys = keys.data<float>("keys", "[heads, U, d]", {kAny, kAny, kAny}, place);
+    p.keys = keys.data<float>("keys", "[heads, U, d]", {kAny, kAny, kAny}, device);
     p.heads = keys.size(0), p.tokens = keys.size(1), p.depth = keys.size(2);
     require(query.size(2) == p.heads * p.depth, "`query` must have the heads * d = ", p.heads,
             " * ", p.depth, " columns of `keys`, got ", query.size(2));
-    p.members = members.data<float>("members", "[P, U]", {kAny, p.tokens}, place);
+    p.members = members.data<float>("members", "[P, U]", {kAny, p.tokens}, device);
     p.prompts = members.size(0);
-    p.weights = weights.data<float>("weights", "[P, K, U]", {p.prompts, kAny, p.tokens}, place);
+    p.weights = weights.data<float>("weights", "[P, K, U]", {p.prompts, kAny, p.tokens}, device);
     p.concepts = weights.size(1);
     std::vector<biasmap::PromptMaps> targets;
-    for (const TensorView &each : maps) {
+    for (const py::object &object : maps) { // held here: an iterator may hold its tensors no longer
+        const auto tensor = object.cast<TensorView>();
         biasmap::PromptMaps target{};
-        target.data = static_cast<float *>(
-            each.strided_floats("maps", "[P', B, K, n]", {kAny, p.batch, p.concepts, p.pixels},
-                                place, type, target.strides));
-        target.prompts = each.size(0);
+        target.data = static_cast<float *>(tensor.floats("maps", "[P', B, K, n]",
+                                                         {kAny, p.batch, p.concepts, p.pixels},
+                                                         device, type, target.strides));
+        target.prompts = tensor.size(0);
         require(target.prompts <= p.prompts, "`maps` must be of ", p.prompts,
                 " prompts at most, got ", target.prompts);
         require(p.pixels == 1 || target.strides[3] == 1, "`maps` must have pixels in a row");
@@ -281,12 +270,21 @@ void prompt_maps(const TensorView &query, const TensorView &keys, const TensorVi
     p.maps = targets.data(), p.targets = static_cast<int64_t>(targets.size());
     require(p.tokens > 0, "`keys` must have tokens");
     for (int64_t prompt = 0; prompt < p.prompts; ++prompt) {
-        const float *own = p.members + prompt * p.tokens;
-        require(std::any_of(own, own + p.tokens, [](float count) { return count != 0.0f; }),
+        const float *counts = p.members + prompt * p.tokens;
+        require(std::any_of(counts, counts + p.tokens, [](float count) { return count != 0.0f; }),
                 "members[", prompt, "] names no token");
     }
     py::gil_scoped_release release;
     biasmap::prompt_maps_cpu(p);
+}
+
+// Why a GPU cannot run these kernels; empty if it can.
+std::string cuda_refusal([[maybe_unused]] int device) {
+#if defined(BIASMAP_CUDA_TOOLKIT)
+    return biasmap::cuda_refusal(device);
+#else
+    return "this build has no CUDA kernels";
+#endif
 }
 
 py::dict build_info() {
@@ -298,7 +296,8 @@ py::dict build_info() {
     info["compiler"] = "gcc " __VERSION__;
 #endif
     info["openmp"] = _OPENMP;
-    info["isa"] = biasmap::cpu_isa();
+    const int level = biasmap::x86_level();
+    info["isa"] = level ? "x86-64-v" + std::to_string(level) : "baseline";
 #if defined(BIASMAP_CUDA_TOOLKIT)
     info["cuda"] = py::dict(py::arg("toolkit") = BIASMAP_CUDA_TOOLKIT,
                             py::arg("architectures") = BIASMAP_CUDA_ARCHITECTURES);
@@ -308,35 +307,37 @@ py::dict build_info() {
     return info;
 }
 
+template <typename Function, typename... Names>
+void def(py::module_ &m, const char *name, Function function, const char *doc, Names... names) {
+    m.def(name, function, doc, py::arg(names)...);
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Native kernels. Outputs are allocated by the caller; see ops.py.";
     m.attr("__version__") = BIASMAP_VERSION;
-    m.attr("pairs_by_value") = biasmap::kPairsByValue;
+    m.attr("most_pairs_on_gpu") = biasmap::kMostPairsOnGpu;
     m.attr("most_tokens") = biasmap::kMostTokens;
     m.attr("most_concepts_on_gpu") = biasmap::kMostConceptsOnGpu;
-    m.def("build_info", build_info, "What this module was compiled with, and runs with here.");
-    m.def("mask_words", mask_words, "Last size of the scratch that pairs_iou needs for these maps.",
-          py::arg("maps"));
-    m.def("pairs_iou", pairs_iou, "Hard percentile IoU of concept pairs.", py::arg("maps"),
-          py::arg("pairs"), py::arg("percentile"), py::arg("iou"), py::arg("union"),
-          py::arg("area"), py::arg("masks"));
-    m.def("soft_topk", soft_topk, "Exact soft top-k mask of each row.", py::arg("x"),
-          py::arg("fraction"), py::arg("temperature"), py::arg("mask"), py::arg("state"));
-    m.def("soft_topk_backward", soft_topk_backward, "Implicit gradient of soft_topk.",
-          py::arg("grad"), py::arg("mask"), py::arg("state"), py::arg("grad_x"));
-    m.def("soft_iou", soft_iou, "SoftIoU of concept pairs.", py::arg("maps"), py::arg("pairs"),
-          py::arg("fraction"), py::arg("temperature"), py::arg("iou"), py::arg("state"));
-    m.def("soft_iou_backward", soft_iou_backward, "Gradient of soft_iou.", py::arg("grad"),
-          py::arg("iou"), py::arg("maps"), py::arg("pairs"), py::arg("state"), py::arg("fraction"),
-          py::arg("grad_maps"));
+    def(m, "build_info", build_info, "What this module was compiled with, and runs with here.");
+    def(m, "cuda_refusal", cuda_refusal, "Why a GPU cannot run these kernels; empty if it can.",
+        "device");
+    def(m, "pairs_iou", pairs_iou, "Hard percentile IoU of concept pairs.", "maps", "pairs",
+        "percentile", "iou", "union", "area", "threshold");
+    def(m, "soft_topk", soft_topk, "Exact soft top-k mask of each row.", "x", "fraction",
+        "temperature", "mask", "state");
+    def(m, "soft_topk_backward", soft_topk_backward, "Implicit gradient of soft_topk.", "grad", "x",
+        "fraction", "temperature", "mask", "state", "grad_x");
+    def(m, "soft_iou", soft_iou, "SoftIoU of concept pairs.", "maps", "pairs", "fraction",
+        "temperature", "iou", "state", "means");
+    def(m, "soft_iou_backward", soft_iou_backward, "Gradient of soft_iou.", "grad", "maps", "pairs",
+        "fraction", "temperature", "iou", "state", "means", "grad_maps");
     m.def("concept_map", concept_map, "Attribution maps of one layer from its queries.",
-          py::arg("query"), py::arg("keys"), py::arg("weights"), py::arg("maps"), py::arg("add"));
-    m.def("concept_map_backward", concept_map_backward, "Gradient of concept_map to the queries.",
-          py::arg("grad"), py::arg("query"), py::arg("keys"), py::arg("weights"),
-          py::arg("grad_query"));
-    m.def("prompt_maps", prompt_maps, "Adds attribution maps of prompts that share their tokens.",
-          py::arg("query"), py::arg("keys"), py::arg("members"), py::arg("weights"),
-          py::arg("maps"));
+          py::arg("query"), py::arg("keys"), py::arg("weights"), py::arg("maps"),
+          py::arg("add") = false);
+    def(m, "concept_map_backward", concept_map_backward, "Gradient of concept_map to the queries.",
+        "grad", "query", "keys", "weights", "grad_query");
+    def(m, "prompt_maps", prompt_maps, "Adds attribution maps of prompts that share their tokens.",
+        "query", "keys", "members", "weights", "maps");
 }

@@ -8,27 +8,24 @@
 namespace biasmap {
 
 // A = softmax over T' of (q k'^T), maps = sum over heads and tokens of weights * A.
-struct ConceptMapParams {
+struct Attention {
     const void *query;    // [B, heads, n, d]
     int64_t strides[4];   // of it, in elements
-    Float type;           // of it
+    Float type;           // of it, and of its gradient
     const float *keys;    // [heads, T', d], already times 1 / sqrt(d)
     const float *weights; // [K, T']
-    float *maps;          // [B, K, n] out
-    bool add;             // to what is in `maps`
     int64_t batch, heads, pixels, depth, tokens, concepts;
 };
 
-struct ConceptMapBackwardParams {
-    const float *grad;    // [B, K, n]
-    const void *query;    // [B, heads, n, d]
-    int64_t strides[4];   // of it, in elements
-    Float type;           // of it and of its gradient
-    const float *keys;    // [heads, T', d]
-    const float *weights; // [K, T']
-    void *grad_query;     // [B, heads, n, d] out
+struct ConceptMapParams : Attention {
+    float *maps; // [B, K, n] out
+    bool add;    // to what is in `maps`
+};
+
+struct ConceptMapBackwardParams : Attention {
+    const float *grad; // [B, K, n]
+    void *grad_query;  // [B, heads, n, d] out
     int64_t grad_strides[4];
-    int64_t batch, heads, pixels, depth, tokens, concepts;
 };
 
 // Maps [P', B, K, n] that those of the first P' prompts are added to, a map's pixels in a row.
@@ -50,8 +47,9 @@ struct PromptMapsParams {
     int64_t batch, heads, pixels, depth, tokens, prompts, concepts;
 };
 
-// T' of a GPU's kernels at most: those of CLIP are 77.
-constexpr int kMostTokens = 80;
+// Of a GPU's kernels: T' at most (77 for CLIP), and numbers that they read at once, in one or two
+// accesses of 16 bytes. d and all strides but the last, 1, are multiples of it.
+constexpr int kMostTokens = 80, kChunk = 8;
 
 // dL/ds of a softmax's argument: p = softmax(s), g = dL/dp, mean = sum(p g).
 BIASMAP_HD float softmax_gradient(float p, float g, float mean) { return p * (g - mean); }

@@ -14,7 +14,7 @@
 #    include <xmmintrin.h>
 #endif
 
-#include "cpu_clones.h"
+#include "cpu.h"
 
 #define BIASMAP_INLINE inline __attribute__((always_inline))
 
@@ -145,25 +145,13 @@ BIASMAP_INLINE void multiply(const float *keys, int64_t depth, const Row *column
     }
 }
 
-template <int64_t bytes>
+template <int64_t bytes, int64_t count = kTokens>
 BIASMAP_INLINE void multiply(const float *keys, int64_t tokens, int64_t depth, const Row *columns,
                              Row *scores) {
-    int64_t t = 0;
-    for (; t + kTokens <= tokens; t += kTokens)
-        multiply<bytes, kTokens>(keys + t * depth, depth, columns, scores + t);
-    keys += t * depth, scores += t;
-    switch (tokens - t) {
-    case 5:
-        return multiply<bytes, 5>(keys, depth, columns, scores);
-    case 4:
-        return multiply<bytes, 4>(keys, depth, columns, scores);
-    case 3:
-        return multiply<bytes, 3>(keys, depth, columns, scores);
-    case 2:
-        return multiply<bytes, 2>(keys, depth, columns, scores);
-    case 1:
-        return multiply<bytes, 1>(keys, depth, columns, scores);
-    }
+    for (; tokens >= count; tokens -= count, keys += count * depth, scores += count)
+        multiply<bytes, count>(keys, depth, columns, scores);
+    if constexpr (count > 1)
+        multiply<bytes, count - 1>(keys, tokens, depth, columns, scores);
 }
 
 // Scores to e^a with a = score - the pixel's largest, as a power of two: relative error
@@ -300,10 +288,8 @@ using MapTile = void (*)(const PromptMapsParams &, const Prompts &, const Space 
 // That of the widest vectors that this processor has.
 MapTile map_tile_here() {
 #if defined(BIASMAP_X86_LEVELS)
-    if (__builtin_cpu_supports("x86-64-v4"))
-        return map_tile_v4;
-    if (__builtin_cpu_supports("x86-64-v3"))
-        return map_tile_v3;
+    if (const int level = x86_level())
+        return level == 4 ? map_tile_v4 : map_tile_v3;
 #endif
     return map_tile_baseline;
 }
@@ -327,7 +313,8 @@ void prompt_maps_cpu(const PromptMapsParams &p) {
     static const MapTile map_tile = map_tile_here();
     const Prompts prompts(p);
     const int64_t tiles = (p.pixels + kTile - 1) / kTile;
-    const bool parallel = p.batch * p.heads * p.pixels * p.depth * p.tokens > kParallelProducts;
+    const bool parallel =
+        may_use_threads() && p.batch * p.heads * p.pixels * p.depth * p.tokens > kParallelProducts;
     std::vector<Space> spaces;
     for (int thread = parallel ? omp_get_max_threads() : 1; thread > 0; --thread)
         spaces.emplace_back(p);

@@ -10,59 +10,42 @@ namespace biasmap {
 namespace {
 
 constexpr int kWarps = 8; // at most
-// Concepts of one block: more of them read the queries again.
-constexpr int kConcepts = 8;
-// Numbers of a query or a key in hand at once, and keys.
-constexpr int kChunk = 8, kKeys = 4;
+constexpr int kConcepts = kMostConceptsOnGpu;
+// Keys in hand at once, kChunk numbers of each.
+constexpr int kKeys = 4;
 
 // Numbers that travel in one access of 16 bytes.
 template <typename T> struct alignas(16) Packed {
     T values[16 / sizeof(T)];
 };
 
-// `wide`: kChunk numbers are there, side by side and aligned.
-template <typename T>
-__device__ void load(const T *from, int64_t stride, int count, bool wide, float (&to)[kChunk]) {
-    if (wide) {
-        constexpr int kPack = 16 / sizeof(T);
+template <typename T> __device__ void load(const T *from, float (&to)[kChunk]) {
+    constexpr int kPack = 16 / sizeof(T);
 #pragma unroll
-        for (int start = 0; start < kChunk; start += kPack) {
-            const auto pack = *reinterpret_cast<const Packed<T> *>(from + start);
+    for (int start = 0; start < kChunk; start += kPack) {
+        const auto pack = *reinterpret_cast<const Packed<T> *>(from + start);
 #pragma unroll
-            for (int e = 0; e < kPack; ++e)
-                to[start + e] = to_float(pack.values[e]);
-        }
-    } else {
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e)
-            to[e] = e < count ? to_float(from[e * stride]) : 0.0f;
+        for (int e = 0; e < kPack; ++e)
+            to[start + e] = to_float(pack.values[e]);
     }
 }
 
-template <typename T>
-__device__ void store(const float (&from)[kChunk], T *to, int64_t stride, int count, bool wide) {
-    if (wide) {
-        constexpr int kPack = 16 / sizeof(T);
+template <typename T> __device__ void store(const float (&from)[kChunk], T *to) {
+    constexpr int kPack = 16 / sizeof(T);
 #pragma unroll
-        for (int start = 0; start < kChunk; start += kPack) {
-            Packed<T> pack;
+    for (int start = 0; start < kChunk; start += kPack) {
+        Packed<T> pack;
 #pragma unroll
-            for (int e = 0; e < kPack; ++e)
-                pack.values[e] = from_float<T>(from[start + e]);
-            *reinterpret_cast<Packed<T> *>(to + start) = pack;
-        }
-    } else {
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e)
-            if (e < count)
-                to[e * stride] = from_float<T>(from[e]);
+        for (int e = 0; e < kPack; ++e)
+            pack.values[e] = from_float<T>(from[start + e]);
+        *reinterpret_cast<Packed<T> *>(to + start) = pack;
     }
 }
 
 // One head's attention at a lane's pixels: softmax over the tokens of q k'^T; 0 beyond the tokens.
 template <typename T, int kTokens, int kPixels>
-__device__ void attention(const T *(&query)[kPixels], int64_t stride, const float *keys, int depth,
-                          int tokens, bool wide, float (&scores)[kTokens][kPixels]) {
+__device__ void attention(const T *(&query)[kPixels], const float *keys, int depth, int tokens,
+                          float (&scores)[kTokens][kPixels]) {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
 #pragma unroll
@@ -73,7 +56,7 @@ __device__ void attention(const T *(&query)[kPixels], int64_t stride, const floa
         float q[kPixels][kChunk];
 #pragma unroll
         for (int j = 0; j < kPixels; ++j)
-            load(query[j] + c * stride, stride, depth - c, wide, q[j]);
+            load(query[j] + c, q[j]);
 #pragma unroll
         for (int first = 0; first < kTokens; first += kKeys) {
             if (first >= tokens)
@@ -81,7 +64,7 @@ __device__ void attention(const T *(&query)[kPixels], int64_t stride, const floa
 #pragma unroll
             for (int t = first; t < first + kKeys; ++t) {
                 float key[kChunk];
-                load(keys + min(t, tokens - 1) * depth + c, 1, depth - c, wide, key);
+                load(keys + min(t, tokens - 1) * depth + c, key);
 #pragma unroll
                 for (int e = 0; e < kChunk; ++e)
 #pragma unroll
@@ -132,28 +115,21 @@ template <int kPixels> struct Tile {
     }
 };
 
-struct ConceptMapArguments {
-    ConceptMapParams p;
-    bool wide;
-};
-
 template <typename T, int kTokens, int kPixels>
-__global__ void __launch_bounds__(32 * kWarps)
-    concept_map_kernel(const __grid_constant__ ConceptMapArguments arguments) {
+__global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
+    concept_map_kernel(const __grid_constant__ ConceptMapParams p) {
     __shared__ float weights[kConcepts][kTokens];
     __shared__ float partial[kWarps][kConcepts][32 * kPixels];
-    const ConceptMapParams &p = arguments.p;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const auto depth = static_cast<int>(p.depth), tokens = static_cast<int>(p.tokens);
     const Tile<kPixels> tile(p.pixels);
-    const int first = blockIdx.y * kConcepts; // of this block's concepts
-    const int count = min(kConcepts, static_cast<int>(p.concepts) - first);
+    const auto concepts = static_cast<int>(p.concepts);
 
-    for (int at = threadIdx.x; at < count * kTokens; at += blockDim.x) {
+    for (int at = threadIdx.x; at < concepts * kTokens; at += blockDim.x) {
         const int k = at / kTokens, t = at % kTokens;
-        weights[k][t] = t < tokens ? p.weights[(first + k) * p.tokens + t] : 0.0f;
+        weights[k][t] = t < tokens ? p.weights[k * p.tokens + t] : 0.0f;
     }
-    for (int k = 0; k < count; ++k)
+    for (int k = 0; k < concepts; ++k)
 #pragma unroll
         for (int j = 0; j < kPixels; ++j)
             partial[warp][k][32 * j + lane] = 0.0f;
@@ -167,9 +143,8 @@ __global__ void __launch_bounds__(32 * kWarps)
             query[j] = static_cast<const T *>(p.query) + tile.image * p.strides[0] +
                        head * p.strides[1] + tile.of_lane(j) * p.strides[2];
         float probability[kTokens][kPixels];
-        attention(query, p.strides[3], p.keys + head * p.tokens * p.depth, depth, tokens,
-                  arguments.wide, probability);
-        for (int k = 0; k < count; ++k) {
+        attention(query, p.keys + head * p.tokens * p.depth, depth, tokens, probability);
+        for (int k = 0; k < concepts; ++k) {
             float sum[kPixels] = {};
 #pragma unroll
             for (int t = 0; t < kTokens; ++t)
@@ -184,42 +159,35 @@ __global__ void __launch_bounds__(32 * kWarps)
     __syncthreads();
 
     // 2) sum over warps, always in the same order
-    for (int at = threadIdx.x; at < count * 32 * kPixels; at += blockDim.x) {
-        const int k = at / (32 * kPixels), place = at % (32 * kPixels);
-        if (tile.pixel + place >= tile.n)
+    for (int at = threadIdx.x; at < concepts * 32 * kPixels; at += blockDim.x) {
+        const int k = at / (32 * kPixels), pixel = at % (32 * kPixels);
+        if (tile.pixel + pixel >= tile.n)
             continue;
         float sum = 0.0f;
         for (int w = 0; w < warps; ++w)
-            sum += partial[w][k][place];
-        float *map = p.maps + (tile.image * p.concepts + first + k) * p.pixels;
-        map[tile.pixel + place] = p.add ? map[tile.pixel + place] + sum : sum;
+            sum += partial[w][k][pixel];
+        float *map = p.maps + (tile.image * concepts + k) * p.pixels;
+        map[tile.pixel + pixel] = p.add ? map[tile.pixel + pixel] + sum : sum;
     }
 }
 
-struct ConceptMapBackwardArguments {
-    ConceptMapBackwardParams p;
-    bool wide;
-};
-
 template <typename T, int kTokens, int kPixels>
 __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
-    concept_map_backward_kernel(const __grid_constant__ ConceptMapBackwardArguments arguments) {
+    concept_map_backward_kernel(const __grid_constant__ ConceptMapBackwardParams p) {
     __shared__ float outer[kTokens][32 * kPixels];
-    const ConceptMapBackwardParams &p = arguments.p;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const auto depth = static_cast<int>(p.depth), tokens = static_cast<int>(p.tokens);
-    const bool wide = arguments.wide;
     const Tile<kPixels> tile(p.pixels);
 
     // 1) dL/dA, the same for all heads; 0 beyond the tokens
     for (int at = threadIdx.x; at < kTokens * 32 * kPixels; at += blockDim.x) {
-        const int t = at / (32 * kPixels), place = at % (32 * kPixels);
+        const int t = at / (32 * kPixels), pixel = at % (32 * kPixels);
         const float *grad = p.grad + tile.image * p.concepts * p.pixels;
         float sum = 0.0f;
-        if (t < tokens && tile.pixel + place < tile.n)
+        if (t < tokens && tile.pixel + pixel < tile.n)
             for (int k = 0; k < p.concepts; ++k)
-                sum += p.weights[k * p.tokens + t] * grad[k * p.pixels + tile.pixel + place];
-        outer[t][place] = sum;
+                sum += p.weights[k * p.tokens + t] * grad[k * p.pixels + tile.pixel + pixel];
+        outer[t][pixel] = sum;
     }
     __syncthreads();
 
@@ -232,7 +200,7 @@ __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
                        head * p.strides[1] + tile.of_lane(j) * p.strides[2];
         const float *keys = p.keys + head * p.tokens * p.depth;
         float inner[kTokens][kPixels]; // A, then dL/ds
-        attention(query, p.strides[3], keys, depth, tokens, wide, inner);
+        attention(query, keys, depth, tokens, inner);
 #pragma unroll
         for (int j = 0; j < kPixels; ++j) {
             float mean = 0.0f;
@@ -254,7 +222,7 @@ __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
 #pragma unroll
                 for (int t = start; t < start + kKeys; ++t) { // dL/ds is 0 beyond the tokens
                     float key[kChunk];
-                    load(keys + min(t, tokens - 1) * depth + c, 1, depth - c, wide, key);
+                    load(keys + min(t, tokens - 1) * depth + c, key);
 #pragma unroll
                     for (int e = 0; e < kChunk; ++e)
 #pragma unroll
@@ -265,78 +233,51 @@ __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
 #pragma unroll
             for (int j = 0; j < kPixels; ++j)
                 if (tile.has(j))
-                    store(sums[j],
-                          grad + tile.of_lane(j) * p.grad_strides[2] + c * p.grad_strides[3],
-                          p.grad_strides[3], depth - c, wide);
+                    store(sums[j], grad + tile.of_lane(j) * p.grad_strides[2] + c);
         }
     }
 }
 
-bool aligned(const void *data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-// Whether every kChunk numbers of a [B, heads, n, d] tensor lie side by side and aligned.
-bool is_wide(const void *data, const int64_t *strides, int64_t depth) {
-    return aligned(data) && depth % kChunk == 0 && strides[3] == 1 && strides[0] % kChunk == 0 &&
-           strides[1] % kChunk == 0 && strides[2] % kChunk == 0;
-}
-
-// Calls `with` with a number of the type, the least sufficient capacity of tokens, and the pixels
-// of a lane: as many as registers allow.
-template <typename With> void with_shape(Float type, int64_t tokens, const With &with) {
-    const auto by_tokens = [&](auto number) {
-        if (tokens <= 16)
-            with(number, std::integral_constant<int, 16>{}, std::integral_constant<int, 2>{});
-        else if (tokens <= 32)
-            with(number, std::integral_constant<int, 32>{}, std::integral_constant<int, 1>{});
+// Launches `kernel_of(number, tokens, pixels)`: of the least sufficient capacity of tokens, with as
+// many pixels per lane as registers allow.
+template <typename Params, typename KernelOf>
+void launch_tiles(const char *op, const Params &p, const KernelOf &kernel_of,
+                  const CudaQueue &queue) {
+    if (p.batch == 0 || p.pixels == 0)
+        return;
+    const unsigned threads = 32 * static_cast<unsigned>(std::min<int64_t>(p.heads, kWarps));
+    with_type(p.type, [&](auto number) {
+        const auto by_shape = [&](auto tokens, auto pixels) {
+            const int64_t tiles = Tile<decltype(pixels)::value>::tiles(p.pixels);
+            launch(op, kernel_of(number, tokens, pixels),
+                   {dim3(static_cast<unsigned>(p.batch * tiles)), threads, 0}, p, queue);
+        };
+        if (p.tokens <= 16)
+            by_shape(std::integral_constant<int, 16>{}, std::integral_constant<int, 2>{});
+        else if (p.tokens <= 32)
+            by_shape(std::integral_constant<int, 32>{}, std::integral_constant<int, 1>{});
         else
-            with(number, std::integral_constant<int, kMostTokens>{},
-                 std::integral_constant<int, 1>{});
-    };
-    switch (type) {
-    case Float::kFloat32:
-        return by_tokens(float{});
-    case Float::kFloat16:
-        return by_tokens(__half{});
-    case Float::kBfloat16:
-        return by_tokens(__nv_bfloat16{});
-    }
-}
-
-unsigned threads_for(int64_t heads) {
-    return 32 * static_cast<unsigned>(std::min<int64_t>(heads, kWarps));
+            by_shape(std::integral_constant<int, kMostTokens>{}, std::integral_constant<int, 1>{});
+    });
 }
 
 } // namespace
 
 void concept_map_cuda(const ConceptMapParams &p, const CudaQueue &queue) {
-    if (p.batch == 0 || p.pixels == 0 || p.concepts == 0)
-        return;
-    const bool wide = is_wide(p.query, p.strides, p.depth) && aligned(p.keys);
-    const auto groups = static_cast<unsigned>((p.concepts + kConcepts - 1) / kConcepts);
-    with_shape(p.type, p.tokens, [&](auto number, auto tokens, auto pixels) {
-        using T = decltype(number);
-        constexpr int kPixels = decltype(pixels)::value;
-        const auto blocks = static_cast<unsigned>(p.batch * Tile<kPixels>::tiles(p.pixels));
-        launch("concept_map", concept_map_kernel<T, decltype(tokens)::value, kPixels>,
-               {dim3(blocks, groups), threads_for(p.heads), 0}, ConceptMapArguments{p, wide},
-               queue);
-    });
+    const auto kernel_of = [](auto number, auto tokens, auto pixels) {
+        return concept_map_kernel<decltype(number), decltype(tokens)::value,
+                                  decltype(pixels)::value>;
+    };
+    if (p.concepts > 0)
+        launch_tiles("concept_map", p, kernel_of, queue);
 }
 
 void concept_map_backward_cuda(const ConceptMapBackwardParams &p, const CudaQueue &queue) {
-    if (p.batch == 0 || p.pixels == 0)
-        return;
-    const bool wide = is_wide(p.query, p.strides, p.depth) && aligned(p.keys) &&
-                      is_wide(p.grad_query, p.grad_strides, p.depth);
-    with_shape(p.type, p.tokens, [&](auto number, auto tokens, auto pixels) {
-        using T = decltype(number);
-        constexpr int kPixels = decltype(pixels)::value;
-        const auto blocks = static_cast<unsigned>(p.batch * Tile<kPixels>::tiles(p.pixels));
-        launch("concept_map_backward",
-               concept_map_backward_kernel<T, decltype(tokens)::value, kPixels>,
-               {dim3(blocks), threads_for(p.heads), 0}, ConceptMapBackwardArguments{p, wide},
-               queue);
-    });
+    const auto kernel_of = [](auto number, auto tokens, auto pixels) {
+        return concept_map_backward_kernel<decltype(number), decltype(tokens)::value,
+                                           decltype(pixels)::value>;
+    };
+    launch_tiles("concept_map_backward", p, kernel_of, queue);
 }
 
 } // namespace biasmap

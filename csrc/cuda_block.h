@@ -24,6 +24,20 @@ template <> __device__ inline float from_float(float x) { return x; }
 template <> __device__ inline __half from_float(float x) { return __float2half_rn(x); }
 template <> __device__ inline __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
 
+// Calls `with` with a number of that type.
+template <typename With> void with_type(Float type, const With &with) {
+    switch (type) {
+    case Float::kFloat32:
+        return with(float{});
+    case Float::kFloat16:
+        return with(__half{});
+    case Float::kBfloat16:
+        return with(__nv_bfloat16{});
+    case Float::kAny:
+        return;
+    }
+}
+
 // Another lane's value, of any plain type.
 template <typename V> __device__ V shuffled(V value, int lanes) {
     static_assert(sizeof(V) % sizeof(unsigned) == 0);
@@ -36,7 +50,6 @@ template <typename V> __device__ V shuffled(V value, int lanes) {
     return value;
 }
 
-__device__ inline int combined(int a, int b) { return a + b; }
 __device__ inline float combined(float a, float b) { return a + b; }
 
 // The values of a warp's lanes combined, in every lane. The order is fixed: same bits every time.
@@ -47,17 +60,16 @@ template <typename V> __device__ V combine_warp(V value) {
     return value;
 }
 
-// The values of a block's threads combined, in warp 0 alone. All threads have to call it, and to
-// meet at a barrier before `partial`, one V a warp, is used again.
+// The values of a block's threads combined, in every thread. All of them have to call it; `partial`
+// has one V per warp.
 template <typename V> __device__ V combine_block(V value, V nothing, V *partial) {
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     value = combine_warp(value);
+    __syncthreads(); // `partial` may still be read
     if (lane == 0)
         partial[warp] = value;
     __syncthreads();
-    if (warp == 0)
-        value = combine_warp(lane < blockDim.x / 32 ? partial[lane] : nothing);
-    return value;
+    return combine_warp(lane < blockDim.x / 32 ? partial[lane] : nothing);
 }
 
 inline void check(cudaError_t status, const char *op) {
@@ -81,7 +93,6 @@ public:
             cudaSetDevice(before_);
     }
     DeviceGuard(const DeviceGuard &) = delete;
-    DeviceGuard &operator=(const DeviceGuard &) = delete;
 
 private:
     int before_ = -1;
@@ -89,9 +100,9 @@ private:
 
 // Dynamic shared memory that a kernel gets without asking: 48 KiB, less at most 16 of static.
 constexpr size_t kOrdinaryShared = 32 * 1024;
-// The most that any launch asks for. With 8 KiB of static it is less than the 99 KiB that a block
-// may have on 8.6 and 8.9; 8.0 allows 163, 9.0 allows 227.
-constexpr size_t kMostShared = 80 * 1024;
+// The most that any launch asks for: a block may have 99 KiB in all on 8.6 and 8.9, more on 8.0 and
+// 9.0.
+constexpr size_t kMostShared = 64 * 1024;
 
 struct Shape {
     dim3 grid;

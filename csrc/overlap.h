@@ -5,83 +5,65 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "device.h"
 #include "overlap_math.h"
 
 namespace biasmap {
 
-// Concept indices [P, 2]: checked where they lie on the host, which is where a GPU's kernels also
-// take up to kPairsByValue of them from; those on a GPU cannot be checked without waiting for it.
-constexpr int64_t kPairsByValue = 1024;
-// A GPU's kernels keep one row a concept in shared memory, and concept indices in a byte.
-constexpr int64_t kMostConceptsOnGpu = 128;
+// Pairs of a GPU's kernels at most: they lie in the parameters, so that nothing waits for a copy.
+constexpr int kMostPairsOnGpu = 1024;
 
-// Masks of up to 16 KiB a set stay in a GPU's shared memory, others in the caller's scratch, read
-// back from L2 (one bit a pixel: 8 concepts at 128 x 128 just fit).
-constexpr int64_t kSharedMaskWords = 2048;
-
-// Words of scratch for one map's mask.
-inline int64_t mask_words(int64_t concepts, int64_t pixels, bool on_gpu) {
-    const int64_t words = (pixels + 63) / 64;
-    return on_gpu && concepts * words <= kSharedMaskWords ? 0 : words;
-}
-
+// Concept indices [P, 2] on the host.
 struct Pairs {
     const int64_t *data;
     int64_t count;
-    bool on_host;
 };
 
-struct PairsIouParams {
+// B sets of K maps with N pixels, and which of a set's maps are compared.
+struct MapSets {
     const void *maps; // [B, K, N]
     Float type;
     Pairs pairs;
+    int64_t batch, concepts, pixels;
+};
+
+struct PairsIouParams : MapSets {
     float *iou;            // [B, P] out; NaN if either map has a non-finite value
     int32_t *union_pixels; // [B, P] out; -1 there
     int32_t *area;         // [B, K] out: pixels in each mask; -1 there
-    uint64_t *masks;       // [B, K, mask_words] scratch: one bit a pixel
-    int64_t batch, concepts, pixels;
-    double percentile; // in [0, 100)
+    float *threshold;      // [B, K] out: the percentile; NaN there
+    double percentile;     // in [0, 100)
 };
 
+// A non-finite value in a row gives NaN.
 struct SoftTopkParams {
-    const void *x; // [M, N]
-    Float type;
-    float *mask;    // [M, N] out; NaN where x has a non-finite value in the row
+    const void *x;  // [M, N]
+    Float type;     // of it, and of its gradient
+    float *mask;    // [M, N] out
     SoftMap *state; // [M] out
     int64_t rows, pixels;
-    double fraction, temperature;
+    SoftSettings settings;
 };
 
-struct SoftTopkBackwardParams {
-    const float *grad;    // [M, N]
-    const float *mask;    // [M, N]
-    const SoftMap *state; // [M]
-    float *grad_x;        // [M, N] out
-    int64_t rows, pixels;
+struct SoftTopkBackwardParams : SoftTopkParams { // with what the forward pass gave
+    const float *grad;                           // [M, N]
+    void *grad_x;                                // [M, N] out
 };
 
-struct SoftIouParams {
-    const void *maps; // [B, K, N]
-    Float type;
-    Pairs pairs;
+// With w = m (1 - m), a map's gradient needs only the means of its partners' masks under w: with
+// those of the forward pass at hand, the backward pass reads the maps once.
+struct SoftIouParams : MapSets {
     float *iou;     // [B, P] out
-    SoftMap *state; // [B, K] out; zeros for a map that no pair names
-    int64_t batch, concepts, pixels;
-    double fraction, temperature;
+    SoftMap *state; // [B, K] out
+    float *means;   // [B, K, K] out: sum(w_k m_j) / sum(w_k) of every pair (k, j) and (j, k)
+    SoftSettings settings;
 };
 
-struct SoftIouBackwardParams {
-    const float *grad; // [B, P]
-    const float *iou;  // [B, P] from the forward pass
-    const void *maps;  // [B, K, N]
-    Float type;
-    Pairs pairs;
-    const SoftMap *state; // [B, K] from the forward pass
-    void *grad_maps;      // [B, K, N] out, of type `type`
-    int64_t batch, concepts, pixels;
-    double fraction;
+struct SoftIouBackwardParams : SoftIouParams { // with what the forward pass gave
+    const float *grad;                         // [B, P]
+    void *grad_maps;                           // [B, K, N] out, of type `type`
 };
 
 void pairs_iou_cpu(const PairsIouParams &p);
@@ -90,14 +72,13 @@ void soft_topk_backward_cpu(const SoftTopkBackwardParams &p);
 void soft_iou_cpu(const SoftIouParams &p);
 void soft_iou_backward_cpu(const SoftIouBackwardParams &p);
 
-// One launch each. A pair of concepts that there are not gives NaN, and no gradient.
+// Why a GPU cannot run the kernels: its architecture, or its driver. Empty if it can.
+std::string cuda_refusal(int device);
+
 void pairs_iou_cuda(const PairsIouParams &p, const CudaQueue &queue);
 void soft_topk_cuda(const SoftTopkParams &p, const CudaQueue &queue);
 void soft_topk_backward_cuda(const SoftTopkBackwardParams &p, const CudaQueue &queue);
 void soft_iou_cuda(const SoftIouParams &p, const CudaQueue &queue);
 void soft_iou_backward_cuda(const SoftIouBackwardParams &p, const CudaQueue &queue);
-
-// The instruction set that the CPU kernels run with on this machine.
-const char *cpu_isa();
 
 } // namespace biasmap

@@ -8,7 +8,7 @@
 
 #include <omp.h>
 
-#include "cpu_clones.h"
+#include "cpu.h"
 
 namespace biasmap {
 namespace {
@@ -18,10 +18,7 @@ constexpr int64_t kParallelPixels = 1 << 15;
 // Float sums run over one block at most, then go into a double.
 constexpr int64_t kBlock = 256;
 
-struct Range {
-    float lo, hi;
-    bool finite;
-};
+bool worth_threads(int64_t pixels) { return pixels > kParallelPixels && may_use_threads(); }
 
 BIASMAP_CLONES Range range_of(const float *x, int64_t n) {
     float lo = FLT_MAX, hi = -FLT_MAX;
@@ -32,7 +29,7 @@ BIASMAP_CLONES Range range_of(const float *x, int64_t n) {
         hi = x[i] > hi ? x[i] : hi;
         bad += !(std::fabs(x[i]) <= FLT_MAX);
     }
-    return {lo, hi, bad == 0};
+    return {lo, hi, bad};
 }
 
 BIASMAP_CLONES int64_t count_at_most(const float *x, int64_t n, float pivot) {
@@ -42,10 +39,6 @@ BIASMAP_CLONES int64_t count_at_most(const float *x, int64_t n, float pivot) {
         count += x[i] <= pivot;
     return count;
 }
-
-struct Neighbours {
-    float below, above; // largest x <= pivot, smallest x > pivot
-};
 
 BIASMAP_CLONES Neighbours neighbours(const float *x, int64_t n, float pivot) {
     float below = -FLT_MAX, above = FLT_MAX;
@@ -59,35 +52,19 @@ BIASMAP_CLONES Neighbours neighbours(const float *x, int64_t n, float pivot) {
     return {below, above};
 }
 
-// The order statistics k and k + 1 (from 0; both the largest value if k = n - 1) of a finite map.
-// Bisection on the floats' order with a vectorised count: at most 32 passes whatever the values and
-// ties (18 on blobs at 64 x 64, 4.6 us), no copy of the map. nth_element took 24 us.
-Neighbours order_statistics(const float *x, int64_t n, int64_t k, Range range) {
-    int64_t lo = static_cast<int64_t>(order_key(range.lo)) - 1; // count(<= lo) <= k < count(<= hi)
-    int64_t hi = order_key(range.hi);
-    int64_t count = n;
-    while (hi - lo > 1 && count != k + 1) {
-        const int64_t middle = lo + (hi - lo) / 2;
-        const int64_t c = count_at_most(x, n, from_order_key(static_cast<uint32_t>(middle)));
-        if (c > k) {
-            hi = middle;
-            count = c;
-        } else {
-            lo = middle;
-        }
-    }
-    const Neighbours found = neighbours(x, n, from_order_key(static_cast<uint32_t>(hi)));
-    return {found.below, count > k + 1 || k + 1 == n ? found.below : found.above};
-}
-
-// numpy.percentile(x, percentile, method="linear"), bit for bit.
-float percentile_of(const float *x, int64_t n, double percentile, Range range) {
+// numpy.percentile(x, percentile, method="linear"), bit for bit; NaN if a value is not finite.
+float percentile_of(const float *x, int64_t n, double percentile) {
+    const Range range = range_of(x, n);
+    if (range.bad > 0)
+        return std::numeric_limits<float>::quiet_NaN();
     const Position at = percentile_position(n, percentile);
-    const Neighbours s = order_statistics(x, n, at.below, range);
-    return percentile_lerp(s.below, s.above, at.share);
+    const Neighbours values = order_statistics(
+        n, at.below, range, [&](float pivot) { return count_at_most(x, n, pivot); },
+        [&](float pivot) { return neighbours(x, n, pivot); });
+    return percentile_lerp(values.below, values.above, at.share);
 }
 
-// Writes one bit a pixel, x > threshold, and returns how many are set. By way of bytes, whose
+// Writes one bit per pixel, x > threshold, and returns how many are set. By way of bytes, whose
 // compare vectorises: one multiplication then gathers eight of them (6 times as fast as shifting
 // bits).
 BIASMAP_CLONES int32_t pack_mask(const float *x, int64_t n, float threshold, uint64_t *words) {
@@ -142,21 +119,38 @@ BIASMAP_CLONES Mass mask_mass(const float *x, int64_t n, SoftMap s) {
     return total;
 }
 
-BIASMAP_CLONES void write_mask(const float *x, int64_t n, SoftMap s, float *mask) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i)
-        mask[i] = soft_mask(x[i], s);
-}
-
-BIASMAP_CLONES double dot(const float *a, const float *b, int64_t n) {
+// Writes the mask m and returns sum(m (1 - m)).
+BIASMAP_CLONES double write_mask(const float *x, int64_t n, SoftMap s, float *mask) {
     double total = 0.0;
     for (int64_t start = 0; start < n; start += kBlock) {
         const int64_t end = std::min(n, start + kBlock);
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = start; i < end; ++i)
-            sum += a[i] * b[i];
-        total += sum;
+        float weights = 0.0f;
+#pragma omp simd reduction(+ : weights)
+        for (int64_t i = start; i < end; ++i) {
+            mask[i] = soft_mask(x[i], s);
+            weights += soft_weight(mask[i]);
+        }
+        total += weights;
+    }
+    return total;
+}
+
+struct PairSums {
+    double both, first, second; // of m_a m_b, w_a m_b and m_a w_b, with w = m (1 - m)
+};
+
+BIASMAP_CLONES PairSums sums_of_pair(const float *a, const float *b, int64_t n) {
+    PairSums total{0.0, 0.0, 0.0};
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t end = std::min(n, start + kBlock);
+        float both = 0.0f, first = 0.0f, second = 0.0f;
+#pragma omp simd reduction(+ : both, first, second)
+        for (int64_t i = start; i < end; ++i) {
+            both += a[i] * b[i];
+            first += soft_weight(a[i]) * b[i];
+            second += soft_weight(b[i]) * a[i];
+        }
+        total.both += both, total.first += first, total.second += second;
     }
     return total;
 }
@@ -167,39 +161,41 @@ BIASMAP_CLONES void add_scaled(float *out, float factor, const float *x, int64_t
         out[i] += factor * x[i];
 }
 
-// From dL/dm to dL/dx; `grad` may be `out`.
-BIASMAP_CLONES void through_mask(const float *grad, const float *mask, SoftMap s, int64_t n,
-                                 float *out) {
-    double weights = 0.0, weighted = 0.0;
+// sum(w g) and sum(w), with w = m (1 - m).
+BIASMAP_CLONES Mass weighted_sums(const float *mask, const float *grad, int64_t n) {
+    Mass total{0.0, 0.0};
     for (int64_t start = 0; start < n; start += kBlock) {
         const int64_t end = std::min(n, start + kBlock);
-        float block_weights = 0.0f, block_weighted = 0.0f;
-#pragma omp simd reduction(+ : block_weights, block_weighted)
+        float weighted = 0.0f, weights = 0.0f;
+#pragma omp simd reduction(+ : weighted, weights)
         for (int64_t i = start; i < end; ++i) {
             const float w = soft_weight(mask[i]);
-            block_weights += w;
-            block_weighted += w * grad[i];
+            weighted += w * grad[i];
+            weights += w;
         }
-        weights += block_weights;
-        weighted += block_weighted;
+        total.mass += weighted, total.weight += weights;
     }
-    const float mean = implicit_mean(weighted, weights);
+    return total;
+}
+
+// From dL/dm to dL/dx; `grad` may be `out`.
+BIASMAP_CLONES void through_mask(const float *grad, const float *mask, float mean, SoftMap s,
+                                 int64_t n, float *out) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
         out[i] = implicit_gradient(mask[i], grad[i], mean, s);
 }
 
-SoftMap solve_soft_map(const float *x, int64_t n, double fraction, double temperature) {
+SoftMap solve_soft_map(const float *x, int64_t n, const SoftSettings &settings) {
     const Range range = range_of(x, n);
-    const double logit = logit_of(fraction);
-    if (!range.finite)
+    if (range.bad > 0)
         return unknown_soft_map();
     if (range.lo == range.hi)
-        return constant_soft_map(logit);
+        return constant_soft_map(settings.logit);
 
-    RootSearch search = search_root(range.lo, range.hi, n, fraction, logit, temperature);
-    const auto k = std::min(static_cast<int64_t>(static_cast<double>(n) - search.wanted), n - 1);
-    search.start(order_statistics(x, n, k, range).below * search.scale);
+    RootSearch search = search_root(range.lo, range.hi, n, settings);
+    search.start(near_order_statistic(range, search.rank(n),
+                                      [&](float pivot) { return count_at_most(x, n, pivot); }));
     while (!search.step(mask_mass(x, n, search.map()))) {
     }
     return search.map();
@@ -212,118 +208,116 @@ std::vector<char> named_by_pairs(const Pairs &pairs, int64_t concepts) {
     return used;
 }
 
-// One set of masks [K, N] for each thread.
-class MaskScratch {
-public:
-    MaskScratch(int64_t concepts, int64_t pixels)
-        : size_(concepts * pixels),
-          data_(new float[static_cast<size_t>(size_ * omp_get_max_threads())]) {}
-    float *mine() { return data_.get() + size_ * omp_get_thread_num(); }
-
-private:
-    int64_t size_;
-    std::unique_ptr<float[]> data_;
-};
+// A thread's own memory, kept for its next call.
+float *scratch(int64_t count) {
+    thread_local std::vector<float> memory;
+    if (memory.size() < static_cast<size_t>(count))
+        memory.resize(static_cast<size_t>(count));
+    return memory.data();
+}
 
 } // namespace
 
 void pairs_iou_cpu(const PairsIouParams &p) {
     const auto *maps = static_cast<const float *>(p.maps);
-    const int64_t words = (p.pixels + 63) / 64;
-    const bool parallel = p.batch * p.concepts * p.pixels > kParallelPixels;
+    const int64_t words = (p.pixels + 63) / 64, count = p.batch * p.concepts;
+    const bool parallel = worth_threads(count * p.pixels);
+    const std::unique_ptr<uint64_t[]> all_masks(new uint64_t[static_cast<size_t>(count * words)]);
 
-    // 1) one mask a map
+    // 1) one mask per map
 #pragma omp parallel for if (parallel) schedule(static)
-    for (int64_t map = 0; map < p.batch * p.concepts; ++map) {
+    for (int64_t map = 0; map < count; ++map) {
         const float *x = maps + map * p.pixels;
-        const Range range = range_of(x, p.pixels);
-        p.area[map] = -1;
-        if (range.finite)
-            p.area[map] = pack_mask(x, p.pixels, percentile_of(x, p.pixels, p.percentile, range),
-                                    p.masks + map * words);
+        const float threshold = percentile_of(x, p.pixels, p.percentile);
+        const int32_t area = pack_mask(x, p.pixels, threshold, all_masks.get() + map * words);
+        p.threshold[map] = threshold;
+        p.area[map] = threshold == threshold ? area : -1;
     }
 
     // 2) pairs
 #pragma omp parallel for if (parallel) schedule(static)
     for (int64_t b = 0; b < p.batch; ++b) {
         const int32_t *area = p.area + b * p.concepts;
-        const uint64_t *masks = p.masks + b * p.concepts * words;
+        const uint64_t *masks = all_masks.get() + b * p.concepts * words;
         for (int64_t i = 0; i < p.pairs.count; ++i) {
             const int64_t first = p.pairs.data[2 * i], second = p.pairs.data[2 * i + 1];
-            float iou = std::numeric_limits<float>::quiet_NaN();
-            int32_t either = -1;
-            if (area[first] >= 0 && area[second] >= 0) {
-                const int32_t both =
-                    count_common(masks + first * words, masks + second * words, words);
-                either = area[first] + area[second] - both;
-                iou = either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / either);
-            }
-            p.iou[b * p.pairs.count + i] = iou;
-            p.union_pixels[b * p.pairs.count + i] = either;
+            const int64_t at = b * p.pairs.count + i;
+            const int32_t both = count_common(masks + first * words, masks + second * words, words);
+            const HardIou hard = hard_iou(area[first], area[second], both);
+            p.iou[at] = hard.iou, p.union_pixels[at] = hard.either;
         }
     }
 }
 
 void soft_topk_cpu(const SoftTopkParams &p) {
-#pragma omp parallel for if (p.rows * p.pixels > kParallelPixels) schedule(static)
+#pragma omp parallel for if (worth_threads(p.rows * p.pixels)) schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
         const float *x = static_cast<const float *>(p.x) + row * p.pixels;
-        p.state[row] = solve_soft_map(x, p.pixels, p.fraction, p.temperature);
+        p.state[row] = solve_soft_map(x, p.pixels, p.settings);
         write_mask(x, p.pixels, p.state[row], p.mask + row * p.pixels);
     }
 }
 
 void soft_topk_backward_cpu(const SoftTopkBackwardParams &p) {
-#pragma omp parallel for if (p.rows * p.pixels > kParallelPixels) schedule(static)
+#pragma omp parallel for if (worth_threads(p.rows * p.pixels)) schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
-        const int64_t at = row * p.pixels;
-        through_mask(p.grad + at, p.mask + at, p.state[row], p.pixels, p.grad_x + at);
+        const float *grad = p.grad + row * p.pixels, *mask = p.mask + row * p.pixels;
+        const Mass sums = weighted_sums(mask, grad, p.pixels);
+        through_mask(grad, mask, implicit_mean(sums.mass, sums.weight), p.state[row], p.pixels,
+                     static_cast<float *>(p.grad_x) + row * p.pixels);
     }
 }
 
 void soft_iou_cpu(const SoftIouParams &p) {
     const auto *maps = static_cast<const float *>(p.maps);
-    const bool parallel = p.batch * p.concepts * p.pixels > kParallelPixels;
+    const bool parallel = worth_threads(p.batch * p.concepts * p.pixels);
     const std::vector<char> used = named_by_pairs(p.pairs, p.concepts);
-    const double mass = p.fraction * static_cast<double>(p.pixels);
-    MaskScratch scratch(p.concepts, p.pixels);
+    const double mass = p.settings.fraction * static_cast<double>(p.pixels);
 
-    // 1) one root a map, however many pairs share it
+    // 1) one root per map, however many pairs share it
 #pragma omp parallel for if (parallel) schedule(dynamic, 4)
     for (int64_t map = 0; map < p.batch * p.concepts; ++map)
-        p.state[map] =
-            used[static_cast<size_t>(map % p.concepts)]
-                ? solve_soft_map(maps + map * p.pixels, p.pixels, p.fraction, p.temperature)
-                : SoftMap{0.0f, 0.0f, 0.0f, 0.0f};
+        p.state[map] = used[static_cast<size_t>(map % p.concepts)]
+                           ? solve_soft_map(maps + map * p.pixels, p.pixels, p.settings)
+                           : SoftMap{0.0f, 0.0f, 0.0f, 0.0f};
 
     // 2) masks of one set at a time, then its pairs
 #pragma omp parallel for if (parallel) schedule(static)
     for (int64_t b = 0; b < p.batch; ++b) {
-        float *masks = scratch.mine();
+        float *masks = scratch(p.concepts * p.pixels);
+        float *means = p.means + b * p.concepts * p.concepts;
+        std::vector<double> weights(static_cast<size_t>(p.concepts));
+        std::fill_n(means, p.concepts * p.concepts, 0.0f);
         for (int64_t k = 0; k < p.concepts; ++k)
             if (used[static_cast<size_t>(k)])
-                write_mask(maps + (b * p.concepts + k) * p.pixels, p.pixels,
-                           p.state[b * p.concepts + k], masks + k * p.pixels);
+                weights[static_cast<size_t>(k)] =
+                    write_mask(maps + (b * p.concepts + k) * p.pixels, p.pixels,
+                               p.state[b * p.concepts + k], masks + k * p.pixels);
         for (int64_t i = 0; i < p.pairs.count; ++i) {
-            const float *first = masks + p.pairs.data[2 * i] * p.pixels;
-            const float *second = masks + p.pairs.data[2 * i + 1] * p.pixels;
-            p.iou[b * p.pairs.count + i] = soft_iou(dot(first, second, p.pixels), mass);
+            const int64_t first = p.pairs.data[2 * i], second = p.pairs.data[2 * i + 1];
+            const PairSums sums =
+                sums_of_pair(masks + first * p.pixels, masks + second * p.pixels, p.pixels);
+            p.iou[b * p.pairs.count + i] = soft_iou(sums.both, mass);
+            means[first * p.concepts + second] =
+                implicit_mean(sums.first, weights[static_cast<size_t>(first)]);
+            means[second * p.concepts + first] =
+                implicit_mean(sums.second, weights[static_cast<size_t>(second)]);
         }
     }
 }
 
 void soft_iou_backward_cpu(const SoftIouBackwardParams &p) {
     const auto *maps = static_cast<const float *>(p.maps);
-    const bool parallel = p.batch * p.concepts * p.pixels > kParallelPixels;
+    const bool parallel = worth_threads(p.batch * p.concepts * p.pixels);
     const std::vector<char> used = named_by_pairs(p.pairs, p.concepts);
-    const double mass = p.fraction * static_cast<double>(p.pixels);
-    MaskScratch scratch(p.concepts, p.pixels);
+    const double mass = p.settings.fraction * static_cast<double>(p.pixels);
 
 #pragma omp parallel for if (parallel) schedule(static)
     for (int64_t b = 0; b < p.batch; ++b) {
-        float *masks = scratch.mine();
+        float *masks = scratch(p.concepts * p.pixels);
         float *grads = static_cast<float *>(p.grad_maps) + b * p.concepts * p.pixels;
         const SoftMap *state = p.state + b * p.concepts;
+        std::vector<float> mean(static_cast<size_t>(p.concepts)); // of each map's dL/dm, under w
         std::fill_n(grads, p.concepts * p.pixels, 0.0f);
         // 1) masks again: cheaper than keeping them
         for (int64_t k = 0; k < p.concepts; ++k)
@@ -335,26 +329,20 @@ void soft_iou_backward_cpu(const SoftIouBackwardParams &p) {
             const int64_t at = b * p.pairs.count + i;
             const float factor = p.grad[at] * soft_iou_slope(p.iou[at], mass);
             const int64_t *pair = p.pairs.data + 2 * i;
-            const int64_t first = pair[0] * p.pixels, second = pair[1] * p.pixels;
-            add_scaled(grads + first, factor, masks + second, p.pixels);
-            add_scaled(grads + second, factor, masks + first, p.pixels);
+            for (const int64_t k : {pair[0], pair[1]}) {
+                const int64_t partner = pair[0] + pair[1] - k;
+                add_scaled(grads + k * p.pixels, factor, masks + partner * p.pixels, p.pixels);
+                mean[static_cast<size_t>(k)] +=
+                    factor * p.means[(b * p.concepts + k) * p.concepts + partner];
+            }
         }
         // 3) through the masks, in place
         for (int64_t k = 0; k < p.concepts; ++k)
             if (used[static_cast<size_t>(k)])
-                through_mask(grads + k * p.pixels, masks + k * p.pixels, state[k], p.pixels,
+                through_mask(grads + k * p.pixels, masks + k * p.pixels,
+                             mean[static_cast<size_t>(k)], state[k], p.pixels,
                              grads + k * p.pixels);
     }
-}
-
-const char *cpu_isa() {
-#if defined(BIASMAP_X86_LEVELS)
-    if (__builtin_cpu_supports("x86-64-v4"))
-        return "x86-64-v4";
-    if (__builtin_cpu_supports("x86-64-v3"))
-        return "x86-64-v3";
-#endif
-    return "baseline";
 }
 
 } // namespace biasmap

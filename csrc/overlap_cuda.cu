@@ -1,448 +1,274 @@
-// One block for one set of maps [K, N] (one map, for the soft top-k): its K roots or thresholds one
-// after the other, then its pairs, so that one launch does everything, nothing has to be zeroed
-// beforehand, and blocks never wait for one another. At 256 sets that fills a GPU; one set of two
-// maps, as in guidance, leaves most of it idle, for microseconds of a UNet call's milliseconds. A
-// cooperative launch would spread one set over the GPU, and has limits on its grid and its company.
+// A block per map searches its percentile or the root of its soft mask; a second launch then takes
+// a set's maps together: their hard masks as bits, or sums over pairs of soft masks. Nothing has to
+// be zeroed beforehand, and blocks never wait for one another.
 #include "overlap.h"
 #include "overlap_block.h"
 
 namespace biasmap {
 namespace {
 
-// Two blocks of these on a multiprocessor leave a thread 80 registers; with kThreads it is 64, and
-// the 36 sums of `gram` spill.
-constexpr unsigned kGramThreads = 384;
 // A map of this size is kept in shared memory, 64 KiB, larger ones are read from L2 in every pass.
 constexpr int64_t kCachedPixels = 16384;
-static_assert(kCachedPixels * sizeof(float) + kSharedMaskWords * sizeof(uint64_t) <= kMostShared);
-// Concepts whose masks a thread holds in registers at once.
-constexpr int kGroup = 8;
+static_assert(kCachedPixels * sizeof(float) <= kMostShared);
+constexpr int kConcepts = kMostConceptsOnGpu;
+// A block of sums takes this many maps against as many.
+constexpr int kGroup = 4;
+constexpr unsigned kSumThreads = 256;
+// Pixels of a thread in the backward pass.
+constexpr unsigned kPixels = 4;
 
 // ---- pairs of concepts -----------------------------------------------------------------------
 
 struct Pair {
-    int first, second; // -1 if there is no such concept
+    uint8_t first, second;
 };
 
-// Lies in the kernel's parameters: a list on the host needs no copy to the GPU, hence no waiting.
-struct PairList {
-    const int64_t *on_gpu; // null: `value` holds them
-    int count, concepts;
-    uint8_t value[2 * kPairsByValue];
+// With the pairs in the kernel's parameters: they need no copy to the GPU, hence no waiting.
+template <typename Params> struct WithPairs {
+    Params p;
+    Pair pairs[kMostPairsOnGpu];
 
-    __device__ Pair operator[](int i) const {
-        if (on_gpu == nullptr)
-            return {value[2 * i], value[2 * i + 1]};
-        const int64_t first = on_gpu[2 * i], second = on_gpu[2 * i + 1];
-        const bool there = first >= 0 && first < concepts && second >= 0 && second < concepts;
-        return there ? Pair{static_cast<int>(first), static_cast<int>(second)} : Pair{-1, -1};
+    explicit WithPairs(const Params &params) : p(params), pairs() {
+        for (int64_t i = 0; i < 2 * p.pairs.count; i += 2)
+            pairs[i / 2] = {static_cast<uint8_t>(p.pairs.data[i]),
+                            static_cast<uint8_t>(p.pairs.data[i + 1])};
     }
 };
 
-PairList listed(const Pairs &pairs, int64_t concepts) {
-    PairList list{};
-    list.count = static_cast<int>(pairs.count), list.concepts = static_cast<int>(concepts);
-    if (pairs.on_host)
-        std::copy_n(pairs.data, 2 * pairs.count, list.value);
-    else
-        list.on_gpu = pairs.data;
-    return list;
+// A set's maps [K, N].
+template <typename T> __device__ const T *maps_of(const MapSets &p, int64_t set) {
+    return static_cast<const T *>(p.maps) + set * p.concepts * p.pixels;
 }
 
-// Whether a pair names the concept; the answer for the whole block, which has to ask together.
-__device__ bool is_named(const PairList &pairs, int concept) {
-    int found = 0;
-    for (int i = threadIdx.x; i < pairs.count; i += blockDim.x) {
-        const Pair pair = pairs[i];
-        found |= pair.first == concept || pair.second == concept;
-    }
-    return __syncthreads_or(found) != 0;
-}
+// ---- one block per map -----------------------------------------------------------------------
 
-// ---- the kernels -----------------------------------------------------------------------------
-
-struct PairsIouArguments {
-    PairsIouParams p;
-    PairList pairs;
+// What is asked of every map: its percentile, or the root of its soft mask.
+struct SearchArguments {
+    const void *maps; // [M, N]
+    int64_t pixels;
     Position at;
-    bool masks_in_shared;
-};
-
-template <typename T, bool kCached>
-__global__ void __launch_bounds__(kThreads, 2)
-    pairs_iou_kernel(const __grid_constant__ PairsIouArguments arguments) {
-    __shared__ Work work;
-    extern __shared__ float dynamic_shared[]; // [N] if cached, then the masks if they fit
-    const PairsIouParams &p = arguments.p;
-    const PairList &pairs = arguments.pairs;
-    const auto n = static_cast<unsigned>(p.pixels);
-    const auto concepts = static_cast<int>(p.concepts);
-    const int64_t set = blockIdx.x;
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const unsigned words = (n + 63) / 64 * 2; // of 32 bits
-    int32_t *area = p.area + set * concepts;
-    uint32_t *masks = arguments.masks_in_shared
-                          ? reinterpret_cast<uint32_t *>(dynamic_shared + (kCached ? p.pixels : 0))
-                          : reinterpret_cast<uint32_t *>(p.masks) + set * concepts * words;
-
-    // 1) one mask a map
-    for (int k = 0; k < concepts; ++k) {
-        const Map<T, kCached> x{static_cast<const T *>(p.maps) + (set * concepts + k) * p.pixels,
-                                dynamic_shared};
-        const float threshold = percentile_of(x, n, arguments.at, work);
-        int count = 0;
-        for (unsigned word = warp; word < words; word += warps) {
-            const unsigned i = 32 * word + lane;
-            const unsigned bits = __ballot_sync(kEveryLane, i < n && x[i] > threshold);
-            if (lane == 0) {
-                masks[k * words + word] = bits;
-                count += __popc(bits);
-            }
-        }
-        count = combine_block(count, 0, work.partial.counts);
-        if (threadIdx.x == 0)
-            area[k] = threshold == threshold ? count : -1;
-        __syncthreads();
-    }
-
-    // 2) pairs, one a warp
-    for (int i = warp; i < pairs.count; i += warps) {
-        const Pair pair = pairs[i];
-        float iou = nanf("");
-        int either = -1;
-        if (pair.first >= 0 && area[pair.first] >= 0 && area[pair.second] >= 0) {
-            const uint32_t *first = masks + pair.first * words;
-            const uint32_t *second = masks + pair.second * words;
-            int both = 0;
-            for (unsigned word = lane; word < words; word += 32)
-                both += __popc(first[word] & second[word]);
-            both = combine_warp(both);
-            either = area[pair.first] + area[pair.second] - both;
-            iou = either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / either);
-        }
-        if (lane == 0) {
-            p.iou[set * pairs.count + i] = iou;
-            p.union_pixels[set * pairs.count + i] = either;
-        }
-    }
-}
-
-struct SoftTopkArguments {
-    SoftTopkParams p;
+    float *threshold; // [M] out; null: the root is asked for
     SoftSettings settings;
+    SoftMap *state; // [M] out
+    float *mask;    // [M, N] out; null: not asked for
 };
 
 template <typename T, bool kCached>
 __global__ void __launch_bounds__(kThreads, 2)
-    soft_topk_kernel(const __grid_constant__ SoftTopkArguments arguments) {
+    search_kernel(const __grid_constant__ SearchArguments p) {
     __shared__ Work work;
     extern __shared__ float dynamic_shared[]; // [N] if cached
-    const SoftTopkParams &p = arguments.p;
     const auto n = static_cast<unsigned>(p.pixels);
-    const int64_t row = blockIdx.x;
-    const Map<T, kCached> x{static_cast<const T *>(p.x) + row * p.pixels, dynamic_shared};
-    const SoftMap s = solve_soft_map(x, n, arguments.settings, work);
+    const int64_t first = blockIdx.x * p.pixels;
+    const Map<T, kCached> x{static_cast<const T *>(p.maps) + first, dynamic_shared, n};
+    if (p.threshold != nullptr) {
+        const float threshold = percentile_of(x, p.at, work);
+        if (threadIdx.x == 0)
+            p.threshold[blockIdx.x] = threshold;
+        return;
+    }
+    const SoftMap s = solve_soft_map(x, p.settings, work);
     if (threadIdx.x == 0)
-        p.state[row] = s;
-    for (unsigned i = threadIdx.x; i < n; i += blockDim.x)
-        p.mask[row * p.pixels + i] = soft_mask(x[i], s);
+        p.state[blockIdx.x] = s;
+    if (p.mask != nullptr)
+        for (unsigned i = threadIdx.x; i < n; i += blockDim.x)
+            p.mask[first + i] = soft_mask(x[i], s);
 }
 
+// ---- hard IoU --------------------------------------------------------------------------------
+
+// A warp has 32 pixels of all masks as one word per concept, and a lane counts eight of the 16 x 16
+// intersections.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    pairs_iou_kernel(const __grid_constant__ WithPairs<PairsIouParams> arguments) {
+    static_assert(kConcepts == 16, "two lanes per row of intersections");
+    __shared__ int common[kConcepts][kConcepts];
+    __shared__ float thresholds[kConcepts];
+    const PairsIouParams &p = arguments.p;
+    const auto n = static_cast<unsigned>(p.pixels);
+    const int concepts = static_cast<int>(p.concepts), lane = threadIdx.x % 32;
+    const int64_t set = blockIdx.x;
+    const T *maps = maps_of<T>(p, set);
+    for (int at = threadIdx.x; at < kConcepts * kConcepts; at += blockDim.x)
+        common[at / kConcepts][at % kConcepts] = 0;
+    if (const int k = threadIdx.x; k < concepts)
+        thresholds[k] = p.threshold[set * concepts + k];
+    __syncthreads();
+
+    // 1) pixels in each two masks
+    const int row = lane / 2, column = lane % 2 * 8; // of this lane
+    int counts[8] = {};
+    for (unsigned first = threadIdx.x - lane; first < n; first += blockDim.x) {
+        const unsigned i = first + lane;
+        unsigned word = 0; // lane k: that of concept k
+        for (int k = 0; k < concepts; ++k) {
+            const bool above = i < n && to_float(maps[k * p.pixels + i]) > thresholds[k];
+            const unsigned bits = __ballot_sync(kEveryLane, above);
+            word = lane == k ? bits : word;
+        }
+        const unsigned mask = __shfl_sync(kEveryLane, word, row);
+#pragma unroll
+        for (int c = 0; c < 8; ++c)
+            counts[c] += __popc(mask & __shfl_sync(kEveryLane, word, column + c));
+    }
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+        atomicAdd(&common[row][column + c], counts[c]);
+    __syncthreads();
+
+    // 2) pairs
+    const auto area = [&](int k) { return thresholds[k] == thresholds[k] ? common[k][k] : -1; };
+    if (const int k = threadIdx.x; k < concepts)
+        p.area[set * concepts + k] = area(k);
+    for (int i = threadIdx.x; i < p.pairs.count; i += blockDim.x) {
+        const Pair pair = arguments.pairs[i];
+        const HardIou hard =
+            hard_iou(area(pair.first), area(pair.second), common[pair.first][pair.second]);
+        p.iou[set * p.pairs.count + i] = hard.iou;
+        p.union_pixels[set * p.pairs.count + i] = hard.either;
+    }
+}
+
+// ---- soft masks ------------------------------------------------------------------------------
+
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
     soft_topk_backward_kernel(const __grid_constant__ SoftTopkBackwardParams p) {
-    __shared__ Mass partial[kWarps];
-    __shared__ float mean;
+    __shared__ Sums<2> work; // w g, w
     const auto n = static_cast<unsigned>(p.pixels);
-    const int64_t row = blockIdx.x;
-    const float *grad = p.grad + row * p.pixels, *mask = p.mask + row * p.pixels;
-
-    Mass sums{0.0, 0.0}; // w g, w
-    for (unsigned i = threadIdx.x; i < n; i += blockDim.x) {
+    const int64_t first = blockIdx.x * p.pixels;
+    const float *grad = p.grad + first, *mask = p.mask + first;
+    sum_pixels(n, work, [&](unsigned i, float (&sums)[2]) {
         const float w = soft_weight(mask[i]);
-        sums.mass += w * grad[i];
-        sums.weight += w;
-    }
-    sums = combine_block(sums, Mass{0.0, 0.0}, partial);
-    if (threadIdx.x == 0)
-        mean = implicit_mean(sums.mass, sums.weight);
-    __syncthreads();
+        sums[0] += w * grad[i];
+        sums[1] += w;
+    });
+    const float mean = implicit_mean(work.total[0], work.total[1]);
     for (unsigned i = threadIdx.x; i < n; i += blockDim.x)
-        p.grad_x[row * p.pixels + i] = implicit_gradient(mask[i], grad[i], mean, p.state[row]);
+        static_cast<T *>(p.grad_x)[first + i] =
+            from_float<T>(implicit_gradient(mask[i], grad[i], mean, p.state[blockIdx.x]));
 }
 
-struct SoftIouArguments {
-    SoftIouParams p;
-    PairList pairs;
-    SoftSettings settings;
-};
-
-// The masks of one set, by the roots in shared memory.
-template <typename T> struct Masks {
-    const T *maps; // [K, N]
-    int64_t pixels;
-    const SoftMap *states; // [K]
-    const bool *named;     // [K]
-    int concepts;
-
-    // 0 for a map that no pair names, whatever is in it
-    __device__ float at(int concept, unsigned i) const {
-        if (concept >= concepts || !named[concept])
-            return 0.0f;
-        return soft_mask(to_float(maps[concept * pixels + i]), states[concept]);
+// One block for the masks of one group against those of another, or the same.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads, 2)
+    soft_iou_kernel(const __grid_constant__ WithPairs<SoftIouParams> arguments) {
+    constexpr int kMasks = kGroup * kGroup;
+    __shared__ Sums<2 * kMasks + kGroup> work; // of m_r m_c, w_r m_c and w_r; w = m (1 - m)
+    __shared__ SoftMap states[2][kGroup];
+    const SoftIouParams &p = arguments.p;
+    const int concepts = static_cast<int>(p.concepts), groups = (concepts + kGroup - 1) / kGroup;
+    const int64_t set = blockIdx.x;
+    const int first[2] = {static_cast<int>(blockIdx.y) / groups * kGroup,
+                          static_cast<int>(blockIdx.y) % groups * kGroup}; // row, column
+    const T *maps = maps_of<T>(p, set);
+    if (threadIdx.x < 2 * kGroup) {
+        const int side = threadIdx.x / kGroup, r = threadIdx.x % kGroup;
+        states[side][r] = p.state[set * concepts + min(first[side] + r, concepts - 1)];
     }
-};
+    __syncthreads();
 
-struct GramWork {
-    float partial[kWarps][kGroup * kGroup];
-    double sums[kGroup * kGroup];
-};
-
-// sum(m_a m_b) of the concepts a from `row` and b from `column` on, into `work.sums` [kGroup,
-// kColumns]. On the diagonal, row == column, only a <= b.
-template <int kColumns, bool kDiagonal, typename T>
-__device__ void gram(const Masks<T> &masks, unsigned n, int row, int column, GramWork &work) {
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    for (unsigned start = 0; start < n; start += kRun * blockDim.x) {
-        const unsigned end = min(n, start + kRun * blockDim.x);
-        float sums[kGroup][kColumns] = {};
-        for (unsigned i = start + threadIdx.x; i < end; i += blockDim.x) {
-            float a[kGroup], b[kColumns];
-#pragma unroll
-            for (int r = 0; r < kGroup; ++r)
-                a[r] = masks.at(row + r, i);
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c)
-                b[c] = kDiagonal ? a[c] : masks.at(column + c, i);
-#pragma unroll
-            for (int r = 0; r < kGroup; ++r)
-#pragma unroll
-                for (int c = kDiagonal ? r : 0; c < kColumns; ++c)
-                    sums[r][c] += a[r] * b[c];
-        }
+    const auto masks_at = [&](int side, unsigned i, float (&masks)[kGroup]) {
 #pragma unroll
         for (int r = 0; r < kGroup; ++r)
-#pragma unroll
-            for (int c = kDiagonal ? r : 0; c < kColumns; ++c) {
-                const float sum = combine_warp(sums[r][c]);
-                if (lane == 0)
-                    work.partial[warp][r * kColumns + c] = sum;
-            }
-        __syncthreads();
-        for (int at = threadIdx.x; at < kGroup * kColumns; at += blockDim.x) {
-            if (kDiagonal && at % kColumns < at / kColumns)
-                continue;
-            double sum = start == 0 ? 0.0 : work.sums[at];
-            for (unsigned w = 0; w < warps; ++w)
-                sum += work.partial[w][at];
-            work.sums[at] = sum;
-        }
-        __syncthreads();
-    }
-}
-
-// The pairs between one group of concepts and another, or the same.
-template <int kColumns, bool kDiagonal, typename T>
-__device__ void pairs_between(const SoftIouArguments &arguments, const Masks<T> &masks, int row,
-                              int column, GramWork &work) {
-    const SoftIouParams &p = arguments.p;
-    const PairList &pairs = arguments.pairs;
-    const auto place = [&](Pair pair) {
-        const int r = min(pair.first, pair.second) - row;
-        const int c = max(pair.first, pair.second) - column;
-        return r >= 0 && r < kGroup && c >= 0 && c < kColumns ? r * kColumns + c : -1;
+            if (const int k = first[side] + r; k < concepts)
+                masks[r] = soft_mask(to_float(maps[k * p.pixels + i]), states[side][r]);
     };
-    int any = 0;
-    for (int i = threadIdx.x; i < pairs.count; i += blockDim.x)
-        any |= place(pairs[i]) >= 0;
-    if (!__syncthreads_or(any))
-        return;
-
-    gram<kColumns, kDiagonal>(masks, static_cast<unsigned>(p.pixels), row, column, work);
-    const double mass = p.fraction * static_cast<double>(p.pixels);
-    for (int i = threadIdx.x; i < pairs.count; i += blockDim.x) {
-        const int at = place(pairs[i]);
-        if (at >= 0)
-            p.iou[blockIdx.x * static_cast<int64_t>(pairs.count) + i] =
-                soft_iou(work.sums[at], mass);
-    }
-}
-
-template <typename T, bool kCached>
-__global__ void __launch_bounds__(kGramThreads, 2)
-    soft_iou_kernel(const __grid_constant__ SoftIouArguments arguments) {
-    __shared__ Work work;
-    __shared__ GramWork sums;
-    __shared__ SoftMap states[kMostConceptsOnGpu];
-    __shared__ bool named[kMostConceptsOnGpu];
-    extern __shared__ float dynamic_shared[]; // [N] if cached
-    const SoftIouParams &p = arguments.p;
-    const auto n = static_cast<unsigned>(p.pixels);
-    const auto concepts = static_cast<int>(p.concepts);
-    const int64_t set = blockIdx.x;
-    const T *maps = static_cast<const T *>(p.maps) + set * concepts * p.pixels;
-
-    // 1) one root a map, however many pairs share it
-    for (int k = 0; k < concepts; ++k) {
-        SoftMap s{0.0f, 0.0f, 0.0f, 0.0f};
-        const bool wanted = is_named(arguments.pairs, k);
-        if (wanted)
-            s = solve_soft_map(Map<T, kCached>{maps + k * p.pixels, dynamic_shared}, n,
-                               arguments.settings, work);
-        if (threadIdx.x == 0) {
-            named[k] = wanted;
-            states[k] = s;
-            p.state[set * concepts + k] = s;
+    sum_pixels(static_cast<unsigned>(p.pixels), work, [&](unsigned i, auto &sums) {
+        float a[kGroup] = {}, b[kGroup] = {};
+        masks_at(0, i, a);
+        masks_at(1, i, b);
+#pragma unroll
+        for (int r = 0; r < kGroup; ++r) {
+            const float w = soft_weight(a[r]);
+#pragma unroll
+            for (int c = 0; c < kGroup; ++c) {
+                sums[r * kGroup + c] += a[r] * b[c];
+                sums[kMasks + r * kGroup + c] += w * b[c];
+            }
+            sums[2 * kMasks + r] += w;
         }
-    }
-    __syncthreads();
+    });
 
-    // 2) pairs, a group of concepts against another at a time
-    const Masks<T> masks{maps, p.pixels, states, named, concepts};
-    for (int row = 0; row < concepts; row += kGroup) {
-        pairs_between<kGroup, true>(arguments, masks, row, row, sums);
-        for (int column = row + kGroup; column < concepts; column += kGroup / 2)
-            pairs_between<kGroup / 2, false>(arguments, masks, row, column, sums);
+    if (threadIdx.x < kMasks) {
+        const int r = threadIdx.x / kGroup, c = threadIdx.x % kGroup;
+        const int row = first[0] + r, column = first[1] + c;
+        if (row < concepts && column < concepts)
+            p.means[(set * concepts + row) * concepts + column] =
+                implicit_mean(work.total[kMasks + threadIdx.x], work.total[2 * kMasks + r]);
     }
-    for (int i = threadIdx.x; i < arguments.pairs.count; i += blockDim.x)
-        if (arguments.pairs[i].first < 0)
-            p.iou[set * arguments.pairs.count + i] = nanf("");
+    const double mass = p.settings.fraction * static_cast<double>(p.pixels);
+    for (int i = threadIdx.x; i < p.pairs.count; i += blockDim.x) {
+        const Pair pair = arguments.pairs[i];
+        const int r = pair.first - first[0], c = pair.second - first[1];
+        if (r >= 0 && r < kGroup && c >= 0 && c < kGroup)
+            p.iou[set * p.pairs.count + i] = soft_iou(work.total[r * kGroup + c], mass);
+    }
 }
 
-struct SoftIouBackwardArguments {
-    SoftIouBackwardParams p;
-    PairList pairs;
-};
-
-struct BackwardWork {
-    float factor[kMostConceptsOnGpu][kGroup]; // dL/dm of this block's concepts = factor . masks
-    SoftMap states[kMostConceptsOnGpu];
-    bool needed[kMostConceptsOnGpu]; // a mask in those products, or one of this block's
-    float partial[kWarps][2 * kGroup];
-    double sums[2 * kGroup]; // w g, then w
-    float mean[kGroup];
-};
-
-// One block for up to kGroup of a set's maps.
+// One block for some pixels of a set.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    soft_iou_backward_kernel(const __grid_constant__ SoftIouBackwardArguments arguments) {
-    __shared__ BackwardWork work;
+__global__ void __launch_bounds__(kSumThreads, 2)
+    soft_iou_backward_kernel(const __grid_constant__ WithPairs<SoftIouBackwardParams> arguments) {
+    __shared__ float factors[kConcepts][kConcepts]; // dL/dm_k = sum over j of factors[k][j] m_j
+    __shared__ float means[kConcepts];              // of that, under w = m (1 - m)
+    __shared__ SoftMap states[kConcepts];
     const SoftIouBackwardParams &p = arguments.p;
-    const PairList &pairs = arguments.pairs;
-    const auto n = static_cast<unsigned>(p.pixels);
-    const auto concepts = static_cast<int>(p.concepts);
+    const int concepts = static_cast<int>(p.concepts);
     const int64_t set = blockIdx.x;
-    const int own = blockIdx.y * kGroup; // first of this block's concepts
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const T *maps = static_cast<const T *>(p.maps) + set * concepts * p.pixels;
+    const T *maps = maps_of<T>(p, set);
     T *grads = static_cast<T *>(p.grad_maps) + set * concepts * p.pixels;
 
-    // 1) dL/dm as a matrix over masks: each gets its partners. The masses are constant: they drop
-    // out. One thread a concept adds, in the order of the pairs.
-    for (int at = threadIdx.x; at < concepts * kGroup; at += blockDim.x)
-        work.factor[at / kGroup][at % kGroup] = 0.0f;
-    for (int k = threadIdx.x; k < concepts; k += blockDim.x)
-        work.states[k] = p.state[set * concepts + k];
-    __syncthreads();
-    if (threadIdx.x < kGroup) {
-        const int concept = own + static_cast<int>(threadIdx.x);
-        const double mass = p.fraction * static_cast<double>(p.pixels);
-        for (int i = 0; i < pairs.count; ++i) {
-            const Pair pair = pairs[i];
-            if (pair.first != concept && pair.second != concept)
-                continue;
-            const int64_t at = set * pairs.count + i;
-            const float factor = p.grad[at] * soft_iou_slope(p.iou[at], mass);
-            if (pair.first == concept)
-                work.factor[pair.second][threadIdx.x] += factor;
-            if (pair.second == concept)
-                work.factor[pair.first][threadIdx.x] += factor;
+    // 1) each mask gets its partners, in the order of the pairs. The masses are constant: they drop
+    // out.
+    const double mass = p.settings.fraction * static_cast<double>(p.pixels);
+    for (int at = threadIdx.x; at < kConcepts * kConcepts; at += blockDim.x) {
+        const int k = at / kConcepts, partner = at % kConcepts;
+        float factor = 0.0f;
+        for (int i = 0; i < p.pairs.count; ++i) {
+            const Pair pair = arguments.pairs[i];
+            const int times = (pair.first == k && pair.second == partner) +
+                              (pair.second == k && pair.first == partner);
+            const int64_t of_pair = set * p.pairs.count + i;
+            if (times > 0)
+                factor += times * p.grad[of_pair] * soft_iou_slope(p.iou[of_pair], mass);
         }
+        factors[k][partner] = factor;
     }
     __syncthreads();
-    for (int k = threadIdx.x; k < concepts; k += blockDim.x) {
-        bool needed = false;
-        for (int r = 0; r < kGroup; ++r) {
-            needed = needed || work.factor[k][r] != 0.0f;
-            if (k == own + r) // this block's own: unless nothing is asked of it
-                for (int other = 0; other < concepts; ++other)
-                    needed = needed || work.factor[other][r] != 0.0f;
-        }
-        work.needed[k] = needed;
+    if (const int k = threadIdx.x; k < kConcepts) {
+        float mean = 0.0f;
+        for (int j = 0; j < concepts; ++j) // a mean of a map that is not finite is NaN
+            if (k < concepts && factors[k][j] != 0.0f)
+                mean += factors[k][j] * p.means[(set * concepts + k) * concepts + j];
+        means[k] = mean;
+        const SoftMap s = p.state[set * concepts + min(k, concepts - 1)];
+        states[k] = s.scale == s.scale ? s : SoftMap{0.0f, 0.0f, 0.0f, 0.0f};
     }
     __syncthreads();
 
-    // The own masks m and their dL/dm, g, at one pixel. A map that is not finite has NaN as factor
-    // of its partners, and must not reach others: its mask counts as 0.
-    const auto masks_at = [&](unsigned i, float (&m)[kGroup], float (&g)[kGroup]) {
+    // 2) masks again, cheaper than keeping them, and through them. A map that is not finite has NaN
+    // as factor of its partners, and must not reach others: its mask counts as 0.
+    const unsigned n = static_cast<unsigned>(p.pixels), step = gridDim.y * blockDim.x;
+    for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < n; i += step) {
+        float masks[kConcepts] = {};
 #pragma unroll
-        for (int r = 0; r < kGroup; ++r)
-            m[r] = g[r] = 0.0f;
-        for (int first = 0; first < concepts; first += kGroup) {
-#pragma unroll
-            for (int j = 0; j < kGroup; ++j) {
-                const int k = first + j;
-                if (k >= concepts || !work.needed[k])
-                    continue;
-                const SoftMap s = work.states[k];
-                const float mask = soft_mask(to_float(maps[k * p.pixels + i]), s);
-                const float known = s.scale == s.scale ? mask : 0.0f;
-#pragma unroll
-                for (int r = 0; r < kGroup; ++r)
-                    g[r] += work.factor[k][r] * known;
-                if (first == own)
-                    m[j] = mask;
+        for (int k = 0; k < kConcepts; ++k)
+            if (k < concepts) {
+                const float mask = soft_mask(to_float(maps[k * p.pixels + i]), states[k]);
+                masks[k] = mask == mask ? mask : 0.0f;
             }
-        }
-    };
-
-    // 2) sums of w g and of w, with w = m (1 - m)
-    for (unsigned start = 0; start < n; start += kRun * blockDim.x) {
-        const unsigned end = min(n, start + kRun * blockDim.x);
-        float sums[2 * kGroup] = {};
-        for (unsigned i = start + threadIdx.x; i < end; i += blockDim.x) {
-            float m[kGroup], g[kGroup];
-            masks_at(i, m, g);
 #pragma unroll
-            for (int r = 0; r < kGroup; ++r) {
-                const float w = soft_weight(m[r]);
-                sums[r] += w * g[r];
-                sums[kGroup + r] += w;
+        for (int k = 0; k < kConcepts; ++k)
+            if (k < concepts) {
+                float g = 0.0f;
+#pragma unroll
+                for (int j = 0; j < kConcepts; ++j)
+                    g += factors[k][j] * masks[j];
+                const float gradient = implicit_gradient(masks[k], g, means[k], states[k]);
+                grads[k * p.pixels + i] = from_float<T>(gradient);
             }
-        }
-#pragma unroll
-        for (int at = 0; at < 2 * kGroup; ++at) {
-            const float sum = combine_warp(sums[at]);
-            if (lane == 0)
-                work.partial[warp][at] = sum;
-        }
-        __syncthreads();
-        if (threadIdx.x < 2 * kGroup) {
-            double sum = start == 0 ? 0.0 : work.sums[threadIdx.x];
-            for (unsigned w = 0; w < warps; ++w)
-                sum += work.partial[w][threadIdx.x];
-            work.sums[threadIdx.x] = sum;
-        }
-        __syncthreads();
-    }
-    if (threadIdx.x < kGroup)
-        work.mean[threadIdx.x] =
-            implicit_mean(work.sums[threadIdx.x], work.sums[kGroup + threadIdx.x]);
-    __syncthreads();
-
-    // 3) masks again, cheaper than keeping them, and through them
-    for (unsigned i = threadIdx.x; i < n; i += blockDim.x) {
-        float m[kGroup], g[kGroup];
-        masks_at(i, m, g);
-#pragma unroll
-        for (int r = 0; r < kGroup; ++r) {
-            const int k = own + r;
-            if (k >= concepts)
-                continue;
-            const float gradient =
-                work.needed[k] ? implicit_gradient(m[r], g[r], work.mean[r], work.states[k]) : 0.0f;
-            grads[k * p.pixels + i] = from_float<T>(gradient);
-        }
     }
 }
 
@@ -453,92 +279,89 @@ unsigned threads_for(int64_t pixels, unsigned most = kThreads) {
     unsigned threads = 32;
     while (threads < most && threads * 8 < pixels)
         threads *= 2;
-    return std::min(threads, most);
+    return threads;
 }
 
-// Calls `with` with a number of that type.
-template <typename With> void with_type(Float type, const With &with) {
-    switch (type) {
-    case Float::kFloat32:
-        return with(float{});
-    case Float::kFloat16:
-        return with(__half{});
-    case Float::kBfloat16:
-        return with(__nv_bfloat16{});
-    }
-}
-
-template <typename Arguments>
-void launch_cached(const char *op, void (*cached)(Arguments), void (*uncached)(Arguments),
-                   int64_t blocks, int64_t pixels, unsigned threads, size_t more_shared,
-                   const Arguments &arguments, const CudaQueue &queue) {
-    const bool fits = pixels <= kCachedPixels;
-    const size_t shared = (fits ? static_cast<size_t>(pixels) * sizeof(float) : 0) + more_shared;
-    launch(op, fits ? cached : uncached, {dim3(static_cast<unsigned>(blocks)), threads, shared},
-           arguments, queue);
-}
-
-SoftSettings soft_settings(double fraction, double temperature) {
-    return {fraction, logit_of(fraction), temperature};
+void search_maps(const char *op, Float type, int64_t count, const SearchArguments &arguments,
+                 const CudaQueue &queue) {
+    const bool fits = arguments.pixels <= kCachedPixels;
+    const size_t shared = fits ? static_cast<size_t>(arguments.pixels) * sizeof(float) : 0;
+    with_type(type, [&](auto number) {
+        using T = decltype(number);
+        launch(op, fits ? search_kernel<T, true> : search_kernel<T, false>,
+               {dim3(static_cast<unsigned>(count)), threads_for(arguments.pixels), shared},
+               arguments, queue);
+    });
 }
 
 } // namespace
 
+std::string cuda_refusal(int device) {
+    try {
+        const DeviceGuard guard(device, "CUDA kernels");
+        cudaFuncAttributes attributes;
+        check(cudaFuncGetAttributes(
+                  &attributes, reinterpret_cast<const void *>(&soft_topk_backward_kernel<float>)),
+              "CUDA kernels");
+    } catch (const std::runtime_error &error) {
+        cudaGetLastError(); // torch must not find it
+        return error.what();
+    }
+    return "";
+}
+
 void pairs_iou_cuda(const PairsIouParams &p, const CudaQueue &queue) {
     if (p.batch == 0 || p.concepts == 0)
         return;
-    const bool fits = mask_words(p.concepts, p.pixels, true) == 0;
-    const auto words = static_cast<size_t>(p.concepts * ((p.pixels + 63) / 64));
-    const PairsIouArguments arguments{p, listed(p.pairs, p.concepts),
-                                      percentile_position(p.pixels, p.percentile), fits};
+    const Position at = percentile_position(p.pixels, p.percentile);
+    search_maps("pairs_iou", p.type, p.batch * p.concepts,
+                {p.maps, p.pixels, at, p.threshold, {}, nullptr, nullptr}, queue);
     with_type(p.type, [&](auto number) {
-        using T = decltype(number);
-        launch_cached("pairs_iou", pairs_iou_kernel<T, true>, pairs_iou_kernel<T, false>, p.batch,
-                      p.pixels, threads_for(p.pixels), fits ? words * sizeof(uint64_t) : 0,
-                      arguments, queue);
+        launch("pairs_iou", pairs_iou_kernel<decltype(number)>,
+               {dim3(static_cast<unsigned>(p.batch)), threads_for(p.pixels), 0},
+               WithPairs<PairsIouParams>(p), queue);
     });
 }
 
 void soft_topk_cuda(const SoftTopkParams &p, const CudaQueue &queue) {
-    if (p.rows == 0)
-        return;
-    const SoftTopkArguments arguments{p, soft_settings(p.fraction, p.temperature)};
-    with_type(p.type, [&](auto number) {
-        using T = decltype(number);
-        launch_cached("soft_topk", soft_topk_kernel<T, true>, soft_topk_kernel<T, false>, p.rows,
-                      p.pixels, threads_for(p.pixels), 0, arguments, queue);
-    });
+    if (p.rows > 0)
+        search_maps("soft_topk", p.type, p.rows,
+                    {p.x, p.pixels, {}, nullptr, p.settings, p.state, p.mask}, queue);
 }
 
 void soft_topk_backward_cuda(const SoftTopkBackwardParams &p, const CudaQueue &queue) {
     if (p.rows == 0)
         return;
-    launch("soft_topk_backward", soft_topk_backward_kernel,
-           {dim3(static_cast<unsigned>(p.rows)), threads_for(p.pixels), 0}, p, queue);
+    with_type(p.type, [&](auto number) {
+        launch("soft_topk_backward", soft_topk_backward_kernel<decltype(number)>,
+               {dim3(static_cast<unsigned>(p.rows)), threads_for(p.pixels), 0}, p, queue);
+    });
 }
 
 void soft_iou_cuda(const SoftIouParams &p, const CudaQueue &queue) {
     if (p.batch == 0 || p.concepts == 0)
         return;
-    const SoftIouArguments arguments{p, listed(p.pairs, p.concepts),
-                                     soft_settings(p.fraction, p.temperature)};
+    search_maps("soft_iou", p.type, p.batch * p.concepts,
+                {p.maps, p.pixels, {}, nullptr, p.settings, p.state, nullptr}, queue);
+    const auto groups = static_cast<unsigned>((p.concepts + kGroup - 1) / kGroup);
     with_type(p.type, [&](auto number) {
-        using T = decltype(number);
-        launch_cached("soft_iou", soft_iou_kernel<T, true>, soft_iou_kernel<T, false>, p.batch,
-                      p.pixels, threads_for(p.pixels, kGramThreads), 0, arguments, queue);
+        launch("soft_iou", soft_iou_kernel<decltype(number)>,
+               {dim3(static_cast<unsigned>(p.batch), groups * groups),
+                threads_for(p.pixels, kSumThreads), 0},
+               WithPairs<SoftIouParams>(p), queue);
     });
 }
 
 void soft_iou_backward_cuda(const SoftIouBackwardParams &p, const CudaQueue &queue) {
     if (p.batch == 0 || p.concepts == 0)
         return;
-    const SoftIouBackwardArguments arguments{p, listed(p.pairs, p.concepts)};
-    const auto groups = static_cast<unsigned>((p.concepts + kGroup - 1) / kGroup);
+    const unsigned threads = threads_for(p.pixels, kSumThreads);
+    const int64_t blocks = (p.pixels + kPixels * threads - 1) / (kPixels * threads);
+    const dim3 grid(static_cast<unsigned>(p.batch),
+                    static_cast<unsigned>(std::min<int64_t>(blocks, 1024)));
     with_type(p.type, [&](auto number) {
-        using T = decltype(number);
-        launch("soft_iou_backward", soft_iou_backward_kernel<T>,
-               {dim3(static_cast<unsigned>(p.batch), groups), threads_for(p.pixels), 0}, arguments,
-               queue);
+        launch("soft_iou_backward", soft_iou_backward_kernel<decltype(number)>, {grid, threads, 0},
+               WithPairs<SoftIouBackwardParams>(p), queue);
     });
 }
 

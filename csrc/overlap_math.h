@@ -1,5 +1,5 @@
-// Pointwise terms of the overlap measures, their derivatives, and the search of a mask's root: once
-// for every backend.
+// Pointwise terms of the overlap measures, their derivatives, and the searches for a mask's root
+// and for order statistics: once for every backend.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,10 @@
 
 #if defined(__CUDACC__)
 #    define BIASMAP_HD __host__ __device__ __forceinline__
+#    define BIASMAP_SEARCH __device__ __forceinline__ // calls functions of the device
 #else
 #    define BIASMAP_HD inline
+#    define BIASMAP_SEARCH inline
 #endif
 
 namespace biasmap {
@@ -91,6 +93,18 @@ BIASMAP_HD float implicit_mean(double weighted, double weights) {
     return static_cast<float>(weights == 0.0 ? 0.0 : weighted / weights);
 }
 
+// Pixels in either of two masks and their hard IoU, from areas that are -1 if a map is not finite.
+struct HardIou {
+    float iou;
+    int32_t either;
+};
+BIASMAP_HD HardIou hard_iou(int32_t first, int32_t second, int32_t both) {
+    if (first < 0 || second < 0)
+        return {nanf(""), -1};
+    const int32_t either = first + second - both;
+    return {either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / either), either};
+}
+
 // SoftIoU = I / (2 S - I): both masks have the mass S = fraction * pixels by construction.
 BIASMAP_HD float soft_iou(double intersection, double mass) {
     return static_cast<float>(intersection / (2.0 * mass - intersection));
@@ -110,8 +124,13 @@ BIASMAP_HD SoftMap constant_soft_map(double logit) {
     return {0.0f, 0.0f, static_cast<float>(logit), 0.0f};
 }
 
-// log(fraction / (1 - fraction))
-inline double logit_of(double fraction) { return std::log(fraction) - std::log1p(-fraction); }
+// Of soft masks. A GPU gets the logit from the host.
+struct SoftSettings {
+    double fraction, temperature, logit; // log(fraction / (1 - fraction))
+};
+inline SoftSettings soft_settings(double fraction, double temperature) {
+    return {fraction, temperature, std::log(fraction) - std::log1p(-fraction)};
+}
 
 struct Mass {
     double mass;   // sum of m
@@ -126,7 +145,13 @@ struct RootSearch {
     double root;
     int pass;
 
-    BIASMAP_HD void start(double near) { root = fmin(fmax(near, lo), hi); }
+    // The order statistic that a hard mask's threshold is.
+    BIASMAP_HD int64_t rank(int64_t n) const {
+        const auto below = static_cast<int64_t>(static_cast<double>(n) - wanted);
+        return below < n - 1 ? below : n - 1;
+    }
+
+    BIASMAP_HD void start(double near) { root = fmin(fmax(near * scale, lo), hi); }
 
     BIASMAP_HD SoftMap map() const {
         const auto centre = static_cast<float>(root);
@@ -151,17 +176,16 @@ struct RootSearch {
 };
 
 // For a map of `n` pixels between lo < hi; `start` has to follow.
-BIASMAP_HD RootSearch search_root(float lo, float hi, int64_t n, double fraction, double logit,
-                                  double temperature) {
+BIASMAP_HD RootSearch search_root(float lo, float hi, int64_t n, const SoftSettings &settings) {
     const double width = static_cast<double>(hi) - lo;
     int exponent = -ilogb(width);
     exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
     RootSearch search{};
     search.scale = ldexp(1.0, exponent);
-    search.slope = 2.0 / (temperature * width * search.scale);
-    search.wanted = fraction * static_cast<double>(n);
-    search.lo = lo * search.scale - logit / search.slope;
-    search.hi = hi * search.scale - logit / search.slope;
+    search.slope = 2.0 / (settings.temperature * width * search.scale);
+    search.wanted = settings.fraction * static_cast<double>(n);
+    search.lo = lo * search.scale - settings.logit / search.slope;
+    search.hi = hi * search.scale - settings.logit / search.slope;
     return search;
 }
 
@@ -178,7 +202,52 @@ BIASMAP_HD float from_order_key(uint32_t key) {
     return value;
 }
 
-// A place between the order statistics `below` and below + 1 of a map, counted from 0.
+struct Range {
+    float lo, hi;
+    int bad; // values that are not finite
+};
+
+// Largest value up to a pivot, smallest beyond it.
+struct Neighbours {
+    float below, above;
+};
+
+// The order statistics k and k + 1 (from 0; both the largest value if k = n - 1) of a finite map,
+// by bisection on the floats' order: at most 32 counts whatever the values and ties (18 on blobs at
+// 64 x 64), and no copy of the map.
+template <typename Count, typename Beside>
+BIASMAP_SEARCH Neighbours order_statistics(int64_t n, int64_t k, Range range,
+                                           const Count &count_at_most, const Beside &neighbours) {
+    int64_t lo = static_cast<int64_t>(order_key(range.lo)) - 1; // count(<= lo) <= k < count(<= hi)
+    int64_t hi = order_key(range.hi);
+    int64_t count = n;
+    while (hi - lo > 1 && count != k + 1) {
+        const int64_t middle = lo + (hi - lo) / 2;
+        const int64_t c = count_at_most(from_order_key(static_cast<uint32_t>(middle)));
+        if (c > k) {
+            hi = middle;
+            count = c;
+        } else {
+            lo = middle;
+        }
+    }
+    const Neighbours at = neighbours(from_order_key(static_cast<uint32_t>(hi)));
+    return {at.below, count > k + 1 || k + 1 == n ? at.below : at.above};
+}
+
+// Where a mask's root is searched first: near the order statistic k, to 1/256 of the map's range,
+// which is a fraction of the mask's edge unless the temperature is far below 0.01.
+template <typename Count>
+BIASMAP_SEARCH double near_order_statistic(Range range, int64_t k, const Count &count_at_most) {
+    double lo = range.lo, hi = range.hi;
+    for (int halving = 0; halving < 8; ++halving) {
+        const double middle = (lo + hi) / 2;
+        (count_at_most(static_cast<float>(middle)) > k ? hi : lo) = middle;
+    }
+    return (lo + hi) / 2;
+}
+
+// Between the order statistics `below` and below + 1 of a map, counted from 0.
 struct Position {
     int64_t below;
     double share;

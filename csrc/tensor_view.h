@@ -43,7 +43,7 @@ struct ExchangeApi {
 };
 
 constexpr int32_t kCpu = 1, kCuda = 2;
-constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6; // of dtypes
 
 } // namespace dlpack
 
@@ -53,34 +53,16 @@ template <> constexpr dlpack::DataType dtype_of<int32_t>() { return {dlpack::kIn
 template <> constexpr dlpack::DataType dtype_of<int64_t>() { return {dlpack::kInt, 64, 1}; }
 
 inline std::string to_string(dlpack::DataType dtype) {
-    const std::string bits = std::to_string(dtype.bits);
-    switch (dtype.code) {
-    case dlpack::kInt:
-        return "int" + bits;
-    case dlpack::kUInt:
-        return "uint" + bits;
-    case dlpack::kFloat:
-        return "float" + bits;
-    case dlpack::kBfloat:
-        return "bfloat" + bits;
-    case dlpack::kComplex:
-        return "complex" + bits;
-    case dlpack::kBool:
+    static const char *const names[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
+    if (dtype.code == dlpack::kBool)
         return "bool";
-    default:
-        return "an unsupported dtype";
-    }
+    return dtype.code < 6 ? names[dtype.code] + std::to_string(dtype.bits) : "another dtype";
 }
 
 inline std::string to_string(dlpack::Device device) {
-    switch (device.type) {
-    case dlpack::kCpu:
+    if (device.type == dlpack::kCpu)
         return "the CPU";
-    case dlpack::kCuda:
-        return "cuda:" + std::to_string(device.id);
-    default:
-        return "an unsupported device";
-    }
+    return device.type == dlpack::kCuda ? "cuda:" + std::to_string(device.id) : "another device";
 }
 
 constexpr int64_t kAny = -1;
@@ -101,21 +83,17 @@ public:
         return static_cast<T *>(address());
     }
 
-    // The same for numbers of any type that the kernels of the device read.
+    // The same for numbers of a type that the kernels of the device read: of `type`, unless that is
+    // kAny and then set. With `strides`, in elements, they may be any.
     void *floats(const char *name, const char *layout, std::initializer_list<int64_t> shape,
-                 dlpack::Device device, Float &type) const {
-        if (!(is_at(device) && is_contiguous() && has(shape) && has_float_type(device, type)))
-            refuse(name, expected(layout, shape) + float_types(device) + " contiguous", device);
-        return address();
-    }
-
-    // The same with any strides, in elements.
-    template <size_t dims>
-    void *strided_floats(const char *name, const char *layout, std::initializer_list<int64_t> shape,
-                         dlpack::Device device, Float &type, int64_t (&strides)[dims]) const {
-        if (!(shape.size() == dims && is_at(device) && has(shape) && has_float_type(device, type)))
-            refuse(name, expected(layout, shape) + float_types(device), device);
-        std::copy_n(view_.strides, dims, strides);
+                 dlpack::Device device, Float &type, int64_t *strides = nullptr) const {
+        if (!(is_at(device) && has(shape) && has_float_type(device, type) &&
+              (strides != nullptr || is_contiguous())))
+            refuse(name,
+                   expected(layout, shape) + float_types(device) + (strides ? "" : " contiguous"),
+                   device);
+        if (strides != nullptr)
+            std::copy_n(view_.strides, view_.ndim, strides);
         return address();
     }
 
@@ -140,15 +118,14 @@ private:
 
     bool has_float_type(dlpack::Device device, Float &type) const {
         const dlpack::DataType dtype = view_.dtype;
-        if (dtype.code == dlpack::kFloat && dtype.bits == 32)
-            type = Float::kFloat32;
-        else if (reads_half(device) && dtype.code == dlpack::kFloat && dtype.bits == 16)
-            type = Float::kFloat16;
-        else if (reads_half(device) && dtype.code == dlpack::kBfloat && dtype.bits == 16)
-            type = Float::kBfloat16;
-        else
-            return false;
-        return true;
+        const bool half = dtype.bits == 16 && reads_half(device);
+        const Float has = dtype.code == dlpack::kFloat && dtype.bits == 32 ? Float::kFloat32
+                          : half && dtype.code == dlpack::kFloat           ? Float::kFloat16
+                          : half && dtype.code == dlpack::kBfloat          ? Float::kBfloat16
+                                                                           : Float::kAny;
+        const bool good = has != Float::kAny && (type == Float::kAny || type == has);
+        type = good ? has : type;
+        return good;
     }
 
     // ops.py widens half types on the CPU.

@@ -1,8 +1,8 @@
-"""Lists what the Python bindings of a TensorRT release offer: names only, one a line.
+"""Lists what the Python bindings of a TensorRT release offer: names only, one per line.
 
     pip download --no-deps tensorrt-cu13-bindings==11.4.0.106
     python export/tensorrt_names.py tensorrt_cu13_bindings-*.whl \\
-        > tests/data/tensorrt-11.4.0.106.txt
+        > tests/engines/data/tensorrt-11.4.0.106.txt
 
 The bindings' wheel is small and public, the libraries behind it are not there. Stand-ins for them
 are compiled that hold the handful of C functions the bindings ask for and do nothing, which is
@@ -20,7 +20,19 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# The classes of `biasmap_fast.engines.tensorrt.API`.
+# The classes that `biasmap_fast.engines.tensorrt` uses.
+OWNERS = (
+    "Builder",
+    "IBuilderConfig",
+    "ICudaEngine",
+    "IExecutionContext",
+    "ILogger",
+    "IOptimizationProfile",
+    "NetworkDefinitionCreationFlag",
+    "OnnxParser",
+    "ParserError",
+    "Runtime",
+)
 LIST = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("tensorrt", sys.argv[1])
@@ -34,8 +46,6 @@ for owner in sorted(set(sys.argv[2:])):
 
 
 def names(wheel: Path) -> str:
-    from biasmap_fast.engines.tensorrt import API
-
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         with zipfile.ZipFile(wheel) as archive:
@@ -57,9 +67,8 @@ def names(wheel: Path) -> str:
             target = str(folder / library)
             command = ["cc", "-shared", "-fPIC", "-o", target, str(source)]
             subprocess.run([*command, f"-Wl,-soname,{library}"], check=True)
-        owners = [name.partition(".")[0] for name in API]
         return subprocess.run(
-            [sys.executable, "-c", LIST, str(bindings), *owners],
+            [sys.executable, "-c", LIST, str(bindings), *OWNERS],
             check=True,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,22 +1,22 @@
 # ruff: noqa: N999
 """Native kernels, on the CPU and, where compiled, on a GPU.
 
-Outputs are allocated by the caller (see ops.py). All tensors of a call are on one device; on a GPU,
-``pairs`` may be on the CPU. Maps and queries are float32, on a GPU also float16 or bfloat16.
+Outputs are allocated by the caller (see ops.py). All tensors of a call are on one device, but
+``pairs``, which are on the CPU. Maps and queries are float32, on a GPU also float16 or bfloat16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 __version__: str
-pairs_by_value: int  # most pairs that may be on the CPU with maps on a GPU
+most_pairs_on_gpu: int
 most_concepts_on_gpu: int
 most_tokens: int
 
 def build_info() -> dict[str, Any]: ...
-def mask_words(maps: Tensor) -> int: ...  # [B, K, N]: last size of the scratch of pairs_iou
+def cuda_refusal(device: int) -> str: ...  # why a GPU cannot run the kernels; empty if it can
 def pairs_iou(
     maps: Tensor,  # [B, K, N]
     pairs: Tensor,  # [P, 2] int64
@@ -24,7 +24,7 @@ def pairs_iou(
     iou: Tensor,  # [B, P] out
     union: Tensor,  # [B, P] int32 out
     area: Tensor,  # [B, K] int32 out
-    masks: Tensor,  # [B, K, mask_words(maps)] int64 scratch
+    threshold: Tensor,  # [B, K] out
 ) -> None: ...
 def soft_topk(
     x: Tensor,  # [M, N]
@@ -35,6 +35,9 @@ def soft_topk(
 ) -> None: ...
 def soft_topk_backward(
     grad: Tensor,  # [M, N]
+    x: Tensor,  # [M, N]
+    fraction: float,
+    temperature: float,
     mask: Tensor,  # [M, N]
     state: Tensor,  # [M, 4]
     grad_x: Tensor,  # [M, N] out
@@ -46,26 +49,29 @@ def soft_iou(
     temperature: float,
     iou: Tensor,  # [B, P] out
     state: Tensor,  # [B, K, 4] out
+    means: Tensor,  # [B, K, K] out
 ) -> None: ...
 def soft_iou_backward(
     grad: Tensor,  # [B, P]
-    iou: Tensor,  # [B, P]
     maps: Tensor,  # [B, K, N]
     pairs: Tensor,  # [P, 2] int64
-    state: Tensor,  # [B, K, 4]
     fraction: float,
+    temperature: float,
+    iou: Tensor,  # [B, P]
+    state: Tensor,  # [B, K, 4]
+    means: Tensor,  # [B, K, K]
     grad_maps: Tensor,  # [B, K, N] out
 ) -> None: ...
 def concept_map(
-    query: Tensor,  # [B, heads, n, d], any strides, on a GPU
+    query: Tensor,  # [B, heads, n, d], on a GPU; d and strides multiples of 8, aligned
     keys: Tensor,  # [heads, T', d]
     weights: Tensor,  # [K, T']
     maps: Tensor,  # [B, K, n] out
-    add: bool,  # to what is in `maps`
+    add: bool = False,  # to what is in `maps`
 ) -> None: ...
 def concept_map_backward(
     grad: Tensor,  # [B, K, n]
-    query: Tensor,  # [B, heads, n, d], any strides, on a GPU
+    query: Tensor,  # [B, heads, n, d], as for concept_map
     keys: Tensor,  # [heads, T', d]
     weights: Tensor,  # [K, T']
     grad_query: Tensor,  # like `query`, out
@@ -75,5 +81,5 @@ def prompt_maps(
     keys: Tensor,  # [heads, U, d], of the different tokens
     members: Tensor,  # [P, U], how often a prompt has each
     weights: Tensor,  # [P, K, U]
-    maps: Sequence[Tensor],  # [P', B, K, n], pixels in a row: the first P' prompts' are added
+    maps: Iterable[Tensor],  # [P', B, K, n], pixels in a row: the first P' prompts' are added
 ) -> None: ...

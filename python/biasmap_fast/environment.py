@@ -24,12 +24,14 @@ _PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt",
+    "tensorrt_rtx_cu13_libs",
 )
 _EXTRAS = {
-    "audit": ("filelock", "jinja2", "matplotlib", "pyarrow", "pydantic", "yaml", "scipy"),
+    "audit": ("filelock", "jinja2", "matplotlib", "pyarrow", "yaml", "scipy"),
     "cluster": ("ray",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt_rtx_bindings",),
 }
 
 

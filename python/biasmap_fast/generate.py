@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .attribution import Branch, attribute
+from .attribution import AttributionCache, Branch, attribute
 from .concepts import AttributionPrompt
-from .energy import Pair
+from .energy import Energy
 from .guidance import guide
 from .ledger import LedgerRow, write_csv
 from .maps import AttributionMaps
@@ -32,13 +32,13 @@ class Generated:
     """The pictures of one prompt, each drawn plain and guided from the same seed.
 
     Attributes:
-        seeds: one a picture.
-        before: the plain pictures.
-        after: the guided ones.
-        maps_before: attribution maps of the plain ones.
-        maps_after: attribution maps of the guided ones, made while they were guided.
-        pairs: the concept pairs of the energy.
-        ledger: what guidance did; ``image`` counts the seeds.
+        seeds: One per picture.
+        before: The plain pictures.
+        after: The guided pictures.
+        maps_before: Attribution maps of the plain pictures.
+        maps_after: Attribution maps of the guided ones, made while they were guided.
+        pairs: The concept pairs of the energy.
+        ledger: What guidance did; ``image`` counts the seeds.
     """
 
     seeds: tuple[int, ...]
@@ -46,28 +46,24 @@ class Generated:
     after: list[Image]
     maps_before: AttributionMaps
     maps_after: AttributionMaps
-    pairs: tuple[Pair, ...]
+    pairs: tuple[tuple[str, str], ...]
     ledger: list[LedgerRow]
 
-    def overlaps(self, percentile: float = 70.0) -> list[dict[str, Any]]:
+    def overlaps(self, fraction: float = 0.3) -> list[dict[str, Any]]:
         """IoU and SoftIoU of every picture and pair, before and after, with the chance level."""
-        fraction = 1 - percentile / 100
         rows = []
         for a, b in self.pairs:
-            found = {
-                f"{name}_{when}": measure(maps[a], maps[b], **options).tolist()
+            columns = {
+                f"{name}_{when}": measure(maps[a], maps[b], fraction=fraction).tolist()
                 for when, maps in (("before", self.maps_before), ("after", self.maps_after))
-                for name, measure, options in (
-                    ("iou", iou, {"percentile": percentile}),
-                    ("soft_iou", soft_iou, {"fraction": fraction}),
-                )
+                for name, measure in (("iou", iou), ("soft_iou", soft_iou))
             }
             rows += [
                 {
                     "seed": seed,
                     "pair": [a, b],
                     "chance": chance_iou(fraction),
-                    **{name: values[index] for name, values in found.items()},
+                    **{name: values[index] for name, values in columns.items()},
                 }
                 for index, seed in enumerate(self.seeds)
             ]
@@ -80,29 +76,27 @@ def generate(
     prompt: AttributionPrompt,
     *,
     seeds: Sequence[int],
-    pairs: Sequence[Pair] | None = None,
-    energy: dict[str, Any] | None = None,
+    energy: Energy | None = None,
     branch: Branch = "cond",
     batch_size: int = 8,
     progress: bool = False,
     **options: Any,
 ) -> Generated:
-    """Draws every seed twice, plain and guided, and attributes both.
+    """Draws every seed twice, plain and guided, and records the maps of both.
 
     Args:
-        pipe: any diffusers text-to-image pipeline with a UNet.
-        text: the prompt that draws.
-        prompt: the attribution prompt with the concepts.
-        seeds: one picture a seed, each with its own CPU generator.
-        pairs: concept pairs of the energy; default every pair.
-        energy: further arguments of `guide` (``scale``, ``start``, ``inner_steps``, ...).
-        branch: of both maps and energy.
-        batch_size: pictures drawn at once.
-        progress: show a progress bar on stderr.
-        options: further arguments of the pipeline.
+        pipe: A diffusers text-to-image pipeline with a UNet.
+        text: The prompt that draws.
+        prompt: The attribution prompt with the concepts.
+        seeds: One per picture, each with its own CPU generator.
+        energy: As in `guide`; pairs for all images.
+        branch: The guidance branch of both maps and energy.
+        batch_size: Pictures drawn at once.
+        progress: Show a progress bar on stderr.
+        options: Further arguments of the pipeline.
 
     Raises:
-        ValueError: as `attribute` and `guide`; no seed.
+        ValueError: As `attribute` and `guide`; no seed.
 
     Example:
         >>> import biasmap_fast as bm
@@ -120,92 +114,127 @@ def generate(
             f"expected at least one seed and a batch size of 1 or more, got {list(seeds)} and "
             f"{batch_size}"
         )
-    wanted = tuple(combinations(prompt.concepts, 2) if pairs is None else pairs)
-    guidance = guide(pipe, prompt, pairs=wanted, branch=branch, **(energy or {}))
-    recorders = [attribute(pipe, prompt, branch=branch) for _ in range(2)]
-    pictures: list[list[Any]] = [[], []]
+    energy = energy or Energy()
+    pairs: Any = tuple(combinations(prompt.concepts, 2) if energy.pairs is None else energy.pairs)
+    cache = AttributionCache()
+    guidance = guide(pipe, prompt, energy, branch=branch, cache=cache)
+    recorder = attribute(pipe, prompt, branch=branch, cache=cache)
+    pictures: dict[str, list[Any]] = {"plain": [], "guided": []}
+    maps: dict[str, list[AttributionMaps]] = {"plain": [], "guided": []}
     ledger: list[LedgerRow] = []
-    parts: list[list[AttributionMaps]] = [[], []]
     bar = tqdm(total=2 * len(seeds), unit="picture", disable=not progress, file=sys.stderr)
     for first in range(0, len(seeds), batch_size):
         batch = list(seeds[first : first + batch_size])
-        for which, recorder in enumerate(recorders):
+        for how in ("plain", "guided"):
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in batch]
-            with recorder, guidance if which else nullcontext():
+            with recorder, guidance if how == "guided" else nullcontext():
                 output = pipe([text] * len(batch), generator=generators, **options)
-            pictures[which] += output.images
-            maps = recorder.maps()
-            if not isinstance(maps, AttributionMaps):
-                raise TypeError(f"expected maps of one prompt, got {type(maps).__name__}")
-            parts[which].append(maps)
+            pictures[how] += output.images
+            maps[how].append(recorder.maps())
             bar.update(len(batch))
         ledger += [replace(row, image=first + row.image) for row in guidance.ledger]
     bar.close()
     before, after = (
-        replace(part[0], values=torch.cat([maps.values for maps in part])) for part in parts
+        replace(parts[0], values=torch.cat([part.values for part in parts]))
+        for parts in maps.values()
     )
     return Generated(
         seeds=tuple(seeds),
-        before=pictures[0],
-        after=pictures[1],
+        before=pictures["plain"],
+        after=pictures["guided"],
         maps_before=before,
         maps_after=after,
-        pairs=wanted,
+        pairs=pairs,
         ledger=ledger,
     )
 
 
-def write_generated(drawn: Generated, out: Path, settings: dict[str, Any]) -> list[Path]:
+def write_generated(
+    drawn: Generated, out: Path, settings: dict[str, Any], *, overwrite: bool = False
+) -> list[Path]:
     """Writes pictures, overlays, maps, ledger, a comparison to look at, and ``generate.json``.
 
     Args:
-        drawn: what `generate` returned.
-        out: the folder; made if it does not exist. Files of the same names are replaced.
-        settings: what was asked for; goes into ``generate.json`` beside the overlaps.
+        drawn: What `generate` returned.
+        out: The folder; made if it does not exist.
+        settings: What was asked for; goes into ``generate.json`` beside the overlaps.
+        overwrite: Whether the files of an earlier run are replaced.
 
     Returns:
-        The files, ``generate.json`` last: where it is, the others are whole.
+        The files, ``generate.json`` last: if it exists, the others are complete.
+
+    Raises:
+        FileExistsError: The folder has the files of an earlier run.
     """
+    check_free(out, "generate.json", overwrite=overwrite)
     out.mkdir(parents=True, exist_ok=True)
-    written = []
-    rows = []
+    written, rows = [], []
+    sides = (
+        ("before", drawn.before, drawn.maps_before),
+        ("after", drawn.after, drawn.maps_after),
+    )
     for index, seed in enumerate(drawn.seeds):
         row = []
-        for when, pictures, maps in (
-            ("before", drawn.before, drawn.maps_before),
-            ("after", drawn.after, drawn.maps_after),
-        ):
-            shown: dict[str, Any] = {"picture": pictures[index]}
+        for when, pictures, maps in sides:
+            images: dict[str, Any] = {"picture": pictures[index]}
             for concept in maps.concepts:
-                word = re.sub(r"[^\w-]+", "-", concept)
                 # one scale for both pictures of a seed, so that colours can be compared
-                shown[word] = maps.overlay(
-                    pictures[index], concept, index=index, value_range=_range(drawn, concept, index)
+                heats = torch.stack([side[concept][index] for *_, side in sides])
+                images[re.sub(r"[^\w-]+", "-", concept)] = maps.overlay(
+                    pictures[index],
+                    concept,
+                    index=index,
+                    value_range=(float(heats.min()), float(heats.max())),
                 )
-            for name, image in shown.items():
+            for name, image in images.items():
                 written.append(_save(out / f"seed-{seed}-{when}-{name}.png", image))
-            row += list(shown.values())
+            row += list(images.values())
         rows.append(row)
-    titles = [f"{when}{name}" for when in ("plain", "guided") for name in ("", *_of(drawn))]
+    captions = ["", *(f": {concept}" for concept in drawn.maps_before.concepts)]
+    titles = [f"{how}{caption}" for how in ("plain", "guided") for caption in captions]
     written.append(_save(out / "comparison.png", _sheet(rows, titles)))
-    for when, maps in (("before", drawn.maps_before), ("after", drawn.maps_after)):
-        path = out / f"maps-{when}.safetensors"
-        maps.save(path)
-        written.append(path)
-    write_csv(drawn.ledger, out / "ledger.csv")
+    for when, _, maps in sides:
+        written.append(out / f"maps-{when}.safetensors")
+        maps.save(written[-1])
     written.append(out / "ledger.csv")
+    write_csv(drawn.ledger, written[-1])
     text = json.dumps({**settings, "overlaps": drawn.overlaps()}, indent=1) + "\n"
     written.append(_replacing(out / "generate.json", lambda path: path.write_text(text)))
     return written
 
 
-def _of(drawn: Generated) -> list[str]:
-    return [f": {concept}" for concept in drawn.maps_before.concepts]
+def check_free(out: Path, name: str, *, overwrite: bool) -> None:
+    """Refuses a folder with the files of an earlier run, by a FileExistsError."""
+    if not overwrite and (out / name).exists():
+        raise FileExistsError(
+            f"{out} has the files of an earlier run: choose another folder, or ask to overwrite "
+            "(--overwrite)"
+        )
 
 
-def _range(drawn: Generated, concept: str, index: int) -> tuple[float, float]:
-    maps = [side[concept][index] for side in (drawn.maps_before, drawn.maps_after)]
-    return min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)
+def pair_overlaps(maps: AttributionMaps, fraction: float) -> list[dict[str, Any]]:
+    """Returns the IoU of every two concepts on the first picture, with its chance level."""
+    return [
+        {
+            "a": a,
+            "b": b,
+            "iou": float(iou(maps[a], maps[b], fraction=fraction)[0]),
+            "chance": chance_iou(fraction),
+        }
+        for a, b in combinations(maps.concepts, 2)
+    ]
+
+
+def write_maps(picture: Image, maps: AttributionMaps, out: Path) -> list[Path]:
+    """Writes a picture, an overlay per concept (each on its own scale) and the maps."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = [_save(out / "picture.png", picture)]
+    for concept in maps.concepts:
+        word = re.sub(r"[^\w-]+", "-", concept)
+        written.append(_save(out / f"overlay-{word}.png", maps.overlay(picture, concept)))
+    written.append(out / "maps.safetensors")
+    maps.save(written[-1])
+    return written
 
 
 def _sheet(rows: Sequence[Sequence[Image]], titles: Sequence[str]) -> Image:
@@ -216,13 +245,13 @@ def _sheet(rows: Sequence[Sequence[Image]], titles: Sequence[str]) -> Image:
     width, height = rows[0][0].size
     scale = max(1, 160 // max(width, height))
     width, height, gap, head = width * scale, height * scale, 6, 14
-    half = len(rows[0]) // 2
+    columns = len(rows[0])
     sheet = PILImage.new(
         "RGB",
-        (len(rows[0]) * (width + gap) + 3 * gap, len(rows) * (height + gap) + gap + head),
+        (columns * (width + gap) + 3 * gap, len(rows) * (height + gap) + gap + head),
         "white",
     )
-    lefts = [gap + x * (width + gap) + (2 * gap if x >= half else 0) for x in range(2 * half)]
+    lefts = [gap + x * (width + gap) + (2 * gap if 2 * x >= columns else 0) for x in range(columns)]
     for left, title in zip(lefts, titles, strict=True):
         ImageDraw.Draw(sheet).text((left, 3), title, fill="black")
     for y, row in enumerate(rows):
@@ -237,7 +266,6 @@ def _save(path: Path, image: Any) -> Path:
 
 
 def _replacing(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Writes a file under a temporary name and renames it: never half a file."""
     partial = path.with_name(f".{path.name}.tmp")
     write(partial)
     partial.replace(path)

@@ -1,22 +1,19 @@
 """The ops: registered natives, `reference` for everything else, autograd around both.
 
 ``BIASMAP_BACKEND=reference|native`` forces a path. Left alone, float32, float16 and bfloat16 take
-the native kernels: on the CPU, and on a GPU if the package was built with CUDA (see ``biasmap
-env``). Float64 and other devices take the reference. Half types are computed, and returned, in
-float32.
+the native kernels: on the CPU, and on every GPU that they were built for and whose driver is new
+enough (`native_status`, ``biasmap env``). Float64, other devices and, on a GPU, more than 16
+concepts or 1024 pairs take the reference. Half types are computed and returned in float32, under
+autocast too. Nothing waits for a GPU: pairs of concepts lie on the CPU and travel with the launch.
+After ``os.fork()`` the CPU's kernels run on one thread.
 
-On the CPU `concept_map` is the reference's, and `add_prompt_maps` what records: it has no gradient.
-
-On a GPU nothing waits for it. Pairs of concepts may stay on the CPU, where they are checked: up to
-1024 of them travel with the launch. Those on the GPU are not checked: a pair of concepts that there
-are not gives NaN.
-
-Registered with ``torch.library.define``/``impl`` under a plain ``autograd.Function``: 3 us a call
-against 10 us for ``custom_op`` (with a gradient 7.3 against 15.7).
+A plain ``autograd.Function`` around an op takes 3 us per call, against 10 us of ``custom_op``, and
+has first derivatives under ``torch.func``, which ``register_autograd`` has not.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,24 +24,7 @@ from . import _C, reference
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_BACKENDS = ("reference", "native")
-
-_SCHEMAS = (
-    "pairs_iou(Tensor maps, Tensor pairs, float percentile)"
-    " -> (Tensor iou, Tensor union, Tensor area)",
-    "soft_topk(Tensor x, float fraction, float temperature) -> (Tensor mask, Tensor state)",
-    "soft_topk_backward(Tensor grad, Tensor mask, Tensor state) -> Tensor",
-    "soft_iou(Tensor maps, Tensor pairs, float fraction, float temperature)"
-    " -> (Tensor iou, Tensor state)",
-    "soft_iou_backward(Tensor grad, Tensor iou, Tensor maps, Tensor pairs, Tensor state,"
-    " float fraction) -> Tensor",
-    "concept_map(Tensor query, Tensor keys, Tensor weights) -> Tensor",
-    "concept_map_backward(Tensor grad, Tensor query, Tensor keys, Tensor weights) -> Tensor",
-    "add_concept_map(Tensor(a!) maps, Tensor query, Tensor keys, Tensor weights) -> ()",
-)
-
-_HALF = (torch.float16, torch.bfloat16)
-_HAS_CUDA = bool(_C.build_info()["cuda"])
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class PairsIoU(NamedTuple):
@@ -57,55 +37,38 @@ class PairsIoU(NamedTuple):
 
 def pairs_iou(maps: torch.Tensor, pairs: torch.Tensor, percentile: float) -> PairsIoU:
     """Hard percentile IoU of concept pairs ``[P, 2]`` on maps ``[B, K, N]``; no gradient."""
-    maps = maps.detach()
-    if _use_native(maps, maps.shape[1]):
-        maps = _readable(maps)
-        return PairsIoU(*torch.ops.biasmap.pairs_iou(maps, _at_hand(pairs, maps), percentile))
-    return PairsIoU(*reference.pairs_iou(_widen(maps), pairs.to(maps.device), percentile))
+    maps, pairs, native = _prepared(maps.detach(), pairs)
+    run = _pairs_iou if native else reference.pairs_iou
+    return PairsIoU(*run(maps, pairs, percentile)[:3])
 
 
 def soft_topk(x: torch.Tensor, fraction: float, temperature: float) -> torch.Tensor:
     """Exact soft top-k mask of each row of ``[M, N]``, differentiable; see `reference`."""
-    if not _use_native(x):
-        return reference.soft_topk(_widen(x), fraction, temperature)
-    mask: torch.Tensor
-    mask, _ = _SoftTopk.apply(_readable(x), fraction, temperature)  # type: ignore[no-untyped-call]
-    return mask
+    run = _soft_topk if (native := _use_native(x)) else reference.soft_topk
+    return run(_widened(x, native), fraction, temperature)
 
 
 def soft_iou(
     maps: torch.Tensor, pairs: torch.Tensor, fraction: float, temperature: float
 ) -> torch.Tensor:
     """SoftIoU ``[B, P]`` of pairs ``[P, 2]`` on maps ``[B, K, N]``, differentiable."""
-    if not _use_native(maps, maps.shape[1]):
-        return reference.soft_iou(_widen(maps), pairs.to(maps.device), fraction, temperature)
-    maps = _readable(maps)
-    pairs = _at_hand(pairs, maps)
-    iou: torch.Tensor
-    iou, _ = _SoftIoU.apply(maps, pairs, fraction, temperature)  # type: ignore[no-untyped-call]
-    return iou
+    maps, pairs, native = _prepared(maps, pairs)
+    run = _soft_iou if native else reference.soft_iou
+    return run(maps, pairs, fraction, temperature)
 
 
 def concept_map(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Attribution maps ``[B, K, n]`` of one layer, differentiable in the queries; see `reference`.
-
-    Args:
-        query: ``[B, heads, n, d]``, any floating dtype, any strides.
-        keys: ``[heads, T', d]`` attribution keys, already divided by sqrt(d).
-        weights: ``[K, T']``, the pieces of each concept.
-    """
-    if not _use_native_attention(query, keys, weights):
-        return reference.concept_map(query, keys, weights)
-    maps: torch.Tensor = _ConceptMap.apply(query, keys, weights)  # type: ignore[no-untyped-call]
-    return maps
+    """`reference.concept_map`, differentiable in the queries; on a CPU the reference itself."""
+    native = fused_attention(query, keys, weights)
+    return (_concept_map if native else reference.concept_map)(query, keys, weights)
 
 
 def add_concept_map(
     maps: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
 ) -> None:
     """Adds `concept_map` of the arguments to contiguous ``maps`` ``[B, K, n]``; no gradient."""
-    if _use_native_attention(query, keys, weights):
-        torch.ops.biasmap.add_concept_map(maps, query, keys, weights)
+    if fused_attention(query, keys, weights):
+        _C.concept_map(_dense(query), keys.contiguous(), weights.contiguous(), maps, add=True)
     else:
         maps += reference.concept_map(query, keys, weights)
 
@@ -117,16 +80,7 @@ def add_prompt_maps(
     members: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Adds the maps of P prompts with U different tokens among them; where `fused_prompts` says so.
-
-    Args:
-        maps: ``[P', B, K, n]`` float32 each, a map's pixels in a row; those of the first P' prompts
-            are added.
-        query: ``[B, n, heads * d]``, any floating dtype, any strides.
-        keys: ``[heads, U, d]`` float32 attribution keys, already divided by sqrt(d).
-        members: ``[P, U]`` float32, how often each prompt has a token.
-        weights: ``[P, K, U]`` float32, the pieces of each concept.
-    """
+    """Adds the maps of prompts that share their tokens, if `fused_prompts` says so; see `_C`."""
     if query.requires_grad or query.dtype != torch.float32:
         query = query.detach().float()
     _C.prompt_maps(query, keys, members, weights, maps)
@@ -137,283 +91,210 @@ def fused_prompts(keys: torch.Tensor) -> bool:
     return keys.device.type == "cpu" and keys.dtype == torch.float32 and _forced() != "reference"
 
 
-def fused_attention(query: torch.Tensor, keys: torch.Tensor | None = None) -> bool:
-    """Whether `add_concept_map` of such a tensor is one launch, which stores no attention.
-
-    Args:
-        query: or anything else on the device and of the type in question.
-        keys: ``[..., T', d]``; without, of a number of tokens that the kernel takes.
-    """
-    possible = query.is_cuda and _HAS_CUDA and query.dtype in (torch.float32, *_HALF)
+def fused_attention(
+    query: torch.Tensor, keys: torch.Tensor | None = None, weights: torch.Tensor | None = None
+) -> bool:
+    """Whether `add_concept_map` is one launch, on this device, of this dtype and for these keys."""
+    possible = query.is_cuda and query.dtype in _DTYPES and _runs_on(query.device)
+    for x in (keys, weights):
+        possible &= x is None or (x.dtype == torch.float32 and not x.requires_grad)
     if keys is not None:
-        possible &= keys.dtype == torch.float32 and keys.shape[-2] <= _C.most_tokens
+        possible &= keys.shape[-2] <= _C.most_tokens and keys.shape[-1] % 8 == 0
+    if weights is not None:
+        possible &= len(weights) <= _C.most_concepts_on_gpu
     return possible and _forced() != "reference"
 
 
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in _HALF else x
+def native_status() -> dict[str, str]:
+    """Device name to ``"native"``, or to ``"reference: "`` and why."""
+    refusals = {"cpu": ""} | {f"cuda:{i}": _refusal(i) for i in range(torch.cuda.device_count())}
+    if _forced() == "reference":
+        refusals = dict.fromkeys(refusals, "BIASMAP_BACKEND asks for it")
+    return {name: f"reference: {why}" if why else "native" for name, why in refusals.items()}
 
 
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as the kernels of its device read it: those of the CPU know float32 only."""
-    return x if x.is_cuda else _widen(x)
+# ---- which path ------------------------------------------------------------------------------
 
 
-def _at_hand(pairs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Pairs where the kernels find them: on a GPU only if they are too many for a launch."""
-    if maps.is_cuda and not pairs.is_cuda and pairs.shape[0] > _C.pairs_by_value:
-        return pairs.to(maps.device)
-    return pairs
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _refusal(gpu: int) -> str:
+    return _C.cuda_refusal(gpu)
+
+
+def _runs_on(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and not _refusal(device.index or 0))
 
 
 def _forced() -> str:
     forced = os.environ.get("BIASMAP_BACKEND", "")
-    if forced and forced not in _BACKENDS:
+    if forced not in ("", "reference", "native"):
         raise ValueError(f"BIASMAP_BACKEND must be 'reference' or 'native', got {forced!r}")
     return forced
 
 
-def _use_native(x: torch.Tensor, concepts: int = 1) -> bool:
-    on_gpu = x.is_cuda and _HAS_CUDA and concepts <= _C.most_concepts_on_gpu
-    possible = (x.device.type == "cpu" or on_gpu) and x.dtype in (torch.float32, *_HALF)
+def _use_native(x: torch.Tensor, concepts: int = 1, pairs: int = 0) -> bool:
+    few = concepts <= _C.most_concepts_on_gpu and pairs <= _C.most_pairs_on_gpu
+    fits = few or not x.is_cuda
+    possible = fits and x.dtype in _DTYPES and _runs_on(x.device)
     forced = _forced()
     if forced == "native" and not possible:
-        places = "the CPU or a GPU" if _HAS_CUDA else "the CPU (this build has no CUDA kernels)"
         raise ValueError(
-            "BIASMAP_BACKEND=native, but the native kernels take float32, float16 and bfloat16 on "
-            f"{places}, on a GPU with {_C.most_concepts_on_gpu} concepts at most, got "
-            f"{str(x.dtype).removeprefix('torch.')} on {x.device}, {concepts} concepts"
+            "BIASMAP_BACKEND=native, but the native kernels take float32, float16 and bfloat16, on "
+            "devices that `biasmap env` calls native, on GPUs 16 concepts and 1024 pairs at most; "
+            f"got {str(x.dtype)[6:]} on {x.device}, {concepts} concepts, {pairs} pairs"
         )
     return possible and forced != "reference"
 
 
-def _use_native_attention(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> bool:
-    return (
-        fused_attention(query, keys)
-        and weights.dtype == torch.float32
-        and not (keys.requires_grad or weights.requires_grad)
-    )
+def _widened(x: torch.Tensor, native: bool) -> torch.Tensor:
+    return x.float() if x.dtype in _DTYPES and not (native and x.is_cuda) else x
 
 
-def _refuse_create_graph() -> None:
-    # once_differentiable would drop second derivatives in silence where `grad` is a constant.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "the native ops have first derivatives only; for create_graph=True use float64 or set "
-            "BIASMAP_BACKEND=reference"
-        )
+def _prepared(maps: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    native = _use_native(maps, maps.shape[1], len(pairs))
+    return _widened(maps, native), pairs.to("cpu" if native else maps.device), native
 
 
-class _SoftTopk(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: torch.Tensor, fraction: float, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        mask, state = torch.ops.biasmap.soft_topk(x, fraction, temperature)
-        return mask, state
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        mask, state = output
-        ctx.mark_non_differentiable(state)
-        ctx.save_for_backward(mask, state)
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
-        _refuse_create_graph()
-        mask, state = ctx.saved_tensors
-        return torch.ops.biasmap.soft_topk_backward(grad, mask, state).to(ctx.dtype), None, None
-
-
-class _SoftIoU(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        maps: torch.Tensor, pairs: torch.Tensor, fraction: float, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        iou, state = torch.ops.biasmap.soft_iou(maps, pairs, fraction, temperature)
-        return iou, state
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        maps, pairs, fraction, _ = inputs
-        iou, state = output
-        ctx.mark_non_differentiable(state)
-        ctx.save_for_backward(iou, maps, pairs, state)
-        ctx.fraction = fraction
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
-        _refuse_create_graph()
-        grad_maps = torch.ops.biasmap.soft_iou_backward(grad, *ctx.saved_tensors, ctx.fraction)
-        return grad_maps, None, None, None
-
-
-class _ConceptMap(torch.autograd.Function):
-    @staticmethod
-    def forward(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        maps: torch.Tensor = torch.ops.biasmap.concept_map(query, keys, weights)
-        return maps
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        _refuse_create_graph()
-        return torch.ops.biasmap.concept_map_backward(grad, *ctx.saved_tensors), None, None
-
-
-# The kernels behind the schemas: torch allocates, C++ fills.
-
-
-def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
-
-
-def _pairs_iou(maps: torch.Tensor, pairs: torch.Tensor, percentile: float) -> PairsIoU:
-    out = _pairs_iou_outputs(maps, pairs, percentile)
-    maps = maps.contiguous()
-    masks = maps.new_empty((*maps.shape[:2], _C.mask_words(maps)), dtype=torch.int64)
-    _C.pairs_iou(maps, pairs.contiguous(), percentile, *out, masks)
-    return out
-
-
-def _pairs_iou_outputs(maps: torch.Tensor, pairs: torch.Tensor, percentile: float) -> PairsIoU:
-    batch, concepts = maps.shape[:2]
-    return PairsIoU(
-        _floats(maps, batch, pairs.shape[0]),
-        maps.new_empty(batch, pairs.shape[0], dtype=torch.int32),
-        maps.new_empty(batch, concepts, dtype=torch.int32),
-    )
-
-
-def _soft_topk(
-    x: torch.Tensor, fraction: float, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out = _soft_topk_outputs(x, fraction, temperature)
-    _C.soft_topk(x.contiguous(), fraction, temperature, *out)
-    return out
-
-
-def _soft_topk_outputs(
-    x: torch.Tensor, fraction: float, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _floats(x, *x.shape), _floats(x, x.shape[0], 4)
-
-
-def _soft_topk_backward(
-    grad: torch.Tensor, mask: torch.Tensor, state: torch.Tensor
-) -> torch.Tensor:
-    out = _soft_topk_backward_outputs(grad, mask, state)
-    _C.soft_topk_backward(grad.contiguous(), mask.contiguous(), state, out)
-    return out
-
-
-def _soft_topk_backward_outputs(
-    grad: torch.Tensor, mask: torch.Tensor, state: torch.Tensor
-) -> torch.Tensor:
-    return mask.new_empty(mask.shape)
-
-
-def _soft_iou(
-    maps: torch.Tensor, pairs: torch.Tensor, fraction: float, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out = _soft_iou_outputs(maps, pairs, fraction, temperature)
-    _C.soft_iou(maps.contiguous(), pairs.contiguous(), fraction, temperature, *out)
-    return out
-
-
-def _soft_iou_outputs(
-    maps: torch.Tensor, pairs: torch.Tensor, fraction: float, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, concepts = maps.shape[:2]
-    return _floats(maps, batch, pairs.shape[0]), _floats(maps, batch, concepts, 4)
-
-
-def _soft_iou_backward(
-    grad: torch.Tensor,
-    iou: torch.Tensor,
-    maps: torch.Tensor,
-    pairs: torch.Tensor,
-    state: torch.Tensor,
-    fraction: float,
-) -> torch.Tensor:
-    out = _soft_iou_backward_outputs(grad, iou, maps, pairs, state, fraction)
-    maps, pairs = maps.contiguous(), pairs.contiguous()
-    _C.soft_iou_backward(grad.contiguous(), iou, maps, pairs, state, fraction, out)
-    return out
-
-
-def _soft_iou_backward_outputs(
-    grad: torch.Tensor,
-    iou: torch.Tensor,
-    maps: torch.Tensor,
-    pairs: torch.Tensor,
-    state: torch.Tensor,
-    fraction: float,
-) -> torch.Tensor:
-    return maps.new_empty(maps.shape)
-
-
-def _concept_map(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    out = _concept_map_outputs(query, keys, weights)
-    _C.concept_map(query, keys.contiguous(), weights.contiguous(), out, False)
-    return out
-
-
-def _concept_map_outputs(
-    query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    return _floats(query, query.shape[0], weights.shape[0], query.shape[2])
-
-
-def _concept_map_backward(
-    grad: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    out = _concept_map_backward_outputs(grad, query, keys, weights)
-    _C.concept_map_backward(grad.contiguous(), query, keys.contiguous(), weights.contiguous(), out)
-    return out
-
-
-def _concept_map_backward_outputs(
-    grad: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    batch, heads, n, depth = query.shape
-    return query.new_empty(batch, n, heads, depth).transpose(1, 2)  # as `to_q` lays it out
-
-
-def _add_concept_map(
-    maps: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
-) -> None:
-    _C.concept_map(query, keys.contiguous(), weights.contiguous(), maps, True)
-
-
-def _add_concept_map_outputs(
-    maps: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
-) -> None:
-    return None
-
-
-_ANYWHERE, _ON_GPU = ("CPU", "CUDA"), ("CUDA",)
-_KERNELS: dict[str, tuple[tuple[str, ...], Callable[..., Any], Callable[..., Any]]] = {
-    "pairs_iou": (_ANYWHERE, _pairs_iou, _pairs_iou_outputs),
-    "soft_topk": (_ANYWHERE, _soft_topk, _soft_topk_outputs),
-    "soft_topk_backward": (_ANYWHERE, _soft_topk_backward, _soft_topk_backward_outputs),
-    "soft_iou": (_ANYWHERE, _soft_iou, _soft_iou_outputs),
-    "soft_iou_backward": (_ANYWHERE, _soft_iou_backward, _soft_iou_backward_outputs),
-    "concept_map": (_ON_GPU, _concept_map, _concept_map_outputs),
-    "concept_map_backward": (_ON_GPU, _concept_map_backward, _concept_map_backward_outputs),
-    "add_concept_map": (_ON_GPU, _add_concept_map, _add_concept_map_outputs),
-}
+# ---- registration: torch allocates, C++ fills ------------------------------------------------
 
 # The definitions last as long as this object.
 _LIBRARY = torch.library.Library("biasmap", "DEF")  # type: ignore[no-untyped-call]
-for _schema in _SCHEMAS:
-    _name = _schema.partition("(")[0]
-    _places, _kernel, _outputs = _KERNELS[_name]
-    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
-    for _place in _places:
-        _LIBRARY.impl(_name, _kernel, _place)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"biasmap::{_name}", _outputs, lib=_LIBRARY)
+_KERNELS: dict[str, Callable[..., Any]] = {}
+
+
+def _tuple(made: Any) -> tuple[torch.Tensor, ...]:
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _dense(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor) or x.ndim < 4:
+        return x.contiguous() if isinstance(x, torch.Tensor) else x
+    # Queries: kernels read eight numbers at once, aligned.
+    *outer, inner = x.stride()
+    wide = inner == 1 and all(s % 8 == 0 for s in outer) and x.data_ptr() % 16 == 0
+    return x if wide else x.clone(memory_format=torch.contiguous_format)
+
+
+def _define(schema: str, outputs: Callable[..., Any], *, gpu_only: bool = False) -> Any:
+    """Registers the function of ``_C`` that the schema names, and returns the op.
+
+    It takes the op's arguments, then the empty tensors of `outputs`. All tensors but pairs, keys
+    and weights have a leading batch dimension, into which vmap folds its own.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    op = getattr(torch.ops.biasmap, name)
+
+    def kernel(*args: Any) -> Any:
+        made = outputs(*args)
+        getattr(_C, name)(*map(_dense, args), *_tuple(made))
+        return made
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        size, folded = info.batch_size, list(args)
+        for i, (dim, arg) in enumerate(zip(in_dims, args, strict=True)):
+            argument = op.default._schema.arguments[i].name
+            if isinstance(arg, torch.Tensor) and argument not in ("pairs", "keys", "weights"):
+                stacked = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+                folded[i] = stacked.flatten(0, 1)
+            elif dim is not None:
+                raise NotImplementedError(f"biasmap.{name} has no vmap over `{argument}`")
+        made = op(*folded)
+        apart = tuple(one.unflatten(0, (size, len(one) // size)) for one in _tuple(made))
+        return (apart, (0,) * len(apart)) if isinstance(made, tuple) else (apart[0], 0)
+
+    for device in ("CUDA",) if gpu_only else ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, device)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"biasmap::{name}", outputs, lib=_LIBRARY)
+    torch.library.register_vmap(f"biasmap::{name}", batched, lib=_LIBRARY)
+    _KERNELS[name] = kernel
+    return op
+
+
+def _differentiable(
+    schema: str, outputs: Callable[..., Any], *, gpu_only: bool = False
+) -> Callable[..., torch.Tensor]:
+    """The first output as a function, with its gradient to the first argument.
+
+    ``<name>_backward`` takes the output's gradient, the arguments and, of several, the outputs.
+    """
+    arguments, result = schema.replace("(", "_backward(Tensor grad, ", 1).split(") -> ")
+    arguments += f", {result[1:-1]}" if result.startswith("(") else ""
+    op = _define(schema, outputs, gpu_only=gpu_only)
+    derivative = _define(f"{arguments}) -> Tensor", _gradient, gpu_only=gpu_only)
+
+    class Derivative(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(lambda *args: derivative(*args))
+        setup_context = staticmethod(lambda ctx, inputs, output: None)
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError(
+                "the native ops have first derivatives only; set BIASMAP_BACKEND=reference for more"
+            )
+
+    class Op(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(lambda *args: op(*args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            several = output if isinstance(output, tuple) else ()
+            ctx.mark_non_differentiable(*several[1:])
+            args = (*inputs, *several)
+            ctx.settings = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+            ctx.save_for_backward(*(arg for arg in args if isinstance(arg, torch.Tensor)))
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+            saved = iter(ctx.saved_tensors)
+            args = [next(saved) if value is None else value for value in ctx.settings]
+            # A graph of the backward pass is made for torch.func, and for create_graph=True.
+            recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            gradient = (Derivative.apply if recorded else derivative)(grad, *args)
+            return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
+
+    return lambda *args: _tuple((Op.apply if torch.is_grad_enabled() else op)(*args))[0]
+
+
+def _gradient(grad: torch.Tensor, x: torch.Tensor, *_: Any) -> torch.Tensor:
+    if x.ndim < 4:
+        return x.new_empty(x.shape)
+    batch, heads, n, depth = x.shape
+    return x.new_empty(batch, n, heads, depth).transpose(1, 2)  # as `to_q` lays it out
+
+
+def _new(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
+_pairs_iou = _define(
+    "pairs_iou(Tensor maps, Tensor pairs, float percentile)"
+    " -> (Tensor iou, Tensor union, Tensor area, Tensor threshold)",
+    lambda maps, pairs, _: (
+        _new(maps, len(maps), len(pairs)),
+        _new(maps, len(maps), len(pairs), dtype=torch.int32),
+        _new(maps, *maps.shape[:2], dtype=torch.int32),
+        _new(maps, *maps.shape[:2]),
+    ),
+)
+_soft_topk = _differentiable(
+    "soft_topk(Tensor x, float fraction, float temperature) -> (Tensor mask, Tensor state)",
+    lambda x, *_: (_new(x, *x.shape), _new(x, len(x), 4)),
+)
+_soft_iou = _differentiable(
+    "soft_iou(Tensor maps, Tensor pairs, float fraction, float temperature)"
+    " -> (Tensor iou, Tensor state, Tensor means)",
+    lambda maps, pairs, *_: (
+        _new(maps, len(maps), len(pairs)),
+        _new(maps, *maps.shape[:2], 4),
+        _new(maps, *maps.shape[:2], maps.shape[1]),
+    ),
+)
+_concept_map = _differentiable(
+    "concept_map(Tensor query, Tensor keys, Tensor weights) -> Tensor",
+    lambda query, _, weights: _new(query, len(query), len(weights), query.shape[2]),
+    gpu_only=True,
+)

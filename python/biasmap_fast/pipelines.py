@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
 
 TESTBED = "testbed"
 
@@ -33,6 +36,8 @@ def load_pipeline(
         >>> type(pipe).__name__
         'StableDiffusionPipeline'
     """
+    import torch
+
     kind = getattr(torch, dtype)
     pipe = _testbed(kind) if model == TESTBED else _pretrained(model, revision, kind)
     try:
@@ -57,16 +62,18 @@ def _testbed(dtype: torch.dtype) -> Any:
 def _pretrained(model: str, revision: str | None, dtype: torch.dtype) -> Any:
     import diffusers
 
+    # no pickled weights: they can run code
+    options = {"dtype": dtype, "use_safetensors": True}
     directory = Path(model)
     if directory.is_dir() and not (directory / "model_index.json").is_file():
         raise ModelError(f"expected a diffusers model in {model}, but it has no model_index.json")
     try:
-        # the older keyword still works in 0.42, with a deprecation warning
-        release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-        kind = "dtype" if release >= (0, 42) else "torch_dtype"
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            model, revision=revision, **{kind: dtype}
-        )
+        if not directory.is_dir():
+            directory = Path(
+                diffusers.DiffusionPipeline.download(model, revision=revision, use_safetensors=True)
+            )
+        networks = _networks(directory, options)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(directory, **options, **networks)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the model {model!r} cannot be loaded: {' '.join(str(error).split())}"
@@ -76,3 +83,35 @@ def _pretrained(model: str, revision: str | None, dtype: torch.dtype) -> Any:
             f"expected a pipeline with a UNet, got {type(pipe).__name__} from {model!r}"
         )
     return pipe
+
+
+def _networks(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The networks of a diffusers folder, each with all the tensors that its class expects.
+
+    diffusers and transformers draw a tensor that they do not find at random and only print a note.
+    Tensors that a class does not use are common (a T5 file has a decoder) and harmless.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
+    networks = {}
+    for name, entry in index.items():
+        library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if library not in ("diffusers", "transformers") or kind is None:
+            continue
+        network = getattr(diffusers if library == "diffusers" else transformers, kind, None)
+        if not isinstance(network, type) or not issubclass(network, torch.nn.Module):
+            continue
+        networks[name], report = network.from_pretrained(  # type: ignore[attr-defined]
+            directory / name, **options, output_loading_info=True
+        )
+        if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+            raise ModelError(
+                f"the weights in {directory / name} are not those of {kind}: {len(wrong)} tensors "
+                f"are missing or of another shape, the first {wrong[0]!r}. They would be drawn at "
+                "random; check the file, and that these versions of transformers and diffusers "
+                "read it"
+            )
+    return networks

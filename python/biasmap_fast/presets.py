@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
-
-from .overlap import iou
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "ATTRIBUTION_TEMPLATE",
@@ -177,6 +177,7 @@ def paper_soft_topk(
         ValueError: ``x`` has no rows, or ``fraction`` of a row is no whole pixel or the whole row.
 
     Example:
+        >>> import torch
         >>> paper_soft_topk(torch.rand(64, 64)).shape
         torch.Size([64, 64])
     """
@@ -186,6 +187,8 @@ def paper_soft_topk(
         raise ValueError(
             f"`fraction` = {fraction} must keep 1 to n - 1 pixels of a row, got {k} of {n}"
         )
+    import torch
+
     anchors = x.new_tensor([0.0, 1.0])
     kernel = -((x.unsqueeze(-1) - anchors) ** 2) / gamma  # [..., H, W, 2]
     log_rows = -torch.log(x.new_tensor(float(n)))
@@ -218,6 +221,7 @@ def paper_soft_iou(
         ``[...]``, differentiable.
 
     Example:
+        >>> import torch
         >>> paper_soft_iou(torch.rand(2, 64, 64), torch.rand(2, 64, 64)).shape
         torch.Size([2])
     """
@@ -239,14 +243,19 @@ def paper_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         ``[B]`` or a scalar, see `iou`.
 
     Example:
+        >>> import torch
         >>> a = torch.rand(8, 8)
         >>> float(paper_iou(a, a))
         1.0
     """
-    return iou(_resized(a), _resized(b), percentile=PAPER.percentile)
+    from .overlap import iou
+
+    return iou(_resized(a), _resized(b), fraction=PAPER.fraction)
 
 
 def _resized(maps: torch.Tensor) -> torch.Tensor:
+    import torch
+
     batched = maps.reshape(-1, 1, *maps.shape[-2:])
     size = (PAPER.size, PAPER.size)
     resized = torch.nn.functional.interpolate(batched, size=size, mode="bilinear")

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
-_UNROLLED: ContextVar[bool] = ContextVar("unrolled", default=False)
 
-
-@contextmanager
-def unrolled() -> Iterator[None]:
-    """Loops inside the block take every step, whatever the values: for tracers that see none."""
-    token = _UNROLLED.set(True)
-    try:
-        yield
-    finally:
-        _UNROLLED.reset(token)
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    # No context at all unless it is needed, so that exports see none.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def concept_map(
@@ -34,22 +28,21 @@ def concept_map(
     """Attribution maps of one cross-attention layer, from its queries.
 
     ``A = softmax over the T' tokens of (q k'^T / sqrt(d))``; a concept's column is the weighted
-    sum over its pieces (BiasMap, arXiv 2509.13496).
+    sum over its pieces (BiasMap, arXiv 2509.13496). In the keys' dtype, under autocast too.
 
     Args:
         query: ``[B, heads, n, d]``, any floating dtype, any strides.
         keys: ``[heads, T', d]`` attribution keys, already divided by sqrt(d).
         weights: ``[K, T']``, the pieces of each concept.
-        per_head: keep heads apart instead of summing over them.
-        bias: added to the scores ``[B, heads, T', n]``; very negative for padding.
+        per_head: Keep heads apart instead of summing over them.
+        bias: Added to the scores ``[B, heads, T', n]``; very negative for padding.
 
     Returns:
-        ``[B, K, n]`` in the keys' dtype, or ``[B, heads, K, n]``.
+        ``[B, K, n]`` or ``[B, heads, K, n]``.
     """
-    probabilities = attention(query, keys, bias)  # [B, heads, T', n]
-    if not per_head:
-        probabilities = probabilities.sum(dim=-3)  # [B, T', n]
-    return weights @ probabilities
+    with _full_precision(keys.device):
+        probabilities = attention(query, keys, bias)
+        return weights @ (probabilities if per_head else probabilities.sum(dim=-3))
 
 
 def attention(
@@ -57,21 +50,15 @@ def attention(
 ) -> torch.Tensor:
     """Attention probabilities ``[B, heads, T', n]``; arguments as for :func:`concept_map`."""
     # Tokens before pixels: on a CPU a softmax over a last dimension of a dozen is 5 times slower.
-    scores = keys @ query.to(keys.dtype).transpose(-1, -2)  # [B, heads, T', n]
+    scores = keys @ query.to(keys.dtype).transpose(-1, -2)
     return (scores if bias is None else scores + bias).softmax(dim=-2)
 
 
 def percentile(x: torch.Tensor, percentile: float) -> torch.Tensor:
     """``numpy.percentile(x, percentile, axis=-1)``, bit for bit in float32 and float64.
 
-    ``torch.quantile`` rounds its interpolation differently and refuses large inputs.
-
-    Args:
-        x: ``[..., N]``, float32 or float64.
-        percentile: in [0, 100).
-
-    Returns:
-        ``[...]``.
+    ``torch.quantile`` rounds its interpolation differently and refuses large inputs. Maps
+    ``[..., N]`` to ``[...]``.
     """
     n = x.shape[-1]
     position = (n - 1) * (percentile / 100.0)
@@ -87,12 +74,7 @@ def percentile(x: torch.Tensor, percentile: float) -> torch.Tensor:
 def pairs_iou(
     maps: torch.Tensor, pairs: torch.Tensor, q: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hard IoU of concept pairs: ``mask = map > its q-th percentile``, strictly.
-
-    Args:
-        maps: ``[B, K, N]``.
-        pairs: ``[P, 2]`` int64 concept indices.
-        q: percentile in [0, 100).
+    """Hard IoU of pairs ``[P, 2]`` on maps ``[B, K, N]``: ``mask = map > its q-th percentile``.
 
     Returns:
         IoU ``[B, P]``, 0 where the union is empty; pixels in the union ``[B, P]`` int32; pixels in
@@ -114,20 +96,12 @@ def pairs_iou(
 
 
 def soft_topk(x: torch.Tensor, fraction: float, temperature: float) -> torch.Tensor:
-    """The exact entropic-transport soft top-k mask over the last dimension.
+    """The exact entropic-transport soft top-k mask of float32 or float64 rows ``[..., N]``.
 
-    ``m = sigmoid((2 x - tau) / gamma)`` with tau such that ``mean(m) = fraction``, and
+    ``m = sigmoid((2 x - tau) / gamma)`` with tau such that ``mean(m) = fraction``, in (0, 1), and
     ``gamma = temperature * (max x - min x)``: the fixed point of the two-anchor transport in
-    BiasMap (arXiv 2509.13496), the range being a constant of the gradient.
-
-    Args:
-        x: ``[..., N]``, float32 or float64.
-        fraction: mean of the mask, in (0, 1).
-        temperature: width of the mask's edge in units of the row's range.
-
-    Returns:
-        Like ``x``. A constant row gives ``fraction`` everywhere and gradient 0; a row with a
-        non-finite value gives NaN.
+    BiasMap (arXiv 2509.13496), the range being a constant of the gradient. A constant row gives
+    ``fraction`` everywhere and gradient 0; a row with a non-finite value gives NaN.
     """
     mask: torch.Tensor
     mask, _ = _SoftTopk.apply(x, fraction, temperature)  # type: ignore[no-untyped-call]
@@ -139,14 +113,7 @@ def soft_iou(
 ) -> torch.Tensor:
     """``SoftIoU = sum(ab) / (sum a + sum b - sum(ab))`` of the maps' soft top-k masks.
 
-    Args:
-        maps: ``[B, K, N]``, float32 or float64.
-        pairs: ``[P, 2]`` int64 concept indices.
-        fraction: see :func:`soft_topk`.
-        temperature: see :func:`soft_topk`.
-
-    Returns:
-        ``[B, P]``, differentiable.
+    Of maps ``[B, K, N]`` and pairs ``[P, 2]``: ``[B, P]``, differentiable. See :func:`soft_topk`.
     """
     masks = soft_topk(maps, fraction, temperature)  # [B, K, N]
     a, b = masks[:, pairs[:, 0]], masks[:, pairs[:, 1]]  # [B, P, N]
@@ -178,6 +145,10 @@ class _SoftTopk(torch.autograd.Function):
         ctx.save_for_backward(mask, slope)
 
     @staticmethod
+    def vmap(_: Any, in_dims: tuple[int, None, None], x: torch.Tensor, *settings: float) -> Any:
+        return _SoftTopk.apply(x.movedim(in_dims[0], 0), *settings), (0, 0)
+
+    @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         mask, slope = ctx.saved_tensors
         weight = mask * (1.0 - mask)  # d sigmoid / dz
@@ -197,10 +168,10 @@ def _solve_offset(z: torch.Tensor, fraction: float) -> torch.Tensor:
     low = logit - z.amax(dim=-1, keepdim=True)  # mean <= fraction here
     high = logit - z.amin(dim=-1, keepdim=True)  # mean >= fraction here
     offset = torch.zeros_like(low).clamp(low, high)
-    # torch.compile cannot read a context variable.
-    unroll = not torch.compiler.is_compiling() and _UNROLLED.get()
-    # Unrolled, 40 steps come within 3e-7 of the mask of 64, on maps with gaps and with ties too.
-    for step in range(40 if unroll else 64):
+    # A traced graph has no values to exit on. 40 steps come within 3e-7 of the mask of 64, on maps
+    # with gaps and with ties too.
+    traced = not torch.compiler.is_compiling() and isinstance(z, FakeTensor)
+    for step in range(40 if traced else 64):
         shifted = z + offset
         tail = torch.sigmoid(-shifted.abs())
         above = shifted >= 0
@@ -216,7 +187,7 @@ def _solve_offset(z: torch.Tensor, fraction: float) -> torch.Tensor:
         change = (moved - offset).abs()
         offset = moved
         # Exported and compiled graphs have no exit: they take every step.
-        if unroll or torch.compiler.is_compiling():
+        if traced or torch.compiler.is_compiling():
             continue
         if not bool((change > 4 * torch.finfo(z.dtype).eps * offset.abs().clamp(min=1.0)).any()):
             break

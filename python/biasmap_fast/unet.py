@@ -98,9 +98,11 @@ def cross_attention_layers(pipe: Any, selection: Sequence[str] | None) -> list[C
     """
     unet = getattr(pipe, "unet", None)
     if unet is None:
+        remedy = (
+            "; use probes for models with a transformer" if hasattr(pipe, "transformer") else ""
+        )
         raise TypeError(
-            f"expected a diffusers pipeline with a UNet, got {type(pipe).__name__}; transformer "
-            "models (SD3, FLUX) are not supported"
+            f"expected a diffusers pipeline with a UNet, got {type(pipe).__name__}{remedy}"
         )
     # torch.compile wraps the module, and its names
     layers = [
@@ -125,12 +127,6 @@ def cross_attention_layers(pipe: Any, selection: Sequence[str] | None) -> list[C
             f"encoder_hid_dim_type={projection!r}; expected none"
         )
     return chosen
-
-
-def engine_of(pipe: Any) -> Any:
-    """The pipeline's UNet if its own outputs are attribution maps (`engines`), else None."""
-    unet = getattr(pipe, "unet", None)
-    return unet if hasattr(unet, "register_attribution_hook") else None
 
 
 def _select(layers: list[CrossAttention], selection: Sequence[str]) -> list[CrossAttention]:

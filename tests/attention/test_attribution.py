@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast import AttributionMaps, AttributionPrompt
+from biasmap_fast import AttributionPrompt
+from biasmap_fast.denoiser import probing
 from biasmap_fast.unet import as_slice
 
 DOCTOR = AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
@@ -135,17 +136,17 @@ def test_several_things_are_kept_apart_in_one_pass(sd_pipe, own_prompts):
 
     recorder = record(choices)
     for by in choices:
-        for name, expected in record(by).maps().items():
-            found = recorder.maps(by)[name]
+        for name, expected in record(by).maps_by_prompt().items():
+            found = recorder.maps_by_prompt(by)[name]
             assert found.by == by
             assert found.images == expected.images
             assert list(found.parts) == list(expected.parts)
             for part in expected.parts:
                 assert torch.equal(found.parts[part], expected.parts[part])
             assert torch.equal(found.values, expected.values)
-    assert recorder.maps()[DOCTOR.name].by == "block"
+    assert recorder.maps_by_prompt()[DOCTOR.name].by == "block"
     with pytest.raises(ValueError, match="recorded by block and step.*not by 'head'"):
-        recorder.maps("head")
+        recorder.maps_by_prompt("head")
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -160,16 +161,16 @@ def test_parts_of_some_prompts_alone(sd_pipe, backend, own_prompts, monkeypatch)
         return recorder
 
     everything, second = record(), record(detailed=[WOMAN.name])
-    for name, expected in everything.maps().items():
-        assert torch.equal(second.maps()[name].values, expected.values)
-    (found,) = second.maps("step").items()
-    expected = everything.maps("step")[WOMAN.name]
+    for name, expected in everything.maps_by_prompt().items():
+        assert torch.equal(second.maps_by_prompt()[name].values, expected.values)
+    (found,) = second.maps_by_prompt("step").items()
+    expected = everything.maps_by_prompt("step")[WOMAN.name]
     assert found[0] == WOMAN.name
     assert list(found[1].parts) == list(expected.parts)
     for part in expected.parts:
         assert torch.equal(found[1].parts[part], expected.parts[part])
     assert second.nbytes["maps"] < everything.nbytes["maps"]
-    assert record(detailed=[]).maps("step") == {}
+    assert record(detailed=[]).maps_by_prompt("step") == {}
     with bm.attribute(sd_pipe, DOCTOR, by=("block", "step"), detailed=[]) as single:
         draw(sd_pipe)
     assert single.maps().by_block
@@ -195,7 +196,9 @@ def test_two_prompts_share_one_pass(sd_pipe, reference_of):
     reference = reference_of(sd_pipe)
     with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
         draw(sd_pipe)
-    maps = recorder.maps()
+    with pytest.raises(ValueError, match=r"2 attribution prompts were recorded: use maps_by_pro"):
+        recorder.maps()
+    maps = recorder.maps_by_prompt()
     assert list(maps) == [DOCTOR.name, WOMAN.name]
     for prompt in (DOCTOR, WOMAN):
         assert_maps(maps[prompt.name].values, reference.maps(prompt, (16, 16), COND))
@@ -267,11 +270,11 @@ def test_batch_equals_single_runs_for_mixed_prompts(sd_pipe):
     seeds = tuple(range(8))
     with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
         draw(sd_pipe, texts, seeds)
-    batched = recorder.maps()
+    batched = recorder.maps_by_prompt()
     for index, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
         with bm.attribute(sd_pipe, [DOCTOR, WOMAN]) as recorder:
             draw(sd_pipe, [text], (seed,))
-        for name, maps in recorder.maps().items():
+        for name, maps in recorder.maps_by_prompt().items():
             torch.testing.assert_close(
                 maps.values[0], batched[name].values[index], rtol=1e-4, atol=1e-4
             )
@@ -478,8 +481,36 @@ def test_bad_prompts(sd_pipe):
 
 
 def test_bad_pipelines():
-    with pytest.raises(TypeError, match="expected a diffusers pipeline with a UNet, got Flux"):
+    with pytest.raises(TypeError, match="with a UNet, got Flux; use probes for models with a tra"):
         bm.attribute(Flux(), DOCTOR)
+    with pytest.raises(TypeError, match="expected a diffusers pipeline with a UNet, got NoneType$"):
+        bm.attribute(None, DOCTOR)
+
+
+def test_calls_of_probes_are_ignored(sd_pipe):
+    """Of the denoiser, while the pipeline's own call runs and between two of them."""
+    with bm.attribute(sd_pipe, DOCTOR, by="step") as plain, bm.guide(sd_pipe, DOCTOR) as guidance:
+        expected = draw(sd_pipe)
+
+    def probe(*args, **kwargs):
+        if not probing.get():
+            token = probing.set(True)
+            sd_pipe.unet(torch.randn(3, 4, 16, 16), 10, torch.randn(3, 5, 32))
+            probing.reset(token)
+
+    with (
+        bm.attribute(sd_pipe, DOCTOR, by="step") as recorder,
+        bm.guide(sd_pipe, DOCTOR) as guided,
+        torch.no_grad(),
+    ):
+        inside = sd_pipe.unet.mid_block.register_forward_hook(probe)
+        before = sd_pipe.unet.register_forward_pre_hook(probe)
+        pictures = draw(sd_pipe)
+        inside.remove()
+        before.remove()
+    assert (pictures == expected).all()
+    assert torch.equal(recorder.maps().values, plain.maps().values)
+    assert guided.ledger == guidance.ledger
 
 
 def test_uncond_needs_guidance(sd_pipe):
@@ -517,121 +548,6 @@ def test_nothing_recorded_and_double_entry(sd_pipe):
             recorder.__enter__()
         with pytest.raises(RuntimeError, match="no UNet call was recorded"):
             recorder.maps()
-
-
-class TestAttributionMaps:
-    @pytest.fixture
-    def maps(self):
-        values = torch.rand(3, 2, 8, 6, generator=torch.Generator().manual_seed(0))
-        parts = {"up_blocks.0": values / 4, "down_blocks.0": values * 3 / 4}
-        return AttributionMaps(
-            values, ("doctor", "man"), "a doctor and man", "uncond", ("x", "y"), "block", parts
-        )
-
-    def test_indexing(self, maps):
-        assert torch.equal(maps["man"], maps.values[:, 1])
-        assert len(maps) == 3
-        with pytest.raises(KeyError, match=r"no concept 'nurse'; there are \['doctor', 'man'\]"):
-            maps["nurse"]
-
-    def test_parts_are_those_recorded(self, maps):
-        assert list(maps.by_block) == ["up_blocks.0", "down_blocks.0"]
-        with pytest.raises(ValueError, match="recorded by='block'; record with by='step'"):
-            _ = maps.by_step
-
-    def test_block_iou(self, maps):
-        found = bm.block_iou(maps, "doctor", "man", percentile=50.0)
-        assert list(found) == ["up_blocks.0", "down_blocks.0"]
-        expected = bm.iou(maps["doctor"], maps["man"], percentile=50.0)  # parts are scaled copies
-        assert all(torch.equal(values, expected) for values in found.values())
-        with pytest.raises(KeyError, match="no concept 'nurse'"):
-            bm.block_iou(maps, "doctor", "nurse")
-        with pytest.raises(ValueError, match="recorded by='total'; record with by='block'"):
-            bm.block_iou(AttributionMaps(maps.values, maps.concepts), "doctor", "man")
-
-    def test_shape_is_checked(self):
-        with pytest.raises(ValueError, match=r"must be \[B, 1, H, W\].*got \[3, 2, 4, 4\]"):
-            AttributionMaps(torch.zeros(3, 2, 4, 4), ("doctor",))
-
-    def test_save_and_load(self, maps, tmp_path):
-        path = tmp_path / "maps.safetensors"
-        maps.save(path)
-        back = AttributionMaps.load(path)
-        assert torch.equal(back.values, maps.values)
-        assert list(back.parts) == list(maps.parts)
-        assert all(torch.equal(back.parts[name], part) for name, part in maps.parts.items())
-        for field in ("concepts", "prompt", "branch", "layers", "by"):
-            assert getattr(back, field) == getattr(maps, field)
-        assert [file.name for file in tmp_path.iterdir()] == ["maps.safetensors"]
-
-    def test_load_refuses_other_files(self, maps, tmp_path):
-        from safetensors.torch import save_file
-
-        other = tmp_path / "other.safetensors"
-        save_file({"x": torch.zeros(2)}, other)
-        with pytest.raises(ValueError, match="holds no attribution maps: expected the format"):
-            AttributionMaps.load(other)
-        maps.save(other)
-        other.write_bytes(other.read_bytes()[:-40])
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
-            AttributionMaps.load(other)
-        with pytest.raises(FileNotFoundError):
-            AttributionMaps.load(tmp_path / "none.safetensors")
-
-    def test_save_into_a_missing_folder_leaves_nothing(self, maps, tmp_path):
-        with pytest.raises(OSError, match="No such file or directory"):
-            maps.save(tmp_path / "missing" / "maps.safetensors")
-        assert not list(tmp_path.iterdir())
-
-    def test_resize_and_to(self, maps):
-        resized = maps.resize((16, 12)).to("cpu")
-        assert resized.values.shape == (3, 2, 16, 12)
-        assert resized.by_block["up_blocks.0"].shape == (3, 2, 16, 12)
-
-    def test_overlay(self):
-        import numpy as np
-        from PIL import Image
-
-        values = torch.zeros(1, 1, 8, 8)
-        values[..., :4, :] = 2.0
-        maps = AttributionMaps(values, ("doctor",))
-        grey = Image.new("RGB", (64, 64), (100, 100, 100))
-        shown = np.asarray(maps.overlay(grey, "doctor"))
-        assert (shown[-8:] == 100).all()  # cold: untouched
-        assert shown[:8, :, 0].min() > 180  # hot: bright
-        assert shown[:8, :, 2].max() < 200
-        dimmer = np.asarray(maps.overlay(grey, "doctor", value_range=(0.0, 4.0)))
-        assert dimmer[:8, :, 0].max() < shown[:8, :, 0].min()
-
-    def test_overlay_of_many(self, maps):
-        import numpy as np
-        from PIL import Image
-
-        pictures = [Image.new("L", (24, 32), 10 * i) for i in range(3)]
-        shown = maps.overlay(pictures, "man")
-        assert [picture.size for picture in shown] == [(24, 32)] * 3
-        one = maps.overlay(pictures[1], "man", index=1)
-        assert one.tobytes() == shown[1].tobytes()
-        with pytest.raises(ValueError, match="one picture for 3 maps: say which"):
-            maps.overlay(pictures[0], "man")
-        with pytest.raises(ValueError, match="expected 3 pictures for the maps, got 2"):
-            maps.overlay(pictures[:2], "man")
-        with pytest.raises(ValueError, match="between 0 and 1, got 3"):
-            maps.overlay(pictures, "man", strength=3)
-        with pytest.raises(ValueError, match="`index` must be one of 3 maps, got 3"):
-            maps.overlay(pictures[0], "man", index=3)
-        with pytest.raises(TypeError, match="a picture of Pillow, got ndarray"):
-            maps.overlay(np.asarray(pictures[0]), "man", index=0)
-
-    def test_overlay_of_a_constant_and_a_broken_map(self):
-        from PIL import Image
-
-        grey = Image.new("RGB", (8, 8), (9, 9, 9))
-        constant = AttributionMaps(torch.ones(1, 1, 4, 4), ("doctor",))
-        assert constant.overlay(grey, "doctor").tobytes() == grey.tobytes()
-        broken = AttributionMaps(torch.full((1, 1, 4, 4), torch.nan), ("doctor",))
-        with pytest.raises(ValueError, match="NaN or infinite"):
-            broken.overlay(grey, "doctor")
 
 
 def test_consecutive_places_are_a_slice():

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+import biasmap_fast as bm
 from biasmap_fast import AttributionPrompt
-from biasmap_fast.concepts import encode, text_encoders, tokenize
+from biasmap_fast.concepts import encode, text_encoders, tokenize, tokenize_all
 
 
 def columns(prompt, tokenizer, concept):
@@ -119,3 +122,34 @@ def test_encoding_is_the_pipelines_own(sd_pipe, sdxl_pipe):
 def test_pipeline_without_text_encoder():
     with pytest.raises(TypeError, match="tokenizer and a text encoder, got object"):
         text_encoders(object())
+
+
+@pytest.fixture
+def inverted_pipe(sd_pipe):
+    """With the textual inversion "<cat>" of three vectors; the shared tokenizer stays as it is."""
+    sd_pipe.tokenizer = copy.deepcopy(sd_pipe.tokenizer)
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    sd_pipe.load_textual_inversion({"cat": vectors}, token="<cat>")
+    return sd_pipe
+
+
+def test_textual_inversion_of_several_vectors_is_expanded_as_the_pipeline_does(inverted_pipe):
+    prompt = AttributionPrompt("a photo of <cat> doctor", ("<cat>", "doctor", "a photo"))
+    (tokens,) = tokenize_all(prompt, inverted_pipe)
+    assert tokens.pieces[4:8] == ("<cat>", "<cat>_1", "<cat>_2", "doctor</w>")
+    assert [row.nonzero().flatten().tolist() for row in tokens.weights] == [[4, 5, 6], [7], [1, 2]]
+    padded, _ = inverted_pipe.encode_prompt(prompt.text, "cpu", 1, False)
+    states = encode([tokens], inverted_pipe, torch.device("cpu"))
+    torch.testing.assert_close(states, padded[:, : states.shape[1]])
+    with bm.attribute(inverted_pipe, prompt) as recorder:
+        inverted_pipe("a <cat>", num_inference_steps=1, height=32, width=32, output_type="latent")
+    assert recorder.maps().values.shape == (1, 3, 16, 16)
+
+
+def test_added_tokens_are_words_of_their_own(inverted_pipe):
+    """Alone in a prompt, in front of a word, and right behind one."""
+    for text, concept, columns in (
+        ("<cat>", "<cat>", [1, 2, 3]), ("<cat> man", "man", [4]), ("man<cat>", "<cat>", [2, 3, 4]),
+    ):  # fmt: skip
+        (tokens,) = tokenize_all(AttributionPrompt(text, (concept,)), inverted_pipe)
+        assert tokens.weights[0].nonzero().flatten().tolist() == columns

@@ -67,10 +67,10 @@ def test_a_folder_that_is_being_written_is_refused_and_names_the_holder(
 
 @pytest.mark.slow
 def test_an_audit_killed_at_random_moments_ends_with_the_same_files():
-    """The same script with more kills and chunks: benchmarks/kills.py."""
-    command = [sys.executable, ROOT / "benchmarks" / "kills.py", "--kills", "3"]
+    """The same script with more kills and chunks: studies/kills.py."""
+    command = [sys.executable, "-m", "studies.kills", "--kills", "3"]
     small = ["--professions", "2", "--seeds", "3", "--steps", "1"]
-    done = subprocess.run([*command, *small], capture_output=True, text=True)
+    done = subprocess.run([*command, *small], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout[done.stdout.index("{") :])
     assert sum(said["states"].values()) == 3

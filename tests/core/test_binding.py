@@ -25,7 +25,7 @@ def call(**changed):
         "iou": torch.empty(2, 2),
         "union": torch.empty(2, 2, dtype=torch.int32),
         "area": torch.empty(2, 3, dtype=torch.int32),
-        "masks": torch.empty(2, 3, 2, dtype=torch.int64),
+        "threshold": torch.empty(2, 3),
     }
     arguments |= changed
     _C.pairs_iou(**arguments)
@@ -40,6 +40,8 @@ def test_fills_outputs_in_place():
     assert torch.equal(out["area"], masks.sum(-1).int())
     union = (masks[:, [0, 0]] | masks[:, [1, 2]]).sum(-1)
     assert torch.equal(out["union"], union.int())
+    thresholds = np.percentile(out["maps"].numpy(), 70.0, axis=-1)
+    np.testing.assert_array_equal(out["threshold"].numpy(), thresholds)
 
 
 WRONG = [
@@ -79,7 +81,13 @@ WRONG = [
     ("iou", torch.empty(2, 3), ValueError, r"`iou` must be \[B, P\] = \[2, 2\] .* got \[2, 3\]"),
     ("union", torch.empty(2, 2), ValueError, r"`union` must be .* int32 .* got \[2, 2\] float32"),
     ("area", torch.empty(2, dtype=torch.int32), ValueError, r"`area` .* \[2, 3\] .* got \[2\]"),
-    ("masks", torch.empty(2, 3, 1, dtype=torch.int64), ValueError, r"mask_words\] = \[2, 3, 2\]"),
+    ("threshold", torch.empty(2, 3, 1), ValueError, r"\[B, K\] = \[2, 3\] .* got \[2, 3, 1\]"),
+    (
+        "maps",
+        torch.empty(2, 0, 70),
+        ValueError,
+        r"pairs\[0\] names concept 0, but `maps` has K = 0 concepts",
+    ),
 ]
 
 
@@ -103,22 +111,21 @@ def test_soft_ops_check_their_arguments():
     with pytest.raises(ValueError, match=r"`state` must be \[M, 4\] = \[4, 4\] .* got \[4, 3\]"):
         _C.soft_topk(x, 0.3, 0.1, mask, torch.empty(4, 3))
     with pytest.raises(ValueError, match=r"`grad` must be \[M, N\] = \[4, 64\] .* got \[64\]"):
-        _C.soft_topk_backward(x[0], mask, state, x)
-    maps, pairs = torch.rand(2, 3, 64), torch.tensor([[0, 3]])
+        _C.soft_topk_backward(x[0], x, 0.3, 0.1, mask, state, x)
+    maps, pairs, iou = torch.rand(2, 3, 64), torch.tensor([[0, 3]]), torch.empty(2, 1)
     with pytest.raises(ValueError, match=r"pairs\[0\] names concept 3"):
-        _C.soft_iou(maps, pairs, 0.3, 0.1, torch.empty(2, 1), torch.empty(2, 3, 4))
+        _C.soft_iou(maps, pairs, 0.3, 0.1, iou, torch.empty(2, 3, 4), torch.empty(2, 3, 3))
     with pytest.raises(ValueError, match=r"`iou` must be \[B, P\] = \[2, 1\]"):
-        _C.soft_iou_backward(
-            torch.rand(2, 1), torch.rand(1), maps, pairs // 2, torch.rand(2, 3, 4), 0.3, maps
-        )
+        state, means = torch.rand(2, 3, 4), torch.rand(2, 3, 3)
+        _C.soft_iou_backward(iou, maps, pairs // 2, 0.3, 0.1, torch.rand(1), state, means, maps)
 
 
 def test_concept_maps_of_one_prompt_have_no_kernel_on_the_cpu():
     query, keys, weights = torch.rand(1, 2, 16, 8), torch.rand(2, 5, 8), torch.rand(3, 5)
     with pytest.raises(ValueError, match="kernels for GPUs only, got tensors on the CPU"):
-        _C.concept_map(query, keys, weights, torch.empty(1, 3, 16), False)
+        _C.concept_map(query, keys, weights, torch.empty(1, 3, 16))
     with pytest.raises(ValueError, match=r"`query` must be .* float32 on the CPU, got .* float16"):
-        _C.concept_map(query.half(), keys, weights, torch.empty(1, 3, 16), False)
+        _C.concept_map(query.half(), keys, weights, torch.empty(1, 3, 16))
 
 
 def test_views_leaves_and_parameters_are_tensors():

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 import biasmap_fast
 from biasmap_fast import pipelines
 from biasmap_fast.allocator import keep_freed_memory
-from biasmap_fast.audit import run, work
-from biasmap_fast.cli import _seeds, app
+from biasmap_fast.audit import run, worker
+from biasmap_fast.cli import app
+from biasmap_fast.options import seeds
 
 TEMPLATES = [
     "--prompt-template",
@@ -33,7 +34,7 @@ def invoke(make_sd, monkeypatch):
     def load(model, **options):
         return make_sd()
 
-    monkeypatch.setattr(work, "load_pipeline", load)
+    monkeypatch.setattr(worker, "load_pipeline", load)
     monkeypatch.setattr(pipelines, "load_pipeline", load)
 
     def call(*args):
@@ -61,19 +62,19 @@ def test_audit_says_where_the_report_lies_and_continues(invoke, tmp_path):
 def test_flags_reach_the_plan_and_override_the_file(invoke, tmp_path):
     config = tmp_path / "plan.yaml"
     config.write_text("steps: 9\nbatch_size: 3\nsave_maps: none\n", encoding="utf-8")
-    flags = ["--config", config, "--percentile", "60", "--percentile", "80", "--axis", "build=tall"]
+    flags = ["--config", config, "--fraction", "0.4", "--fraction", "0.2", "--axis", "build=tall"]
     result = invoke(*audit(tmp_path / "run", *flags, "--seeds", "4-5", "--guidance-scale", "2"))
     assert result.exit_code == 0, result.output
     plan = run.load_audit(tmp_path / "run").plan
     assert (plan.steps, plan.batch_size, plan.save_maps) == (2, 3, "none")
-    assert (plan.percentiles, plan.seeds, plan.guidance_scale) == ((60.0, 80.0), (4, 5), 2.0)
+    assert (plan.fractions, plan.seeds, plan.guidance_scale) == ((0.4, 0.2), (4, 5), 2.0)
     assert plan.axes == {"build": ("tall",)}
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--percentile", "120"], r"percentiles: percentiles must lie between 0 and 100"),
+        (["--fraction", "1.2"], "fractions.0: Input should be less than 1, got 1.2"),
         (["--axis", "colour"], "expected one of ['gender', 'race'] or 'name=word,word'"),
         (["--professions", "doktor"], "one of the lists ['biasmap'], got 'doktor'"),
         (["--guidance-scale", "-1"], "guidance_scale: Input should be greater than or equal to 0"),
@@ -84,8 +85,8 @@ def test_flags_reach_the_plan_and_override_the_file(invoke, tmp_path):
         (["--precision", "0.5"], "precision: Input should be less than 0.5, got 0.5"),
         (["--precision", "0.1"], "seeds: with a precision they are the first round"),
         (["--max-seeds", "9"], "`max_seeds` belongs to a precision, got 9 and no precision"),
-        (["--workers", "2"], "`workers` and `threads` are of a cluster"),
-        (["--threads", "2"], "`workers` and `threads` are of a cluster"),
+        (["--workers", "2"], "`workers` and `threads` belong to a cluster"),
+        (["--threads", "2"], "`workers` and `threads` belong to a cluster"),
     ],
 )
 def test_user_errors_are_one_line_without_traceback(invoke, tmp_path, flags, expected):
@@ -124,7 +125,7 @@ def test_a_plan_that_never_drew_a_picture_can_be_mended(invoke, tmp_path):
     failed = invoke(*audit(tmp_path / "run", "--layer", "typo"))
     assert failed.exit_code == 1
     assert "no cross-attention layer matches 'typo'" in failed.stderr
-    assert not list((tmp_path / "run/records").iterdir())
+    assert not list((tmp_path / "run/pictures").iterdir())
     unfinished = tmp_path / "run/hashes/part-00000.json"  # of a chunk that was killed
     unfinished.touch()
     assert "another plan" in invoke(*audit(tmp_path / "run")).stderr
@@ -149,8 +150,8 @@ def test_report_is_rendered_again(invoke, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "status", "expected"),
     [
-        (["--steps", "0"], 2, "Invalid value for '--steps'"),
-        (["--percentile", "150"], 1, "--percentile must lie between 0 and 100, got 150"),
+        (["--steps", "0"], 1, "steps: Input should be greater than or equal to 1, got 0"),
+        (["--fraction", "1.5"], 1, "`fraction` must be in (0, 1), got 1.5"),
     ],
 )
 def test_maps_looks_at_its_numbers_first(invoke, tmp_path, flags, status, expected):
@@ -166,11 +167,14 @@ def test_maps_writes_overlays_and_maps(invoke, tmp_path):
     args += ["--attribution-prompt", "a photo of a doctor and man", "--out", tmp_path / "m"]
     result = invoke(*args, "--concept", "doctor", "--concept", "man")
     assert result.exit_code == 0, result.output
-    assert "IoU of 'doctor' and 'man' at percentile 70:" in result.stdout
+    assert "IoU of 'doctor' and 'man', masks of 0.3 of the pixels:" in result.stdout
     names = {path.name for path in (tmp_path / "m").iterdir()}
     assert names == {"picture.png", "overlay-doctor.png", "overlay-man.png", "maps.safetensors"}
     maps = biasmap_fast.AttributionMaps.load(tmp_path / "m" / "maps.safetensors")
     assert maps.concepts == ("doctor", "man")
+    refused = invoke(*args, "--concept", "doctor", "--concept", "man", "--json")
+    assert "has the files of an earlier run" in refused.stderr
+    args.append("--overwrite")
     found = json.loads(invoke(*args, "--concept", "doctor", "--concept", "man", "--json").stdout)
     assert found["pairs"][0]["chance"] == pytest.approx(0.3 / 1.7)
     failed = invoke(*args, "--concept", "pilot")
@@ -184,7 +188,10 @@ def test_generate_draws_before_and_after(invoke, tmp_path):
     args += ["--concept", "doctor", "--concept", "man", "--seeds", "3", "--batch-size", "2"]
     result = invoke(*args, "--scale", "30")
     assert result.exit_code == 0, result.output
-    assert "IoU of 'doctor' and 'man' at percentile 70, mean of 3 pictures:" in result.stdout
+    assert (
+        "IoU of 'doctor' and 'man', masks of 0.3 of the pixels, mean of 3 pictures:"
+        in result.stdout
+    )
     names = {path.name for path in (tmp_path / "g").iterdir()}
     pictures = {
         f"seed-{seed}-{when}-{what}.png"
@@ -203,9 +210,9 @@ def test_generate_draws_before_and_after(invoke, tmp_path):
     assert found["energy"]["scale"] == 30.0
     for when in ("before", "after"):
         maps = biasmap_fast.AttributionMaps.load(tmp_path / "g" / f"maps-{when}.safetensors")
-        iou = biasmap_fast.iou(maps["doctor"], maps["man"], percentile=70.0)
+        iou = biasmap_fast.iou(maps["doctor"], maps["man"], fraction=0.3)
         assert [row[f"iou_{when}"] for row in found["overlaps"]] == pytest.approx(iou.tolist())
-    again = invoke(*args, "--scale", "0", "--pair", "doctor,man", "--json")
+    again = invoke(*args, "--scale", "0", "--pair", "doctor,man", "--overwrite", "--json")
     for row in json.loads(again.stdout)["overlaps"]:
         assert row["iou_before"] == row["iou_after"]
 
@@ -215,9 +222,9 @@ def test_generate_draws_before_and_after(invoke, tmp_path):
     [
         (["--pair", "doctor"], "--pair must be two concepts, 'doctor,woman', got 'doctor'"),
         (["--pair", "doctor,pilot"], "names 'pilot', which is no concept of"),
-        (["--branch", "both"], "--branch must be cond or uncond, got 'both'"),
-        (["--start", "0.9", "--stop", "0.1"], "0 <= start < stop <= 1, got 0.9 and 0.1"),
-        (["--inner-steps", "0"], "`inner_steps` must be at least 1, got 0"),
+        (["--branch", "both"], "branch: Input should be 'cond' or 'uncond', got 'both'"),
+        (["--start", "0.9", "--stop", "0.1"], "got 0.9 and 0.1"),
+        (["--inner-steps", "0"], "inner_steps: Input should be greater than or equal to 1, got 0"),
     ],
 )
 def test_generate_says_what_is_wrong(invoke, tmp_path, flags, expected):
@@ -237,7 +244,7 @@ def test_flags_of_conditions_reach_the_plan(invoke, tmp_path):
     plan = run.load_audit(tmp_path / "run").plan
     assert plan.conditions == ("plain", "guided")
     assert (plan.energy.scale, plan.energy.inner_steps) == (30.0, 2)
-    assert "guided: With “man”, mean IoU is" in result.stdout
+    assert "guided: IoU with “man” " in result.stdout
     refused = invoke(*audit(tmp_path / "other", "--scale", "30"))
     assert "`energy` belongs to the condition 'guided'" in refused.stderr
 
@@ -253,14 +260,14 @@ def test_env_for_people_and_machines():
 
 
 def test_seeds_count_range_list():
-    assert _seeds("3") == [0, 1, 2]
-    assert _seeds("5-7") == [5, 6, 7]
-    assert _seeds("1, 9") == [1, 9]
-    assert _seeds("4,") == [4]
+    assert seeds("3") == [0, 1, 2]
+    assert seeds("5-7") == [5, 6, 7]
+    assert seeds("1, 9") == [1, 9]
+    assert seeds("4,") == [4]
 
 
 @pytest.mark.parametrize("text", ["0", "7-5", "a", "1-2-3", "", "1.5"])
-def test_bad_seeds(text):
+def test_badseeds(text):
     result = CliRunner().invoke(app, ["audit", "--seeds", text])
     assert result.exit_code == 2
     assert "expected a count ('20'), a range ('5-24') or a list" in " ".join(
@@ -270,12 +277,12 @@ def test_bad_seeds(text):
 
 def test_help_names_every_command_and_default():
     text = CliRunner().invoke(app, ["--help"]).stdout
-    for command in ("audit", "maps", "generate", "report", "bench", "env"):
+    for command in ("audit", "maps", "generate", "report", "env"):
         assert command in text
     text = CliRunner().invoke(app, ["audit", "--help"], env={"COLUMNS": "200"}).stdout
-    for flag in ("--model", "--professions", "--axis", "--seeds", "--percentile", "--config"):
+    for flag in ("--model", "--professions", "--axis", "--seeds", "--fraction", "--config"):
         assert flag in text
-    assert "[default: 20]" in text
+    assert "[default: 25]" in text
 
 
 def command(*args, **env):

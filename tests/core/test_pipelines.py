@@ -6,8 +6,10 @@ import inspect
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import biasmap_fast as bm
+from biasmap_fast.pipelines import ModelError, load_pipeline
 from biasmap_fast.unet import batch_layout, branch_rows
 
 PROMPT = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
@@ -133,9 +135,9 @@ def test_guidance_moves_the_latents_of_an_inpainting_unet(make_sd):
     pipe = build(StableDiffusionInpaintPipeline, widened(make_sd, 9))
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     inpainting = {"image": picture, "mask_image": (picture[:, :1] > 0.5).float(), "strength": 1.0}
-    with bm.guide(plain, PROMPT, scale=30.0, inner_steps=2) as expected:
+    with bm.guide(plain, PROMPT, bm.Energy(scale=30.0, inner_steps=2)) as expected:
         target = draw(plain)
-    with bm.guide(pipe, PROMPT, scale=30.0, inner_steps=2) as found:
+    with bm.guide(pipe, PROMPT, bm.Energy(scale=30.0, inner_steps=2)) as found:
         torch.testing.assert_close(draw(pipe, **inpainting), target, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(draw(pipe, **inpainting), target, rtol=1e-2)
     for one, other in zip(found.ledger, expected.ledger, strict=True):
@@ -188,9 +190,9 @@ def test_editing_by_instructions_takes_the_chunk_of_the_branch(editing, branch, 
 
 def test_editing_by_instructions_is_guided(editing):
     plain, pipe, run = editing
-    with bm.guide(plain, PROMPT, scale=30.0):
+    with bm.guide(plain, PROMPT, bm.Energy(scale=30.0)):
         target = draw(plain, guidance_scale=7.5)
-    with bm.guide(pipe, PROMPT, scale=30.0):
+    with bm.guide(pipe, PROMPT, bm.Energy(scale=30.0)):
         torch.testing.assert_close(run(guidance_scale=7.5), target, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(run(guidance_scale=7.5), target, rtol=1e-2)
 
@@ -209,6 +211,20 @@ def test_every_inner_step_has_the_features_of_a_t2i_adapter(sd_pipe):
 
     pipe.unet.forward = counted
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    with bm.guide(pipe, PROMPT, scale=20.0, inner_steps=2):
+    with bm.guide(pipe, PROMPT, bm.Energy(scale=20.0, inner_steps=2)):
         draw(pipe, image=picture)
     assert features == [3] * 9  # two inner steps and the other chunk, three times
+
+
+@pytest.mark.parametrize("network", ["text_encoder", "unet", "vae"])
+def test_weights_that_lack_a_tensor_are_refused(tmp_path, network):
+    """diffusers and transformers would draw it at random: other figures in every process."""
+    bm.testbed.pipeline().save_pretrained(tmp_path)
+    assert type(load_pipeline(str(tmp_path))).__name__ == "StableDiffusionPipeline"
+    (file,) = (tmp_path / network).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors["renamed"] = tensors.pop(name)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"1 tensors are missing or of another shape.*{name}"):
+        load_pipeline(str(tmp_path))

@@ -1,7 +1,7 @@
 """Every number about speed or memory in README.md and docs/ is rendered from a row of results.
 
 A number in prose stands between ``<!-- = name -->`` and ``<!-- /= -->``, a table between
-``<!-- name -->`` and ``<!-- /name -->``; `tables.py` makes both anew from the committed results.
+``<!-- name -->`` and ``<!-- /name -->``; `docs.build` makes both anew from the committed results.
 What is left is searched for numbers with a unit of time, size or speed, and for numbers in
 sentences that speak of cost. Each that is none of ours to measure is listed here, with the reason.
 """
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bench_tables
-import figures
-import tables
-from harness import newest
+from benchmarks import figures
+from benchmarks.harness import RESULTS, newest
+from benchmarks.tables import HEADLINE, run
+from docs import build
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "export/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -109,15 +109,15 @@ def test_a_claim_is_found(sentence):
 
 def test_a_number_that_is_changed_is_noticed():
     changed = 0
-    for page in tables.TABLES:
+    for page in build.TABLES:
         text = page.read_text(encoding="utf-8")
-        assert tables.rendered(page) == text, f"{page.name}: run benchmarks/tables.py"
+        assert build.rendered(page) == text, f"{page.name}: run `make docs`"
         spans = re.finditer(r"<!-- = [\w ]+ -->(.*?)<!-- /= -->", text, re.DOTALL)
         for span in spans:
             start, end = span.span(1)
             other = text[:start] + "9" + text[start:end] + text[end:]
-            assert tables.rendered(page, other) != other
-            assert tables.rendered(page, other) == text
+            assert build.rendered(page, other) != other
+            assert build.rendered(page, other) == text
             changed += 1
     assert changed >= 10
     page = ROOT / "README.md"
@@ -126,7 +126,7 @@ def test_a_number_that_is_changed_is_noticed():
     for digit in re.finditer(r"\d", block):
         i = text.index(block) + digit.start()
         other = text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :]
-        assert tables.rendered(page, other) == text
+        assert build.rendered(page, other) == text
 
 
 def test_headline_is_what_the_rows_say():
@@ -136,15 +136,13 @@ def test_headline_is_what_the_rows_say():
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in block.split("\n")[2:]
     ]
-    path = newest(ROOT / "benchmarks/results/amd-epyc")
+    path = newest(RESULTS / "amd-epyc")
     rows = {
         (row["part"], row["group"], row["name"]): row
         for row in json.loads(path.read_text())["rows"]
     }
-    assert len(lines) == len(bench_tables.HEADLINE)
-    for (words, (part, group, ours), theirs), cells in zip(
-        bench_tables.HEADLINE, lines, strict=True
-    ):
+    assert len(lines) == len(HEADLINE)
+    for (words, (part, group, ours), theirs), cells in zip(HEADLINE, lines, strict=True):
         assert cells[0] == words
         pair = [rows.get((part, group, name)) for name in (ours, theirs)]
         if any(row is None or row["status"] != "ok" for row in pair):
@@ -162,9 +160,8 @@ def test_headline_is_what_the_rows_say():
 
 
 def test_figures_are_of_the_newest_run():
-    record = json.loads(newest(figures.DEVICE).read_text())
-    for name, (_, part) in figures.FIGURES.items():
-        path = ROOT / f"docs/benchmarks-{name}.png"
-        assert not figures.stale(path, record, part), "run benchmarks/figures.py"
+    record = run()
+    for path, (_, part) in figures.FIGURES.items():
+        assert not figures.stale(path, record, part), "run `make docs`"
         other = {**record, "date": "2000-01-01"}
         assert figures.stale(path, other, part) == path.exists()

@@ -184,6 +184,9 @@ template <typename T> T shuffle(unsigned mask, Wait wait, T value, int argument)
 // Dynamic shared memory that the next launch may have.
 inline size_t dynamic_limit = 48 * 1024;
 
+// Whether the device has kernels of its architecture.
+inline bool usable = true;
+
 } // namespace emulation
 
 inline void __syncthreads() { emulation::Block::get().meet(emulation::Wait::kBlock, 0, 0); }
@@ -211,7 +214,7 @@ inline int atomicAdd(int *to, int value) {
     return before;
 }
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNoKernelImageForDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void *;
 struct cudaLaunchConfig_t {
@@ -219,8 +222,20 @@ struct cudaLaunchConfig_t {
     size_t dynamicSmemBytes;
     cudaStream_t stream;
 };
-inline const char *cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
-inline const char *cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+inline const char *cudaGetErrorName(cudaError_t error) {
+    return error == cudaErrorInvalidValue ? "cudaErrorInvalidValue"
+                                          : "cudaErrorNoKernelImageForDevice";
+}
+inline const char *cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorInvalidValue
+               ? "invalid argument"
+               : "no kernel image is available for execution on the device";
+}
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void *) {
+    return emulation::usable ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int bytes) {

@@ -10,14 +10,10 @@ thread_local float dynamic_shared[96 * 1024 / sizeof(float)];
 
 const dlpack::ExchangeApi *torch_api;
 
-// A CPU tensor as one on cuda:0, but for pairs of concepts, which may lie on either; `pairs_on_gpu`
-// says where.
-bool pairs_on_gpu;
-
+// A CPU tensor as one on cuda:0, but for pairs of concepts.
 int as_cuda(void *object, dlpack::Tensor *out) {
     const int status = torch_api->dltensor_from_py_object_no_sync(object, out);
-    if (status == 0 && (pairs_on_gpu || out->dtype.code != dlpack::kInt || out->ndim != 2 ||
-                        out->dtype.bits != 64))
+    if (status == 0 && (out->dtype.code != dlpack::kInt || out->dtype.bits != 64))
         out->device = {dlpack::kCuda, 0};
     return status;
 }
@@ -42,6 +38,6 @@ extern "C" __attribute__((visibility("default"))) PyObject *emulated_table(PyObj
     return PyCapsule_New(&api, "dlpack_exchange_api", nullptr);
 }
 
-extern "C" __attribute__((visibility("default"))) void emulated_pairs_on_gpu(int on_gpu) {
-    biasmap::pairs_on_gpu = on_gpu != 0;
+extern "C" __attribute__((visibility("default"))) void emulated_usable(int usable) {
+    emulation::usable = usable != 0;
 }

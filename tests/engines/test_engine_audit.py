@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,26 +14,12 @@ from biasmap_fast.audit import report
 from biasmap_fast.audit.run import AuditError
 from biasmap_fast.engines import errors
 
-ROOT = Path(__file__).resolve().parents[2]
 PLAN = {"professions": ["doctor", "nurse"], "seeds": [0, 1], "steps": 4, "batch_size": 3}
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory):
-    """Written by the README's line, in a process of its own."""
-    folder = tmp_path_factory.mktemp("engines") / "testbed"
-    command = [sys.executable, ROOT / "export" / "export_unet.py", "--model", "testbed"]
-    done = subprocess.run(
-        [*command, "--out", folder, "--json"], capture_output=True, text=True, cwd=folder.parent
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["shapes"] == "testbed"
-    assert said["opset"] == 20
-    assert max(said["difference_from_torch"]["unet.onnx"].values()) < 1e-4
-    assert "compare unet with torch" in done.stderr
-    assert "Warning" not in done.stderr
-    return folder
+def engine(testbed_folder):
+    return testbed_folder
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +110,19 @@ def test_an_engine_that_cannot_guide_is_refused_before_a_picture(engine, tmp_pat
         "--out", tmp_path / "run",
     )  # fmt: skip
     assert done.exit_code == 1
-    assert "has no gradient graph for latents of 16 x 16" in done.output
-    assert not list((tmp_path / "run/records").iterdir())
+    assert "takes at most {'prompts': 1}, and {'prompts': 2} are needed" in done.output
+    assert not list((tmp_path / "run").rglob("*.parquet"))
 
 
-def test_dry_run_writes_nothing(tmp_path):
-    done = run_cli("export", "--out", tmp_path / "e", "--dry-run", "--json", "--dtype", "float16")
+def test_a_dry_run_says_the_size_and_writes_nothing(engine, tmp_path):
+    done = run_cli(
+        "export", "--out", tmp_path / "e", "--dry-run", "--json", "--gradient", "16x16"
+    )  # fmt: skip
     assert done.exit_code == 0, done.output
-    said = json.loads(done.stdout)
-    unet = bm.testbed.pipeline().unet
-    weights = 2 * sum(p.numel() for p in unet.parameters())
-    assert said["files_mib"] == pytest.approx(weights / 2**20, abs=0.1)
-    assert said["shapes"] == "testbed"
+    announced = json.loads(done.stdout)
+    files = sum(path.stat().st_size for path in engine.iterdir())
+    assert announced["files_mib"] == pytest.approx(files / 2**20, rel=0.1)
+    assert announced["shapes"] == "testbed"
     assert not (tmp_path / "e").exists()
 
 
@@ -150,6 +134,9 @@ def test_dry_run_writes_nothing(tmp_path):
         (["--maps", "all"], "`maps` must be one of"),
         (["--format", "openvino"], "`format` must be one of"),
         (["--convolutions", "fft"], "`convolutions` must be one of"),
+        (["--gradient", "18x16"], "multiples of 4, got 18 x 16"),
+        (["--gradient", "16x16", "--maps", "none"], "gradient graphs need maps='reduced'"),
+        (["--layer", "up_blocks.9"], "no cross-attention layer matches"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
@@ -160,7 +147,8 @@ def test_bad_flags(tmp_path, flags, message, dry_run):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder(tmp_path):
-    done = run_cli("export", "--out", tmp_path)
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_an_existing_folder(tmp_path, dry_run):
+    done = run_cli("export", "--out", tmp_path, *dry_run)
     assert done.exit_code == 1
     assert "exists: give a new folder" in done.output

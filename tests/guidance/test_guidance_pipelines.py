@@ -19,7 +19,7 @@ def draw(pipe, prompt="a photo of a doctor", seeds=(1, 2), **options):
 
 def test_sdxl(sdxl_pipe):
     before = draw(sdxl_pipe)
-    with bm.guide(sdxl_pipe, PROMPT, scale=0.0):
+    with bm.guide(sdxl_pipe, PROMPT, bm.Energy(scale=0.0)):
         assert torch.equal(before, draw(sdxl_pipe))
     with bm.guide(sdxl_pipe, PROMPT) as guidance:
         assert not torch.equal(before, draw(sdxl_pipe))

@@ -15,8 +15,9 @@ from biasmap_fast import overlap
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("percentiles", [(95.0, 90.0), (70.0, 70.0), (50.0, 0.0), (33.3, 97.0)])
 def test_containment_is_numpys_masks(dtype, percentiles):
+    fractions = tuple(1 - percentile / 100 for percentile in percentiles)
     a, b = torch.randn(2, 4, 13, 9).to(dtype)
-    value = bm.containment(a, b, percentiles=percentiles)
+    value = bm.containment(a, b, fractions=fractions)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for i in range(4):
         kind = np.float64 if dtype == torch.float64 else np.float32
@@ -24,33 +25,28 @@ def test_containment_is_numpys_masks(dtype, percentiles):
         first, second = x > np.percentile(x, percentiles[0]), y > np.percentile(y, percentiles[1])
         expected = (first & second).sum() / first.sum()
         assert value[i].item() == pytest.approx(expected, rel=1e-6)
-    assert torch.equal(bm.containment(a[0], b[0], percentiles=percentiles), value[0])
+    assert torch.equal(bm.containment(a[0], b[0], fractions=fractions), value[0])
 
 
 def test_equal_fractions_order_as_iou_does():
     a, b = torch.randn(2, 50, 16, 16)
-    inside = bm.containment(a, b, percentiles=(70.0, 70.0))
-    torch.testing.assert_close(inside / (2 - inside), bm.iou(a, b, percentile=70.0))
+    inside = bm.containment(a, b, fractions=(0.3, 0.3))
+    torch.testing.assert_close(inside / (2 - inside), bm.iou(a, b, fraction=0.3))
 
 
-def test_an_empty_first_mask_is_flagged():
+def test_empty_masks():
     flat, x = torch.ones(8, 8), torch.rand(8, 8)
-    value, empty = overlap.containment_with_flags(torch.stack((flat, x)), torch.stack((x, x)))
-    assert value[0] == 0.0
-    assert value[1] == 1.0
-    assert empty.tolist() == [True, False]
+    value = bm.containment(torch.stack((flat, x)), torch.stack((x, x)))
+    assert value.tolist() == [0.0, 1.0]
     assert bm.containment(x, flat) == 0.0
     assert bm.containment(torch.rand(0, 4, 4), torch.rand(0, 4, 4)).shape == (0,)
 
 
 def test_chance_is_what_unrelated_maps_give():
     a, b = torch.rand(2, 400, 32, 32, generator=torch.Generator().manual_seed(0))
-    for percentiles in ((95.0, 90.0), (80.0, 70.0)):
-        values = bm.containment(a, b, percentiles=percentiles)
-        chance = bm.chance_containment(percentiles)
-        assert abs(values.mean() - chance) < 4 * values.std() / math.sqrt(400)
-        assert bm.corrected_containment(chance, percentiles=percentiles) == 0.0
-        assert bm.corrected_containment(1.0, percentiles=percentiles) == 1.0
+    for fractions in ((0.05, 0.1), (0.2, 0.3)):
+        values = bm.containment(a, b, fractions=fractions)
+        assert abs(values.mean() - fractions[1]) < 4 * values.std() / math.sqrt(400)
 
 
 def test_soft_containment_is_the_soft_masks():
@@ -98,16 +94,15 @@ def test_pairs_of_many_concepts():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda a: bm.containment(a, a, percentiles=95.0), "`percentiles` must be two numbers"),
-        (lambda a: bm.containment(a, a, percentiles=(95.0,)), "must be two numbers, .* got"),
-        (lambda a: bm.containment(a, a, percentiles=(95.0, 100.0)), r"in \[0, 100\), got 100"),
+        (lambda a: bm.containment(a, a, fractions=0.05), "`fractions` must be two numbers"),
+        (lambda a: bm.containment(a, a, fractions=(0.05,)), "must be two numbers, .* got"),
+        (lambda a: bm.containment(a, a, fractions=(0.05, 0.0)), r"in \(0, 1\], got 0"),
         (lambda a: bm.containment(a, a[:1]), "`a` and `b` must be alike"),
         (lambda a: bm.containment(a, a / 0.0), "`b` must be finite: 32 of 32 values at batch"),
         (lambda a: bm.soft_containment(a, a, fractions=0.1), "`fractions` must be two numbers"),
         (lambda a: bm.soft_containment(a, a, fractions=(0.1, 1.0)), "`fraction` must be in"),
         (lambda a: bm.soft_containment(a, a, temperature=0.0), "`temperature` must be at least"),
         (lambda a: bm.soft_containment(a / 0.0, a), "`a` must be finite"),
-        (lambda _: bm.chance_containment((1.0, -1.0)), r"in \[0, 100\), got -1"),
     ],
 )
 def test_bad_input(call, message):

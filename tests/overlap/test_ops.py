@@ -312,21 +312,24 @@ def test_a_second_derivative_through_the_native_op_is_refused():
     x = torch.rand(2, 64, requires_grad=True)
     iou = ops.soft_iou(x[None], torch.tensor([[0, 1]]), 0.3, 0.1)
     for value in (ops.soft_topk(x, 0.3, 0.1)[:, 0].sum(), iou.sum()):
+        (plain,) = torch.autograd.grad(value, x, retain_graph=True)
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        assert torch.equal(gradient, plain)
         with pytest.raises(RuntimeError, match="first derivatives only.*BIASMAP_BACKEND=reference"):
-            torch.autograd.grad(value, x, create_graph=True)
+            torch.autograd.grad(gradient.square().sum(), x)
 
 
 def samples():
     maps, x = torch.rand(2, 3, 70), torch.rand(4, 70)
     op = torch.ops.biasmap
     mask, state = op.soft_topk(x, 0.3, 0.01)
-    iou, states = op.soft_iou(maps, PAIRS, 0.3, 0.01)
+    iou, states, means = op.soft_iou(maps, PAIRS, 0.3, 0.01)
     return {
         "pairs_iou": (maps, PAIRS, 70.0),
         "soft_topk": (x, 0.3, 0.01),
-        "soft_topk_backward": (torch.rand(4, 70), mask, state),
+        "soft_topk_backward": (torch.rand(4, 70), x, 0.3, 0.01, mask, state),
         "soft_iou": (maps, PAIRS, 0.3, 0.01),
-        "soft_iou_backward": (torch.rand(2, 4), iou, maps, PAIRS, states, 0.3),
+        "soft_iou_backward": (torch.rand(2, 4), maps, PAIRS, 0.3, 0.01, iou, states, means),
     }
 
 

@@ -31,16 +31,16 @@ def two_maps(draw):
 
 
 @settings(deadline=None, max_examples=60)
-@given(two_maps(), st.floats(0, 99.9))
-def test_hard_iou_properties(maps, percentile):
+@given(two_maps(), st.floats(0.001, 1.0))
+def test_hard_iou_properties(maps, fraction):
     a, b = maps
-    value = bm.iou(a, b, percentile=percentile)
+    value = bm.iou(a, b, fraction=fraction)
     assert 0 <= value <= 1
-    assert torch.equal(value, bm.iou(b, a, percentile=percentile))
+    assert torch.equal(value, bm.iou(b, a, fraction=fraction))
     order = torch.randperm(a[0].numel(), generator=torch.Generator().manual_seed(0))
     shuffled = (x.flatten()[order].reshape(x.shape) for x in maps)
-    assert torch.equal(value, bm.iou(*shuffled, percentile=percentile))
-    same, empty = overlap.iou_with_flags(a, a, percentile=percentile)
+    assert torch.equal(value, bm.iou(*shuffled, fraction=fraction))
+    same, empty = overlap.iou_and_empty(torch.stack((a, a), 1).flatten(2), fraction)
     assert same == 1 or (same == 0 and empty)  # empty: all values above the rest tie
 
 
@@ -83,9 +83,22 @@ def test_shapes_and_dtypes(shape, dtype):
 def test_values_by_hand():
     a = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     b = torch.tensor([[3.0, 0.0, 1.0, 2.0]])
-    assert bm.iou(a, b, percentile=50).item() == pytest.approx(1 / 3)
-    assert bm.iou(a, b, percentile=70).item() == 0.0
-    assert bm.iou(a, b, percentile=0).item() == 0.5
+    assert bm.iou(a, b, fraction=0.5).item() == pytest.approx(1 / 3)
+    assert bm.iou(a, b, fraction=0.3).item() == 0.0
+    assert bm.iou(a, b, fraction=1.0).item() == 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("percent", [100, 70, 50, 45, 33.3, 30, 10, 5, 1])
+def test_masks_of_a_fraction_are_numpys_to_the_bit(percent, dtype):
+    """0.3 of the pixels is `numpy.percentile(map, 70)`, whatever 100 * (1 - 0.3) rounds to."""
+    maps = np.random.default_rng(0).integers(0, 50, (40, 2, 11, 13)).astype(dtype) / 7
+    value = bm.iou(*torch.from_numpy(maps).unbind(1), fraction=percent / 100)
+    levels = np.percentile(maps, round(100 - percent, 1), axis=(2, 3), keepdims=True)
+    first, second = (maps > levels).swapaxes(0, 1)
+    both, either = (first & second).sum((1, 2)), (first | second).sum((1, 2))
+    expected = both.astype(dtype) / np.maximum(either, 1).astype(dtype)
+    assert value.numpy().tobytes() == expected.astype(dtype).tobytes()
 
 
 def test_a_row_of_a_map_is_not_the_map():
@@ -127,9 +140,9 @@ def test_empty_batches():
 
 def test_constant_maps_are_counted_as_empty():
     flat, x = torch.ones(1, 8, 8), torch.rand(1, 8, 8)
-    value, empty = overlap.iou_with_flags(flat, flat)
+    value, empty = overlap.iou_and_empty(torch.stack((flat, flat), 1).flatten(2), 0.3)
     assert (value.item(), empty.item()) == (0.0, True)
-    value, empty = overlap.iou_with_flags(flat, x)
+    value, empty = overlap.iou_and_empty(torch.stack((flat, x), 1).flatten(2), 0.3)
     assert (value.item(), empty.item()) == (0.0, False)
     assert bm.pairwise_iou(torch.stack((flat, x), dim=1)).tolist() == [[[0.0, 0.0], [0.0, 1.0]]]
     p = 0.3  # two flat masks of 0.3 everywhere overlap as unrelated ones do
@@ -140,35 +153,37 @@ def test_chance_level_is_what_unrelated_maps_give():
     maps = torch.rand(200, 2, 32, 32, generator=torch.Generator().manual_seed(0))
     values = bm.pairwise_iou(maps)[:, 0, 1]
     assert values.mean().item() == pytest.approx(bm.chance_iou(0.3), abs=0.004)
-    assert bm.corrected_iou(values, fraction=0.3).mean().item() == pytest.approx(0, abs=0.005)
+    assert bm.corrected(values, bm.chance_iou(0.3)).mean().item() == pytest.approx(0, abs=0.005)
 
 
-@pytest.mark.parametrize(("side", "percentile", "told"), [(16, 70.0, 0.178), (8, 90.0, 0.062)])
-def test_masks_of_few_pixels_meet_a_little_more_than_the_chance_level(side, percentile, told):
+@pytest.mark.parametrize(("side", "fraction", "told"), [(16, 0.3, 0.178), (8, 0.1, 0.062)])
+def test_masks_of_few_pixels_meet_a_little_more_than_the_chance_level(side, fraction, told):
     """As docs/statistics.md says; how many pixels two random masks share is hypergeometric."""
     pixels = side * side
-    kept = pixels - 1 - math.floor(percentile / 100 * (pixels - 1))
+    kept = pixels - 1 - math.floor((1 - fraction) * (pixels - 1))
     shared = np.arange(kept + 1)
     chances = hypergeom(pixels, kept, kept).pmf(shared)
     expected = float((chances * shared / (2 * kept - shared)).sum())
     assert expected == pytest.approx(told, abs=5e-4)
-    assert expected > bm.chance_iou(1 - percentile / 100)
+    assert expected > bm.chance_iou(fraction)
     maps = torch.rand(4000, 2, side, side, generator=torch.Generator().manual_seed(0))
-    values = bm.pairwise_iou(maps, percentile=percentile)[:, 0, 1]
+    values = bm.pairwise_iou(maps, fraction=fraction)[:, 0, 1]
     assert values.mean().item() == pytest.approx(expected, abs=4 * values.std().item() / 4000**0.5)
 
 
 def test_chance_and_correction_take_floats_arrays_and_tensors():
     assert bm.chance_iou(0.3) == pytest.approx(0.3 / 1.7)
-    assert bm.corrected_iou(1.0, fraction=0.3) == 1.0
-    assert bm.corrected_iou(bm.chance_iou(0.3), fraction=0.3) == 0.0
+    chance = bm.chance_iou(0.3)
+    assert bm.corrected(1.0, chance) == 1.0
+    assert bm.corrected(chance, chance) == 0.0
     for make in (np.array, torch.tensor):
         levels = bm.chance_iou(make([0.1, 0.3]))
-        corrected = bm.corrected_iou(make([0.0, 1.0]), fraction=0.3)
+        corrected = bm.corrected(make([0.0, 1.0]), chance)
         assert type(levels) is type(corrected) is type(make([0.0]))
         assert levels.tolist() == pytest.approx([0.1 / 1.9, 0.3 / 1.7])
         assert corrected.tolist() == pytest.approx([-0.3 / 1.4, 1.0])
-    assert bm.corrected_iou(torch.rand(3), fraction=0.3).dtype == torch.float32
+        assert bm.corrected(make([0.5, 1.0]), make([0.5, 0.5])).tolist() == [0.0, 1.0]
+    assert bm.corrected(torch.rand(3), chance).dtype == torch.float32
 
 
 NAN = torch.rand(3, 8, 8)
@@ -188,9 +203,9 @@ REFUSED = [
     (bm.iou, (MAP, MAP[:2]), {}, ValueError, r"alike, got \[3, 8, 8\] .* and \[2, 8, 8\]"),
     (bm.iou, (MAP, MAP.double()), {}, ValueError, "alike, got .* float32 and .* float64"),
     (bm.iou, (MAP, MAP.to("meta")), {}, ValueError, "on one device, got cpu and meta"),
-    (bm.iou, (MAP, MAP), {"percentile": 100}, ValueError, r"in \[0, 100\), got 100"),
-    (bm.iou, (MAP, MAP), {"percentile": -1}, ValueError, r"in \[0, 100\), got -1"),
-    (bm.iou, (MAP, MAP), {"percentile": math.nan}, ValueError, r"in \[0, 100\), got nan"),
+    (bm.iou, (MAP, MAP), {"fraction": 0}, ValueError, r"in \(0, 1\], got 0"),
+    (bm.iou, (MAP, MAP), {"fraction": 30}, ValueError, r"in \(0, 1\], got 30"),
+    (bm.iou, (MAP, MAP), {"fraction": math.nan}, ValueError, r"in \(0, 1\], got nan"),
     (bm.iou, (MAP, NAN), {}, ValueError, "`b` must be finite: 2 of 64 values at batch index 2 are"),
     (bm.soft_iou, (NAN, MAP), {}, ValueError, "`a` must be finite: 2 of 64 .* batch index 2 "),
     (bm.soft_iou, (MAP, MAP), {"fraction": 0}, ValueError, r"`fraction` .* \(0, 1\), got 0"),
@@ -204,7 +219,7 @@ REFUSED = [
     (bm.pairwise_iou, (MAPS.int(),), {}, TypeError, r"got \[2, 3, 8, 8\] int32"),
     (bm.pairwise_iou, (MAP,), {}, ValueError, r"\[B, K, H, W\] with H, W >= 1, got \[3, 8, 8\]"),
     (bm.pairwise_iou, (MAPS[..., :0],), {}, ValueError, r"got \[2, 3, 8, 0\]"),
-    (bm.pairwise_iou, (MAPS,), {"percentile": 101}, ValueError, "got 101"),
+    (bm.pairwise_iou, (MAPS,), {"fraction": -0.01}, ValueError, "got -0.01"),
     (bm.pairwise_iou, (INF,), {}, ValueError, "1 of 64 values at batch index 1, concept 2 are NaN"),
     (bm.soft_topk, (1.0,), {}, TypeError, "`x` must be a torch tensor, got float"),
     (bm.soft_topk, (MAP.int(),), {}, TypeError, "`x` must be float16"),
@@ -214,7 +229,7 @@ REFUSED = [
     (bm.soft_topk, (NAN,), {}, ValueError, "`x` must be finite: 2 of 8 values at batch index 20"),
     (bm.chance_iou, (0.0,), {}, ValueError, r"`fraction` must be in \(0, 1\), got 0.0"),
     (bm.chance_iou, (torch.tensor([0.5, 1.0]),), {}, ValueError, "`fraction` must be in"),
-    (bm.corrected_iou, (0.5,), {"fraction": 30}, ValueError, r"in \(0, 1\), got 30"),
+    (bm.corrected, (0.5, 1.0), {}, ValueError, r"`chance` must be in \[0, 1\), got 1.0"),
 ]
 
 
@@ -235,9 +250,9 @@ def test_a_range_beyond_float32(monkeypatch):
         bm.soft_iou(a, b)
 
 
-def test_percentile_is_by_keyword():
+def test_fraction_is_by_keyword():
     with pytest.raises(TypeError, match="positional"):
-        bm.iou(MAP, MAP, 70.0)
+        bm.iou(MAP, MAP, 0.3)
 
 
 def test_arguments_are_not_changed():
@@ -254,7 +269,7 @@ def test_arguments_are_not_changed():
 def test_public_functions_compile_into_one_graph(dtype):
     def everything(a, b):
         soft = bm.soft_iou(a, b) + bm.soft_topk(a, dim=(-2, -1)).amax((-2, -1))
-        return soft, bm.corrected_iou(bm.iou(a, b), fraction=0.3), bm.pairwise_iou(a[None])
+        return soft, bm.corrected(bm.iou(a, b), 0.2), bm.pairwise_iou(a[None])
 
     a, b = (torch.rand(3, 8, 8, dtype=dtype, requires_grad=True) for _ in "ab")
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..attribution import AttributionCache, attribute, placement_of, tokens_of
+from ..attribution import AttributionCache, attribute
 from ..guidance import guide
-from ..unet import engine_of
+from ..sources import engine_of
 from .plan import Picture
 from .settings import GUIDED
 
@@ -99,9 +99,11 @@ def draw(
             width=plan.width,
             output_type="np" if all_decoded else "latent",
         )
-    maps = {by: _maps(recorder, by) for by in _kept_apart(plan)}
+    maps: dict[str, Mapping[str, AttributionMaps]] = {
+        by: recorder.maps_by_prompt(by) for by in _kept_apart(plan)
+    }
     if other is not None:
-        maps["branch"] = _maps(other, None)
+        maps["branch"] = other.maps_by_prompt()
     blocked = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
     if all_decoded:
         arrays = np.asarray(output.images)  # [B, H, W, 3]
@@ -137,7 +139,7 @@ def check_drawable(pipe: Any, plan: AuditPlan, condition: str) -> None:
     for profession in plan.professions:
         engine.check_gradient(
             (height, width),
-            [tokens_of(None, prompt, pipe)[0] for prompt in prompts_of(plan, profession)],
+            [cache.attribution.tokens(pipe, prompt)[0] for prompt in prompts_of(plan, profession)],
             fraction=plan.energy.fraction,
             temperature=plan.energy.temperature,
         )
@@ -154,14 +156,6 @@ def prompts_of(
 
 def _kept_apart(plan: AuditPlan) -> tuple[Any, ...]:
     return ("block", *(by for by in plan.sweeps if by != "branch"))
-
-
-def _maps(recorder: Recorder, by: Any) -> Mapping[str, AttributionMaps]:
-    """A recorder's maps by the name of their prompt."""
-    maps = recorder.maps() if by is None else recorder.maps(by)
-    if not isinstance(maps, dict):
-        raise TypeError(f"expected maps by prompt name, got {type(maps).__name__}")
-    return maps
 
 
 def _recorder(
@@ -239,7 +233,7 @@ def _words(pipe: Any, plan: AuditPlan, pictures: Sequence[Picture], cache: Cache
         return words
     for prompt in prompts:
         if prompt not in cache.embeddings:
-            device = placement_of(cache.attribution, pipe).device
+            device = cache.attribution.device(pipe)
             cache.embeddings[prompt] = _embedded(pipe, plan, prompt, device)
     embeddings = [cache.embeddings[prompt] for prompt in prompts]
     return {name: torch.cat([one[name] for one in embeddings]) for name in embeddings[0]}
@@ -269,15 +263,15 @@ def _guidance(pipe: Any, plan: AuditPlan, pictures: Sequence[Picture], cache: Ca
     """Guidance of every picture by the pairs that are measured on it."""
     if plan.energy is None:
         raise ValueError("the condition 'guided' needs `energy`")
+    pairs = tuple(
+        tuple((picture.profession, pair.word) for pair in plan.pairs(picture.profession))
+        for picture in pictures
+    )
     return guide(
         pipe,
         [prompts_of(plan, picture.profession) for picture in pictures],
-        pairs=[
-            [(picture.profession, pair.word) for pair in plan.pairs(picture.profession)]
-            for picture in pictures
-        ],
+        plan.energy.model_copy(update={"pairs": pairs}),
         branch=plan.branch,
         strict=False,  # a picture that was hardly guided becomes a row that says so
         cache=cache.attribution,
-        **plan.energy.model_dump(),
     )

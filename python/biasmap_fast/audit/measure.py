@@ -68,7 +68,7 @@ class Measure:
 
 def _iou(plan: AuditPlan, a: torch.Tensor, b: torch.Tensor, setting: Setting) -> Values:
     pairs = torch.stack((_evaluated(plan, a), _evaluated(plan, b)), dim=1)  # [R, 2, H, W]
-    values, empty = overlap.iou_of_pairs(pairs.flatten(2), percentile=_percentile(setting[0]))
+    values, empty = overlap.iou_and_empty(pairs.flatten(2), setting[0])
     return Values(values, overlap.chance_iou(setting[0]), empty)
 
 
@@ -91,10 +91,6 @@ def _evaluated(plan: AuditPlan, maps: torch.Tensor) -> torch.Tensor:
     if plan.evaluation_size is None:
         return maps
     return resize(maps[:, None], (plan.evaluation_size, plan.evaluation_size))[:, 0]
-
-
-def _percentile(fraction: float) -> float:
-    return round(100 * (1 - fraction), 10)  # so that masks are numpy's to the bit
 
 
 def _fractions(plan: AuditPlan) -> list[Setting]:
@@ -324,7 +320,7 @@ def _mask_rows(
 def _mask_bits(maps: torch.Tensor, fraction: float) -> list[bytes]:
     flat = maps.flatten(1).numpy()  # [R, N]
     # Of large maps three times as fast as `reference.percentile`, and the same bits (of numpy 2).
-    mask = flat > np.percentile(flat, _percentile(fraction), axis=1, keepdims=True)
+    mask = flat > np.percentile(flat, overlap.percentile_of(fraction), axis=1, keepdims=True)
     return packed(mask)
 
 

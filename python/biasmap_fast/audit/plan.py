@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import ValidationError, model_validator
 
 from .. import presets
@@ -179,6 +178,8 @@ class AuditPlan(PlanSettings):
             )
 
     def _check_conditions(self) -> None:
+        if self.energy is not None and self.energy.pairs is not None:
+            raise ValueError("`energy.pairs` are those that the audit measures: leave them out")
         for name in self.conditions:
             if name not in (PLAIN, GUIDED, *self.interventions):
                 raise ValueError(
@@ -335,6 +336,8 @@ class AuditPlan(PlanSettings):
 
     def to_yaml(self) -> str:
         """Returns the complete plan as YAML; `from_yaml` reads it back unchanged."""
+        import yaml
+
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     @classmethod
@@ -350,6 +353,8 @@ def setting_of(fractions: Sequence[float]) -> str:
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Reads the settings in a YAML file, not yet checked."""
+    import yaml
+
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

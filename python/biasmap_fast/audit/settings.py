@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVa
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .. import presets
+from ..energy import Energy
 from ..pipelines import TESTBED
 from . import conditions as texts
 
@@ -56,25 +57,6 @@ Part = Literal["step", "layer", "branch"]
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Energy(_Settings):
-    """The energy of the condition ``"guided"``; every field as in `biasmap_fast.guide`.
-
-    Its pairs are those that the audit measures, its branch is the plan's.
-    """
-
-    scale: float = Field(default=100.0, allow_inf_nan=False)
-    fraction: float = Field(default=0.3, gt=0, lt=1)
-    temperature: float = Field(default=0.01, ge=1e-6, allow_inf_nan=False)
-    clip: float | Literal["skip"] | None = 1.0
-    start: float = Field(default=0.0, ge=0, lt=1)
-    stop: float = Field(default=1.0, gt=0, le=1)
-    every: int = Field(default=1, ge=1)
-    inner_steps: int = Field(default=1, ge=1)
-    accumulate: bool = False
-    layers: tuple[str, ...] | None = None
-    containment: tuple[float, float] | None = None
 
 
 class Containment(_Settings):
@@ -166,8 +148,9 @@ class PlanSettings(_Settings):
     seeds: Accepts[tuple[Seed, ...], Sequence[int]] = Field(
         default=_kept(tuple(range(20))), max_length=_MOST_SEEDS
     )
-    """One picture is drawn per profession, seed and condition. With a precision these are the
-    first round, at least 10. [default: 0 to 19; with a precision 1 / precision if that is more]"""
+    """One picture is drawn per profession, seed and condition. On the command line a count ('20':
+    0 to 19), a range ('5-24') or a list. With a precision they are the first round, at least 10.
+    [default: 20; with a precision 1 / precision if that is more]"""
     precision: float | None = Field(default=None, ge=1e-4, lt=0.5)
     """Draw as many seeds as needed: in rounds, until the 95 % interval of each profession's mean
     measure is within plus and minus this, with every word and under every condition.

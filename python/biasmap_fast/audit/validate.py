@@ -122,9 +122,8 @@ def _values(plan: AuditPlan, pictures: pd.DataFrame, rows: pd.DataFrame) -> Iter
         "it is measured and has no value between 0 and 1": measured
         & ~rows["value"].between(0, 1 + _TOLERANCE),
         "it is not measured and has a value": ~measured & rows["value"].notna(),
-        "its chance is not that of its setting": ~np.isclose(
-            rows["chance"], chance, atol=_TOLERANCE
-        ),
+        "its chance is not that of its setting": measured
+        & ~np.isclose(rows["chance"], chance, atol=_TOLERANCE),
     }
     for text, where in wrong.items():
         for row in rows[where].itertuples():

@@ -1,13 +1,14 @@
-"""Engines: a UNet with its attribution maps, and with their energy's gradient, outside torch.
+"""Engines: a UNet with its attribution maps, and with the gradient of their energy, outside torch.
 
-`export_unet` writes a folder; `load_engine` makes of it what a pipeline takes for its UNet.
+`export_unet` writes a folder; `load_engine` loads it as the UNet of a pipeline.
 """
 
 from __future__ import annotations
 
 from .errors import EngineError
+from .gradient import Gradient
 from .manifest import Manifest
-from .onnx import Gradient, export_unet
+from .onnx import export_unet
 from .runtime import EngineUNet, load_engine
 from .shapes import PRESETS, Range, Shapes
 

@@ -1,4 +1,4 @@
-"""What ``biasmap export`` does once its flags are read."""
+"""What ``biasmap export`` does once its options are read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .onnx import Gradient, check_options, export_unet, sizes
-from .shapes import preset_of
+from .gradient import Gradient
+from .onnx import Export
 
 
 def run_export(
@@ -29,76 +29,39 @@ def run_export(
     dry_run: bool,
     say: Callable[[str], None] | None,
 ) -> dict[str, Any]:
-    """Exports a pipeline's UNet, or says what that would write.
+    """Exports a pipeline's UNet, or checks everything and returns what that would write.
 
-    Args:
-        pipe: the pipeline.
-        out: folder to write.
-        shapes: name of a preset; None for the one of the UNet's own size.
-        dtype: of the weights; None for the UNet's.
-        maps: as in `export_unet`.
-        opset: as in `export_unet`.
-        layers: as in `export_unet`.
-        gradients: ``"64x64"``, sizes of latents.
-        gradient_prompts: most attribution prompts of one image in their graphs.
-        convolutions: as in `export_unet`.
-        kind: ``"onnx"`` or ``"tensorrt"``.
-        verify: as in `export_unet`.
-        dry_run: write nothing.
-        say: called with a line for every step.
-
-    Returns:
-        What was written, as plain values.
-
-    Raises:
-        ValueError: a size of latents cannot be read, or an option is unknown.
+    Options as in `export_unet`; ``gradients`` are sizes of latents, ``"64x64"``, and
+    ``gradient_prompts`` the most attribution prompts per image in their graphs. ``say`` is called
+    with a line per step.
     """
-    preset = shapes or preset_of(pipe.unet)
-    chosen = dtype or str(pipe.unet.dtype).removeprefix("torch.")
-    graphs = [_gradient(text, pipe, gradient_prompts) for text in gradients]
+    graphs = tuple(_gradient(text, pipe, gradient_prompts) for text in gradients)
+    export = Export(pipe, out, kind, dtype, maps, opset, shapes, layers, graphs, convolutions)  # type: ignore[arg-type]
+    written: dict[str, Any] = {"folder": str(out), "shapes": export.preset, "dtype": export.dtype}
     if dry_run:
-        check_options(kind, chosen, maps, opset, convolutions, graphs)
-        found = sizes(pipe, dtype=chosen, shapes=preset)
-        files = found["weights"] * (1 + len(graphs))
-        return {
-            "folder": str(out),
-            "shapes": preset,
-            "dtype": chosen,
-            "files_mib": round(files / 2**20, 1),
-            "maps_kib_per_image_and_call": round(found["maps"] / 2**10, 1),
-            "probabilities_kib_per_image_and_call": round(found["probabilities"] / 2**10, 1),
-        }
+        sizes = export.sizes()
+        written["files_mib"] = round(sizes["folder"] / 2**20, 1)
+        if kind != "onnx":
+            written["plans_mib"] = "known when they are built"
+        written["maps_kib_per_image_and_call"] = round(sizes["maps"] / 2**10, 1)
+        written["probabilities_kib_per_image_and_call"] = round(sizes["probabilities"] / 2**10, 1)
+        return written
     begun = time.perf_counter()
 
     def step(name: str) -> None:
         if say is not None:
             say(f"{time.perf_counter() - begun:6.1f} s  {name}")
 
-    manifest = export_unet(
-        pipe,
-        out,
-        format=kind,  # type: ignore[arg-type]
-        dtype=dtype,
-        maps=maps,  # type: ignore[arg-type]
-        opset=opset,
-        shapes=preset,
-        layers=layers,
-        gradients=graphs,
-        convolutions=convolutions,  # type: ignore[arg-type]
-        verify=verify,
-        progress=step,
-    )
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return {
-        "folder": str(out),
-        "shapes": preset,
-        "dtype": manifest.dtype,
+    manifest = export.write(verify, step)
+    files = sum(path.stat().st_size for path in out.iterdir())
+    return written | {
         "opset": manifest.graph.opset,
-        "files_mib": round(written / 2**20, 1),
+        "files_mib": round(files / 2**20, 1),
+        "plans": [plan.file for plan in manifest.plans],
         "seconds": round(time.perf_counter() - begun, 1),
         "difference_from_torch": {
             graph.file: {k: v for k, v in graph.parity.items() if k != "shapes"}
-            for graph in manifest.files
+            for graph in manifest.graphs
         },
     }
 

@@ -1,4 +1,4 @@
-"""What can go wrong between a UNet and its engine; every message says what to do."""
+"""What can go wrong between a UNet and its engine; every message names the remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ParityError(ExportError):
 
 
 class ManifestError(EngineError):
-    """The folder holds no engine of this version, or not a whole one."""
+    """The folder holds no engine of this version, or its files are not those that were exported."""
 
 
 class WrongModelError(EngineError):
@@ -28,7 +28,7 @@ class WrongModelError(EngineError):
 
 
 class ShapeError(EngineError):
-    """An input's shape lies outside what the engine takes."""
+    """The shape of an input is outside what the engine takes."""
 
 
 class DeviceError(EngineError):
@@ -36,4 +36,4 @@ class DeviceError(EngineError):
 
 
 class MissingExtraError(EngineError, ImportError):
-    """A package of an extra is not installed, or not whole."""
+    """A package of an extra is missing or incomplete."""

@@ -1,8 +1,8 @@
 """The graph that is exported: a UNet whose outputs are the noise prediction and attribution maps.
 
 Attribution prompts come in as hidden states and concept weights, so one engine serves every
-concept. Maps go out a UNet block at a time: block IoU and the total both come from them, and the
-largest, six maps a concept for SD 1.5, is 1/70 of the attention probabilities they are made of.
+concept. Maps go out per UNet block: block IoU and the total both come from them, and six maps per
+concept, as of SD 1.5, take 1/70 of the bytes of the attention probabilities they are made of.
 
 Uses `reference`, never the custom ops: an operator that ONNX does not know cannot be exported.
 """
@@ -14,15 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch.nn.functional import interpolate
 
-from ..reference import attention, soft_topk
+from ..reference import attention
 from ..unet import CrossAttention, cross_attention_layers
 from .errors import UnsupportedUNetError
-from .shapes import Tensor, area, halved
+from .shapes import Dtype, Tensor, halved
 
 Maps = Literal["reduced", "probabilities", "none"]
 Convolutions = Literal["direct", "winograd"]
@@ -33,18 +34,11 @@ _PADDING = 1e4
 
 @dataclass(frozen=True)
 class Layer:
-    """A cross-attention layer of the graph.
-
-    Attributes:
-        name: dotted name in the UNet.
-        block: the UNet block it lies in.
-        level: how often its resolution is the latents' halved.
-        heads: number of attention heads.
-    """
+    """A cross-attention layer of the graph."""
 
     name: str
     block: str
-    level: int
+    level: int  # how often its resolution is the latents' halved
     heads: int
 
 
@@ -52,11 +46,10 @@ class AttributionGraph(torch.nn.Module):
     """UNet -> noise prediction and maps, with tensors as inputs and nothing else.
 
     Args:
-        unet: a `UNet2DConditionModel` in the engine's type, see `prepared`.
+        unet: a `UNet2DConditionModel` as `prepared` returns it.
         layers: the layers that are attributed.
-        maps: ``"reduced"``: maps ``[B, P, blocks, K, H, W]`` float32, of P prompts, H and W being
-            the largest layer's;
-            ``"probabilities"``: each layer's ``[B, P, heads, T', n]`` float32 instead;
+        maps: ``"reduced"``: maps ``[B, P, blocks, K, H, W]`` float32 of P prompts, H and W those of
+            the largest layer; ``"probabilities"``: ``[B, P, heads, T', n]`` float32 per layer;
             ``"none"``: the noise prediction alone.
     """
 
@@ -67,30 +60,18 @@ class AttributionGraph(torch.nn.Module):
         self.unet = unet
         self.maps = maps
         self._layers = tuple(layers)
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The attributed layers, in the order of their maps."""
-        count = len(self.unet.config.down_block_types)
-        return tuple(
-            Layer(layer.name, layer.block, level_of(layer.block, count), layer.heads)
-            for layer in self._layers
+        levels = len(unet.config.down_block_types)
+        self.layers = tuple(
+            Layer(layer.name, layer.block, level_of(layer.block, levels), layer.heads)
+            for layer in layers
         )
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """The blocks of ``maps``, in order."""
-        return tuple(dict.fromkeys(layer.block for layer in self._layers))
-
-    @property
-    def multiple(self) -> int:
-        """What heights and widths must be multiples of, so that levels halve evenly."""
-        return 1 << (len(self.unet.config.down_block_types) - 1)
+        self.blocks = tuple(dict.fromkeys(layer.block for layer in layers))
+        self.multiple = 1 << (levels - 1)  # of heights and widths, so that levels halve evenly
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """The inputs of `forward`, in order."""
-        config, half = self.unet.config, str(self.unet.dtype).removeprefix("torch.")
+        """Inputs of `forward`, in order."""
+        config, half = self.unet.config, self._dtype
         width = config.cross_attention_dim
         inputs = [
             Tensor("sample", half, ("batch", config.in_channels, "height", "width")),
@@ -115,7 +96,7 @@ class AttributionGraph(torch.nn.Module):
     @property
     def outputs(self) -> tuple[Tensor, ...]:
         """What `forward` returns, in order."""
-        half = str(self.unet.dtype).removeprefix("torch.")
+        half = self._dtype
         noise = Tensor(
             "noise_pred", half, ("batch", self.unet.config.out_channels, "height", "width")
         )
@@ -132,15 +113,25 @@ class AttributionGraph(torch.nn.Module):
                 Tensor(
                     f"probabilities.{layer.name}",
                     "float32",
-                    ("batch", "prompts", layer.heads, "attribution_tokens", area(layer.level)),
+                    (
+                        "batch",
+                        "prompts",
+                        layer.heads,
+                        "attribution_tokens",
+                        f"pixels >> {layer.level}",
+                    ),
                 )
                 for layer in self.layers
             ),
         )
 
+    @property
+    def _dtype(self) -> Dtype:
+        return str(self.unet.dtype).removeprefix("torch.")  # type: ignore[return-value]
+
     def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One UNet call; the arguments are `inputs`, the results `outputs`."""
-        values = dict(zip((each.name for each in self.inputs), given, strict=True))
+        values = dict(zip((tensor.name for tensor in self.inputs), given, strict=True))
         added = {name: values[name] for name in ("text_embeds", "time_ids") if name in values}
         with _queries(self.unet, () if self.maps == "none" else self._layers) as seen:
             (noise,) = self.unet(
@@ -152,17 +143,16 @@ class AttributionGraph(torch.nn.Module):
             )
             if self.maps == "none":
                 return (noise,)
-            found = self._attributed(seen, values)
+            maps = self._by_layer(seen, values)
         if self.maps == "probabilities":
-            return (noise, *found)
-        return noise, self._by_block(found)
+            return (noise, *maps)
+        return noise, self._by_block(maps)
 
-    def _attributed(
+    def _by_layer(
         self, seen: Mapping[str, Any], values: Mapping[str, torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Each layer's maps ``[B, P, K, h, w]``, or probabilities ``[B, P, heads, T', n]``."""
+    ) -> list[torch.Tensor]:  # maps [B, P, K, h, w], or probabilities [B, P, heads, T', n]
         states, mask = values["attribution_hidden_states"], values["attribution_mask"]
-        # In the place of padding a token of the prompt, so that no score lies beyond the prompt's.
+        # Padding is replaced by a token of the prompt, so that no score is beyond the prompt's.
         states = torch.where(mask[..., None] > 0.0, states, states[:, :1])
         reduced = self.maps == "reduced"
         if reduced:
@@ -170,23 +160,22 @@ class AttributionGraph(torch.nn.Module):
             sums = torch.cat([torch.ones_like(weights[:, :1]), weights], 1) * mask[:, None]
         else:
             bias = ((mask - 1.0) * _PADDING)[:, None, :, None]  # [P, 1, T', 1]
-        found = []
+        by_layer = []
         for layer in self._layers:
             query, size = seen[layer.name]
             rows = layer.split_heads(query)[:, None]  # [B, 1, heads, n, d]
             keys = layer.keys(states)  # [P, heads, T', d]
             if reduced:
                 maps = _concept_maps(rows, keys, sums)  # [B, P, K, n]
-                found.append(maps.unflatten(-1, size))  # type: ignore[no-untyped-call]
+                by_layer.append(maps.unflatten(-1, size))  # type: ignore[no-untyped-call]
             else:
-                found.append(attention(rows, keys, bias))
-        return found
+                by_layer.append(attention(rows, keys, bias))
+        return by_layer
 
-    def _by_block(self, found: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Maps of the layers as ``[B, P, blocks, K, H, W]`` at the largest layer's resolution."""
+    def _by_block(self, by_layer: Sequence[torch.Tensor]) -> torch.Tensor:
         sums: dict[str, torch.Tensor] = {}
         levels: dict[str, int] = {}
-        for layer, maps in zip(self.layers, found, strict=True):
+        for layer, maps in zip(self.layers, by_layer, strict=True):
             levels[layer.block] = layer.level
             sums[layer.block] = sums[layer.block] + maps if layer.block in sums else maps
         finest = min(levels, key=lambda block: levels[block])
@@ -195,66 +184,14 @@ class AttributionGraph(torch.nn.Module):
             maps if levels[block] == levels[finest] else upsampled(maps, height, width)
             for block, maps in sums.items()
         ]
-        return torch.stack(resized, dim=2)
-
-
-class EnergyGraph(torch.nn.Module):
-    """UNet -> noise prediction, maps, energy, SoftIoU of every two concepts, dE / d latents.
-
-    ``E = sum over pairs of weight * SoftIoU``, the weights of any two concepts of any two prompts
-    being an input ``pair_weights [1, P, K, P, K]``; padding has zeros there.
-    """
-
-    def __init__(self, graph: AttributionGraph, fraction: float, temperature: float) -> None:
-        super().__init__()
-        if graph.maps != "reduced":
-            raise ValueError(f"energy needs maps='reduced', got {graph.maps!r}")
-        self.graph = graph
-        self.fraction = fraction
-        self.temperature = temperature
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """The inputs of `forward`, in order."""
-        pairs = (1, "prompts", "concepts", "prompts", "concepts")
-        return (*self.graph.inputs, Tensor("pair_weights", "float32", pairs))
-
-    @property
-    def outputs(self) -> tuple[Tensor, ...]:
-        """What `forward` returns, in order."""
-        pairs = ("batch", "prompts", "concepts", "prompts", "concepts")
-        sample = self.graph.inputs[0].shape
-        return (
-            *self.graph.outputs,
-            Tensor("energy", "float32", ("batch",)),
-            Tensor("soft_iou", "float32", pairs),
-            Tensor("gradient", "float32", sample),
-        )
-
-    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One UNet call and its energy's gradient."""
-        *others, pair_weights = given
-        latents = others[0].detach().requires_grad_()
-        with torch.enable_grad():
-            noise, maps = self.graph(latents, *others[1:])
-            total = maps.sum(dim=2).flatten(-2).flatten(1, 2)  # [B, P * K, N]
-            masks = soft_topk(total, self.fraction, self.temperature)
-            both = masks @ masks.transpose(-1, -2)  # [B, P * K, P * K]
-            area = masks.sum(dim=-1)
-            soft_iou = both / (area[..., :, None] + area[..., None, :] - both)
-            soft_iou = soft_iou.reshape(-1, *pair_weights.shape[1:])  # [B, P, K, P, K]
-            energy = (pair_weights * soft_iou).flatten(1).sum(dim=1)  # [B]
-            # Images do not meet in the UNet: the gradient of the sum is each image's own.
-            (gradient,) = torch.autograd.grad(energy.sum(), latents)
-        found = (noise, maps, energy, soft_iou, gradient.float())
-        return tuple(value.detach() for value in found)
+        return torch.stack(resized, dim=2)  # [B, P, blocks, K, H, W]
 
 
 def attributed_layers(unet: Any, selection: Sequence[str] | None) -> list[CrossAttention]:
     """The layers that an engine of ``unet`` attributes; refuses what a graph cannot have.
 
     Raises:
-        UnsupportedUNetError: the UNet is of another class, or has inputs that the engine has not.
+        UnsupportedUNetError: the UNet is of another class, or has inputs that no engine has.
         ValueError: a layer is unknown or cannot be attributed.
     """
     from diffusers import UNet2DConditionModel
@@ -279,57 +216,56 @@ def attributed_layers(unet: Any, selection: Sequence[str] | None) -> list[CrossA
         raise UnsupportedUNetError(
             f"expected one cross_attention_dim for all blocks, got {config.cross_attention_dim}"
         )
-    return cross_attention_layers(_Holder(unet), selection)
+    return cross_attention_layers(SimpleNamespace(unet=unet), selection)
 
 
-@contextmanager
-def prepared(unet: Any, dtype: torch.dtype) -> Iterator[Any]:
-    """The UNet on the CPU in the engine's type: itself, frozen meanwhile, or a copy.
+def prepared(unet: Any, dtype: torch.dtype, *, plain: bool) -> Any:
+    """A copy of the UNet for an export, frozen, on the CPU; weights are shared where they can be.
 
-    Float32 islands lie around every norm and softmax of a half-precision copy.
+    Args:
+        unet: the UNet.
+        dtype: type of the copy; in half types every norm and softmax is computed in float32.
+        plain: write attention as products and a softmax, which half types, gradients and
+            TensorRT-RTX need, instead of one operator.
+
+    Raises:
+        UnsupportedUNetError: an attention layer cannot be written so.
     """
-    unet = getattr(unet, "_orig_mod", unet)
-    if dtype == torch.float32 and unet.dtype == torch.float32 and unet.device.type == "cpu":
-        frozen = [p for p in unet.parameters() if p.requires_grad]
-        training = unet.training
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            yield unet.eval()
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            unet.train(training)
-        return
-    made = copy.deepcopy(unet).to("cpu", dtype).eval().requires_grad_(False)
-    if dtype != torch.float32:
-        _add_islands(made)
-    yield made
+    tensors = [*unet.parameters(), *unet.buffers()]
+    memo: dict[int, Any] = {
+        id(t): t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype) for t in tensors
+    }
+    for parameter in unet.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(memo[id(parameter)], requires_grad=False)
+    made = copy.deepcopy(unet, memo).eval()
+    for module in made.modules():
+        if dtype != torch.float32 and isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.float()
+            module.register_forward_pre_hook(lambda norm, args: (args[0].float(),))
+            module.register_forward_hook(lambda norm, args, out: out.to(dtype))
+        elif (plain or dtype != torch.float32) and hasattr(module, "set_processor"):
+            check_plain(module)
+            module.set_processor(PlainAttention())
+    return made
 
 
 def _concept_maps(query: torch.Tensor, keys: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """`reference.concept_map` as a quotient of sums of exponentials.
+    """`reference.concept_map` ``[B, P, K, n]`` as a quotient of sums of exponentials.
 
-    A runtime's softmax over tokens, which are no last dimension, turns the scores twice.
-
-    Args:
-        query: ``[B, 1, heads, n, d]``.
-        keys: ``[P, heads, T', d]``, divided by sqrt(d).
-        sums: ``[P, 1 + K, T']``, ones and then the concepts' weights, all 0 at padding.
-
-    Returns:
-        ``[B, P, K, n]`` in the keys' type.
+    A runtime's softmax over tokens, which are not the last dimension, turns the scores twice.
+    ``query [B, 1, heads, n, d]``; ``keys [P, heads, T', d]``, divided by sqrt(d);
+    ``sums [P, 1 + K, T']``: ones and then the concepts' weights, all 0 at padding.
     """
     scores = keys @ query.to(keys.dtype).transpose(-1, -2)  # [B, P, heads, T', n]
     highest = scores.detach().amax(-2, keepdim=True)  # divides out, and has no gradient
-    found = sums[:, None] @ (scores - highest).exp()  # [B, P, heads, 1 + K, n]
-    return (found[..., 1:, :] / found[..., :1, :]).sum(2)
+    exponentials = sums[:, None] @ (scores - highest).exp()  # [B, P, heads, 1 + K, n]
+    return (exponentials[..., 1:, :] / exponentials[..., :1, :]).sum(2)
 
 
 def upsampled(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """`maps.resize` of a graph: ``[..., h, w]`` to ``[..., height, width]``.
 
-    Where a gradient is wanted, as two matrix products: ONNX has no operator for the other's.
+    Two matrix products if a gradient is wanted: ONNX has no gradient of its resizing operator.
     """
     if not maps.requires_grad:
         flat = maps.flatten(0, -4)  # [B, K, h, w]
@@ -345,15 +281,8 @@ def _interpolation(size: int, source: int, device: torch.device) -> torch.Tensor
     at = torch.arange(size, dtype=torch.float32, device=device)
     at = (at + 0.5) * (source / size) - 0.5
     at = at.clamp(min=0.0).minimum(torch.full_like(at, 1.0) * (source - 1))
-    places = torch.arange(source, dtype=torch.float32, device=device)
-    return (1.0 - (at[:, None] - places).abs()).clamp(min=0.0)
-
-
-@dataclass(frozen=True)
-class _Holder:
-    """What `cross_attention_layers` looks at of a pipeline."""
-
-    unet: Any
+    pixels = torch.arange(source, dtype=torch.float32, device=device)
+    return (1.0 - (at[:, None] - pixels).abs()).clamp(min=0.0)
 
 
 def level_of(name: str, count: int) -> int:
@@ -400,18 +329,23 @@ def _queries(unet: Any, layers: Sequence[CrossAttention]) -> Iterator[dict[str, 
         seen.clear()  # a traced pass must not leave its fake tensors behind
 
 
-def _add_islands(unet: Any) -> None:
-    for module in unet.modules():
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            module.float()
-            module.register_forward_pre_hook(lambda norm, args: (args[0].float(),))
-            module.register_forward_hook(lambda norm, args, out, dtype=unet.dtype: out.to(dtype))
-        elif hasattr(module, "set_processor"):
-            module.set_processor(_SoftmaxIsland())
+def check_plain(attn: Any) -> None:
+    """Refuses diffusers' `Attention` modules that `PlainAttention` cannot stand for."""
+    if (
+        attn.spatial_norm is not None
+        or attn.group_norm is not None
+        or attn.norm_q is not None
+        or attn.norm_cross
+        or attn.residual_connection
+    ):
+        raise UnsupportedUNetError(
+            "engines in half precision, with gradients or for TensorRT-RTX know the attention of "
+            "Stable Diffusion only, without norms of its own; export float32 to ONNX"
+        )
 
 
-class _SoftmaxIsland:
-    """Attention of diffusers' `Attention` module with its softmax in float32."""
+class PlainAttention:
+    """Attention of diffusers' `Attention` module as two products and a softmax in float32."""
 
     def __call__(
         self,
@@ -421,20 +355,9 @@ class _SoftmaxIsland:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        plain = (
-            attention_mask is None
-            and attn.spatial_norm is None
-            and attn.group_norm is None
-            and not attn.norm_cross
-            and not attn.residual_connection
-        )
-        if not plain:
-            raise UnsupportedUNetError(
-                "half-precision engines know the attention of Stable Diffusion only, without mask "
-                "and norms of its own; export float32"
-            )
+        """One call of the layer; engines have no input for masks."""
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        split = (
+        query, key, value = (
             projection.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B, heads, n or T, d]
             for projection in (
                 attn.to_q(hidden_states) * attn.scale,
@@ -442,7 +365,6 @@ class _SoftmaxIsland:
                 attn.to_v(source),
             )
         )
-        query, key, value = split
         weights = (query @ key.transpose(-1, -2)).float().softmax(dim=-1).to(value.dtype)
         out = (weights @ value).transpose(1, 2).flatten(2)
         for module in attn.to_out:

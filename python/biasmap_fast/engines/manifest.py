@@ -5,66 +5,52 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from .errors import ManifestError, WrongModelError
+from .errors import EngineError, ManifestError, WrongModelError
 from .graph import Convolutions, Layer, Maps
-from .shapes import Shapes, Tensor
+from .shapes import Dtype, Shapes, Tensor
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 _PACKAGES = ("biasmap-fast", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+
+Library = Literal["tensorrt", "tensorrt-rtx"]
+# Names of files in the folder itself: a manifest must not lead out of it.
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class GraphFile:
-    """One ONNX file and its external data.
+    """One ONNX file; its weights lie beside it, in ``FILE.data``."""
 
-    Attributes:
-        file: name in the engine's folder.
-        sha256: of that file; the weights' bytes are not in it.
-        data: name of the file with the weights; empty where all of them are in ``file``.
-        data_bytes: its size.
-        data_sample: SHA-256 over blocks spread evenly over it: that of another model differs, and
-            gigabytes need not be read.
-        opset: ONNX operator set.
-        inputs: the graph's inputs, in order.
-        outputs: the graph's outputs, in order.
-        initializers: initializer -> (name in the UNet's state dict, whether transposed); weights
-            that the exporter computed from several are missing.
-        parity: output -> greatest difference from torch over the scale of the output, and
-            ``"shapes"``; empty where it was not verified.
-        unverified: why not.
-    """
-
-    file: str
+    __pydantic_config__ = _STRICT
+    file: FileName
     sha256: str
-    data: str
-    data_bytes: int
-    data_sample: str
+    data_sha256: str
     opset: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    initializers: Mapping[str, tuple[str, bool]]
+    # output -> greatest difference from torch over its scale, and "shapes"; {} if not compared
     parity: Mapping[str, Any]
-    unverified: str = ""
+
+    @property
+    def data(self) -> str:
+        """Name of the file with the weights."""
+        return f"{self.file}.data"
 
 
 @dataclass(frozen=True)
 class GradientFile:
-    """A gradient graph: one file a shape.
-
-    Attributes:
-        graph: its file.
-        sizes: dimension name -> size.
-        fraction: of the soft masks.
-        temperature: of the soft masks.
-    """
+    """A graph with the gradient of the energy, for one set of sizes and soft masks."""
 
     graph: GraphFile
     sizes: Mapping[str, int]
@@ -73,72 +59,102 @@ class GradientFile:
 
 
 @dataclass(frozen=True)
+class PlanFile:
+    """A plan that one of the TensorRT libraries has built; no other library or version loads it."""
+
+    __pydantic_config__ = _STRICT
+    file: FileName
+    sha256: str
+    graph: FileName  # it was built from
+    library: Library
+    version: str
+    target: str  # GPU
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """Everything known of an engine folder.
+    """Everything known of an engine folder."""
 
-    Attributes:
-        dtype: type of weights and images inside, as torch names it.
-        maps: what the graph gives beside the noise prediction.
-        layers: the attributed layers.
-        blocks: the order of the blocks in ``maps``.
-        shapes: bounds of every dimension.
-        config: the UNet's configuration.
-        config_sha256: of the configuration.
-        weights_sha256: of the weights in ``dtype``.
-        graph: the forward graph.
-        gradients: gradient graphs, one a shape.
-        convolutions: how the forward graph computes those of 3 x 3.
-        versions: of the libraries that exported.
-        created: UTC time.
-        format: of this file.
-    """
-
-    dtype: str
+    __pydantic_config__ = _STRICT
+    dtype: Dtype
     maps: Maps
     layers: tuple[Layer, ...]
-    blocks: tuple[str, ...]
+    blocks: tuple[str, ...]  # in the order of the maps
     shapes: Shapes
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # of the UNet
     config_sha256: str
-    weights_sha256: str
+    weights_sha256: str  # of the UNet's weights in `dtype`
     graph: GraphFile
-    created: str
+    created: str  # UTC
     gradients: tuple[GradientFile, ...] = ()
+    plans: tuple[PlanFile, ...] = ()
     convolutions: Convolutions = "direct"
-    versions: Mapping[str, str | None] = field(default_factory=lambda: library_versions())
+    versions: Mapping[str, str | None] = field(
+        default_factory=lambda: {name: installed(name) for name in _PACKAGES}
+    )
     format: int = FORMAT
 
     @property
-    def files(self) -> tuple[GraphFile, ...]:
+    def graphs(self) -> tuple[GraphFile, ...]:
         """Every graph of the folder."""
         return (self.graph, *(gradient.graph for gradient in self.gradients))
 
+    def gradient(
+        self, height: int, width: int, fraction: float, temperature: float
+    ) -> GradientFile:
+        """The gradient graph for latents of this size and these soft masks."""
+        wanted = (height, width, fraction, temperature)
+        files = {
+            (file.sizes["height"], file.sizes["width"], file.fraction, file.temperature): file
+            for file in self.gradients
+        }
+        if wanted in files:
+            return files[wanted]
+        text = "{} x {} with fraction {:g} and temperature {:g}"
+        raise EngineError(
+            f"the engine has no gradient graph for latents of {text.format(*wanted)}; there are: "
+            f"{'; '.join(text.format(*key) for key in files) or 'none'}. Export with "
+            f"gradients=[Gradient({height}, {width})]"
+        )
+
     def write(self, folder: Path) -> None:
-        """Writes ``manifest.json``: the last file of a folder."""
-        values = asdict(self)
-        values["shapes"] = self.shapes.to_json()
-        text = json.dumps(values, indent=1) + "\n"
-        (folder / NAME).write_text(text, encoding="utf-8")
+        """Writes ``manifest.json``, the last file of a folder."""
+        write_file(folder / NAME, TypeAdapter(Manifest).dump_json(self, indent=1) + b"\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Reads the manifest of ``folder`` and checks that its files are there and whole.
+        """Reads the manifest of ``folder`` and hashes every file of its graphs.
 
         Raises:
-            ManifestError: no engine, of another format version, or a file is missing or changed.
+            ManifestError: no engine, of another format, or a file is missing or was changed.
         """
-        values = _read_json(folder)
-        if values.get("format") != FORMAT:
+        path = folder / NAME
+        if not path.is_file():
+            what = "has no" if folder.is_dir() else "does not exist: no"
+            raise ManifestError(f"{folder} {what} {NAME}; write an engine with `biasmap export`")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ManifestError(f"{path} is not valid JSON: {error}") from error
+        version = values.get("format") if isinstance(values, dict) else None
+        if version != FORMAT:
             raise ManifestError(
-                f"{folder} holds an engine of format {values.get('format')!r}, this version reads "
-                f"{FORMAT}: export it again"
+                f"{folder} holds an engine of format {version!r}, this version reads {FORMAT}: "
+                "export it again"
             )
         try:
-            manifest = _from_json(values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ManifestError(f"{folder / NAME} is damaged: {error!r}") from error
-        for graph in manifest.files:
-            _check_file(folder, graph)
+            manifest = TypeAdapter(Manifest).validate_python(values)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            where = ".".join(map(str, wrong["loc"]))
+            raise ManifestError(
+                f"{path} is damaged at {where or 'the top'} ({wrong['msg']}): export it again"
+            ) from error
+        if json_hash(manifest.config) != manifest.config_sha256:
+            raise ManifestError(f"{path} is damaged: its `config` was changed; export it again")
+        for graph in manifest.graphs:
+            check_file(folder, graph.file, graph.sha256)
+            check_file(folder, graph.data, graph.data_sha256)
         return manifest
 
     def check_model(self, unet: Any) -> None:
@@ -147,12 +163,9 @@ class Manifest:
         Raises:
             WrongModelError: configuration or weights differ.
         """
-        if config_hash(unet) != self.config_sha256:
-            names = [
-                name
-                for name, value in sorted(plain_config(unet).items())
-                if self.config.get(name) != value
-            ]
+        config = plain_config(unet)
+        if json_hash(config) != self.config_sha256:
+            names = [name for name in sorted(config) if self.config.get(name) != config[name]]
             raise WrongModelError(
                 "the engine was exported from a UNet of another configuration; different: "
                 f"{', '.join(names)}"
@@ -164,15 +177,34 @@ class Manifest:
             )
 
 
-def library_versions() -> dict[str, str | None]:
-    """Versions of the libraries that take part in an export."""
-    found: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+def check_file(folder: Path, name: str, sha256: str) -> None:
+    """Raises `ManifestError` if a file is missing or differs in any byte from what was exported."""
+    path = folder / name
+    if not path.is_file():
+        raise ManifestError(f"{folder} lacks {name}, which its manifest names: copy it whole")
+    if file_hash(path) != sha256:
+        raise ManifestError(
+            f"{path} is not the file that was exported: its SHA-256 differs; copy or export it "
+            "again"
+        )
+
+
+def write_file(path: Path, data: Any) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(memoryview(data))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def plain_config(unet: Any) -> dict[str, Any]:
@@ -182,10 +214,9 @@ def plain_config(unet: Any) -> dict[str, Any]:
     return plain
 
 
-def config_hash(unet: Any) -> str:
-    """SHA-256 of `plain_config`."""
-    text = json.dumps(plain_config(unet), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def json_hash(values: Mapping[str, Any]) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def weights_hash(unet: Any, dtype: torch.dtype) -> str:
@@ -193,85 +224,12 @@ def weights_hash(unet: Any, dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(getattr(unet, "_orig_mod", unet).state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor_bytes(tensor.to(dtype)))
+        flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def tensor_bytes(tensor: torch.Tensor) -> Any:
-    """The bytes of a tensor, row-major."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sample_hash(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
-    """SHA-256 over evenly spread blocks of a file, its end among them."""
-    digest = hashlib.sha256()
-    last = max(path.stat().st_size - size, 0)
-    with path.open("rb") as file:
-        for block in range(blocks):
-            file.seek(last * block // (blocks - 1))
-            digest.update(file.read(size))
-    return digest.hexdigest()
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    path = folder / NAME
-    if not path.is_file():
-        what = "has no" if folder.is_dir() else "does not exist: no"
-        raise ManifestError(f"{folder} {what} {NAME}; write an engine with `biasmap export`")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ManifestError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ManifestError(f"{path} must hold a mapping, got {type(values).__name__}")
-    return values
-
-
-def _from_json(values: dict[str, Any]) -> Manifest:
-    given = dict(values)
-    given["shapes"] = Shapes.from_json(given["shapes"])
-    given["layers"] = tuple(Layer(**layer) for layer in given["layers"])
-    given["blocks"] = tuple(given["blocks"])
-    given["graph"] = _graph_from_json(given["graph"])
-    given["gradients"] = tuple(
-        GradientFile(**{**each, "graph": _graph_from_json(each["graph"])})
-        for each in given["gradients"]
-    )
-    return Manifest(**given)
-
-
-def _graph_from_json(values: dict[str, Any]) -> GraphFile:
-    given = dict(values)
-    given["inputs"] = tuple(Tensor.from_json(each) for each in given["inputs"])
-    given["outputs"] = tuple(Tensor.from_json(each) for each in given["outputs"])
-    given["initializers"] = {
-        name: (source, bool(turned)) for name, (source, turned) in given["initializers"].items()
-    }
-    return GraphFile(**given)
-
-
-def _check_file(folder: Path, graph: GraphFile) -> None:
-    path = folder / graph.file
-    if not path.is_file():
-        raise ManifestError(f"{folder} lacks {graph.file}, which its manifest names")
-    if file_hash(path) != graph.sha256:
-        raise ManifestError(f"{path} is not the file that was exported: its SHA-256 differs")
-    if not graph.data:
-        return
-    data = folder / graph.data
-    if not data.is_file():
-        raise ManifestError(f"{folder} lacks {graph.data}, the weights of {graph.file}")
-    if data.stat().st_size != graph.data_bytes:
-        raise ManifestError(
-            f"{data} must have {graph.data_bytes} bytes, got {data.stat().st_size}: it was not "
-            "copied whole"
-        )
-    if sample_hash(data) != graph.data_sample:
-        raise ManifestError(f"{data} does not hold the weights that were exported")

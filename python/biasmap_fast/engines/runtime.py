@@ -1,7 +1,7 @@
-"""An engine in a pipeline: what stands in for ``pipe.unet``, and hands maps to the recorder.
+"""An engine in a pipeline: it replaces ``pipe.unet`` and hands maps to recorders.
 
 Attribution prompts of every recorder go into the one UNet call as a dimension of their own, each
-padded to the longest, so a call costs one pass whoever listens.
+padded to the longest, so a call costs one pass however many recorders there are.
 """
 
 from __future__ import annotations
@@ -10,75 +10,45 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import EngineError, ShapeError, WrongModelError
-from .manifest import GradientFile, Manifest
-from .shapes import check_sizes
+from .manifest import GraphFile, Manifest
+from .session import Backend, Session, open_session
+from .shapes import Range, check_sizes
 
 if TYPE_CHECKING:
     from ..concepts import TokenizedPrompt
 
-Backend = Literal["onnxruntime", "tensorrt"]
-
 # The arguments of a UNet's call that engines have inputs for.
-_TAKEN = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "return_dict")
+_ARGUMENTS = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "return_dict")
 
 
 @dataclass(frozen=True)
 class EnginePart:
-    """What an engine keeps apart: a block, or with probabilities a layer.
-
-    Attributes:
-        name: of the block or layer.
-        block: the UNet block it is or lies in.
-        layers: the layers whose sum it is.
-    """
+    """What an engine keeps apart: a block, or with probabilities a layer."""
 
     name: str
-    block: str
-    layers: tuple[str, ...]
+    block: str  # it is or lies in
+    layers: tuple[str, ...]  # whose sum it is
 
 
 @dataclass(frozen=True)
 class EngineEnergy:
-    """What a gradient graph computes of B images.
+    """What a gradient graph computes of B images; maps of one prompt's concepts after another's."""
 
-    Attributes:
-        prediction: the noise prediction ``[B, C, H, W]``.
-        maps: of all prompts' concepts, one prompt after another, ``[B, K, h, w]`` float32.
-        energy: ``[B]`` float32.
-        gradient: of the energy by the latents, ``[B, C, H, W]`` float32.
-    """
-
-    prediction: torch.Tensor
-    maps: torch.Tensor
-    energy: torch.Tensor
-    gradient: torch.Tensor
+    prediction: torch.Tensor  # [B, C, H, W]
+    maps: torch.Tensor  # [B, K, h, w]
+    energy: torch.Tensor  # [B]
+    gradient: torch.Tensor  # of the energy by the latents, [B, C, H, W]
 
 
 # part -> for every prompt its maps [rows, K, h, w]
-Found = Mapping[EnginePart, Sequence[torch.Tensor]]
-
-
-@dataclass(frozen=True, eq=False)
-class _Listener:
-    """A recorder's prompts, and what takes their maps."""
-
-    states: Sequence[torch.Tensor]  # [T', D] a prompt
-    weights: Sequence[torch.Tensor]  # [K, T'] a prompt
-    hook: Callable[[Found], None]
-
-
-class _Handle:
-    def __init__(self, listeners: list[_Listener], listener: _Listener) -> None:
-        self._listeners, self._listener = listeners, listener
-
-    def remove(self) -> None:
-        if self._listener in self._listeners:
-            self._listeners.remove(self._listener)
+PartMaps = Mapping[EnginePart, Sequence[torch.Tensor]]
+# hidden states [T', D] and concept weights [K, T']
+Prompt = tuple[torch.Tensor, torch.Tensor]
 
 
 def load_engine(
@@ -90,14 +60,17 @@ def load_engine(
 ) -> EngineUNet:
     """Loads an engine folder as a UNet for any diffusers pipeline.
 
+    Every file that is used is hashed once, and refused if a byte of it was changed.
+
     Args:
         folder: what `export_unet` wrote.
         device: ``"cpu"``, or ``"cuda"``, ``"cuda:1"``: never another than the one asked for.
-        backend: ``"onnxruntime"``, or ``"tensorrt"`` for a plan that was built on this machine.
-        unet: the UNet whose place it takes, to check that the engine was exported from it.
+        backend: ``"onnxruntime"``, or ``"tensorrt"`` or ``"tensorrt-rtx"`` for a plan in the
+            folder that this library and version built.
+        unet: the UNet it replaces, to check that the engine was exported from it.
 
     Raises:
-        ManifestError: the folder holds no engine, of another version, or not whole.
+        ManifestError: the folder holds no engine, of another version, or a file was changed.
         WrongModelError: the engine was exported from another UNet than ``unet``.
         MissingExtraError: the runtime is not installed.
         DeviceError: the runtime cannot use ``device``.
@@ -107,22 +80,17 @@ def load_engine(
         >>> pipe = bm.testbed.pipeline()
         >>> pipe.unet = bm.load_engine("engines/testbed", unet=pipe.unet)  # doctest: +SKIP
     """
-    path = Path(folder)
-    manifest = Manifest.read(path)
+    manifest = Manifest.read(Path(folder))
     if unet is not None:
         manifest.check_model(unet)
-    if backend not in ("onnxruntime", "tensorrt"):
-        raise ValueError(f"`backend` must be 'onnxruntime' or 'tensorrt', got {backend!r}")
-    place = torch.device(device)
-    if str(place) == "cuda":
-        place = torch.device("cuda", 0)
-    return EngineUNet(path, manifest, place, backend)
+    chosen = torch.device("cuda:0" if str(device) == "cuda" else device)
+    return EngineUNet(Path(folder), manifest, chosen, backend)
 
 
 class EngineUNet(torch.nn.Module):
-    """An engine with the face of diffusers' `UNet2DConditionModel`; made by `load_engine`.
+    """An engine with the interface of diffusers' `UNet2DConditionModel`; made by `load_engine`.
 
-    It holds no parameters. Its `state_dict` is empty; `weights_sha256` says whose it is.
+    It holds no parameters. Its `state_dict` is empty; `weights_sha256` identifies the weights.
     """
 
     def __init__(
@@ -138,7 +106,7 @@ class EngineUNet(torch.nn.Module):
         self.device = device
         self._backend = backend
         self._session = self._open(manifest.graph)
-        self._gradients: dict[str, Any] = {}
+        self._gradients: dict[str, Session] = {}
         self._listeners: list[_Listener] = []
         self._prompts: tuple[list[_Listener], dict[str, torch.Tensor]] = ([], {})
         if manifest.config.get("addition_embed_type") == "text_time":
@@ -154,115 +122,56 @@ class EngineUNet(torch.nn.Module):
     def attribution_parts(
         self, selection: Sequence[str] | None, by: Sequence[str]
     ) -> list[EnginePart]:
-        """The parts whose maps a recorder wants, in the UNet's order.
-
-        Args:
-            selection: names or dotted prefixes of layers; None for all that were exported.
-            by: what the recorder keeps apart.
+        """The parts whose maps a recorder of these layers (None: all) wants, in the UNet's order.
 
         Raises:
             EngineError: the engine has no maps.
             ValueError: the selection is no union of the engine's parts, or ``by`` is finer.
         """
-        manifest = self.manifest
-        if manifest.maps == "none":
+        maps = self.manifest.maps
+        if maps == "none":
             raise EngineError(
                 f"the engine in {self.folder} gives no maps: export it with maps='reduced'"
             )
-        finest = "block" if manifest.maps == "reduced" else "layer"
-        allowed = ("total", "block", "step") + (("layer",) if finest == "layer" else ())
+        allowed = ["total", "block", "step"] + (["layer"] if maps == "probabilities" else [])
         if not set(by) <= set(allowed):
             raise ValueError(
-                f"`by` must be of {list(allowed)} for an engine with maps={manifest.maps!r}, got "
-                f"{list(by)}"
+                f"`by` must be of {allowed} for an engine with maps={maps!r}, got {list(by)}"
             )
-        parts = self._parts()
-        if selection is None:
-            return parts
-        if isinstance(selection, str) or not selection:
-            raise ValueError(f"`layers` must be names or prefixes of layers, got {selection!r}")
-        chosen = []
-        left = set(selection)
-        for part in parts:
-            wanted = [
-                {item for item in selection if name == item or name.startswith(item + ".")}
-                for name in part.layers
-            ]
-            if any(wanted) and not all(wanted):
-                raise ValueError(
-                    f"the engine sums over the layers of {part.name} ({', '.join(part.layers)}); "
-                    f"`layers` must name all or none of them, got {list(selection)}. Export with "
-                    "layers= or maps='probabilities'"
-                )
-            if all(wanted):
-                chosen.append(part)
-                left -= set().union(*wanted)
-        if left:
-            raise ValueError(
-                f"the engine attributes no layer that matches {sorted(left)}; there are: "
-                f"{', '.join(layer.name for layer in manifest.layers)}"
-            )
-        return chosen
+        parts = _parts(self.manifest)
+        return parts if selection is None else _selected(parts, selection)
 
     def register_attribution_hook(
-        self,
-        prompts: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        hook: Callable[[Found], None],
-    ) -> Any:
-        """Has the maps of these prompts computed in every call and handed to ``hook``.
-
-        Args:
-            prompts: hidden states ``[T', D]`` and concept weights ``[K, T']`` of each.
-            hook: called with part -> for every prompt its maps ``[rows, K, h, w]``.
-
-        Returns:
-            A handle whose ``remove()`` ends it.
-        """
-        states, weights = zip(*prompts, strict=True)
-        listener = _Listener(states, weights, hook)
-        self._check_prompts(states)
+        self, prompts: Sequence[Prompt], hook: Callable[[PartMaps], None]
+    ) -> _Listener:
+        """Hands the maps of these prompts to ``hook`` in every call, until ``remove()``."""
+        width = self.config["cross_attention_dim"]
+        for states, _ in prompts:
+            if states.shape[-1] != width:
+                raise WrongModelError(
+                    f"the engine takes text states of width {width}, the pipeline's text encoder "
+                    f"gives {states.shape[-1]}: it was exported from another model"
+                )
+        listener = _Listener(tuple(prompts), hook, self._listeners)
         self._listeners.append(listener)
-        return _Handle(self._listeners, listener)
+        return listener
 
     def forward(
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
         encoder_hidden_states: torch.Tensor,
-        class_labels: Any = None,
-        timestep_cond: Any = None,
-        attention_mask: Any = None,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
         added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
-        down_block_additional_residuals: Any = None,
-        mid_block_additional_residual: Any = None,
-        down_intrablock_additional_residuals: Any = None,
-        encoder_attention_mask: Any = None,
         return_dict: bool = True,
+        **others: Any,
     ) -> Any:
-        """As `UNet2DConditionModel.forward`; arguments that no engine has an input for are refused.
-
-        Raises:
-            EngineError: such an argument was given, or a tensor is on another device.
-            ShapeError: a shape is outside the engine's bounds.
-            WrongModelError: the text states have another width than the engine's.
-        """
-        _refuse(
-            class_labels=class_labels,
-            timestep_cond=timestep_cond,
-            attention_mask=attention_mask,
-            cross_attention_kwargs=cross_attention_kwargs,
-            down_block_additional_residuals=down_block_additional_residuals,
-            mid_block_additional_residual=mid_block_additional_residual,
-            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
-            encoder_attention_mask=encoder_attention_mask,
+        """As `UNet2DConditionModel.forward`; arguments without an input are refused."""
+        _refuse(others)
+        outputs = self._run(
+            self._image_inputs(sample, timestep, encoder_hidden_states, added_cond_kwargs)
         )
-        inputs = self._image_inputs(sample, timestep, encoder_hidden_states, added_cond_kwargs)
-        found = self._run(inputs)
-        prediction = found["noise_pred"]
-        if not return_dict:
-            return (prediction,)
-        return self.output(prediction)
+        prediction = outputs["noise_pred"]
+        return self.output(prediction) if return_dict else (prediction,)
 
     def output(self, prediction: torch.Tensor) -> Any:
         """The prediction as a UNet returns it."""
@@ -274,65 +183,47 @@ class EngineUNet(torch.nn.Module):
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        prompts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        prompts: Sequence[Prompt],
         pairs: Sequence[tuple[int, int]],
         weights: Sequence[float],
         *,
         fraction: float,
         temperature: float,
     ) -> EngineEnergy:
-        """One UNet call with its energy's gradient, for the images of one guidance chunk.
+        """One UNet call and the gradient of its energy, for the images of one guidance chunk.
 
-        Args:
-            args: the call's positional arguments.
-            kwargs: the call's keyword arguments.
-            prompts: hidden states ``[T', D]`` and concept weights ``[K, T']`` of each.
-            pairs: indices of two concepts among those of all prompts, one prompt after another.
-            weights: what the SoftIoU of each pair counts.
-            fraction: of the soft masks.
-            temperature: of the soft masks.
-
-        Raises:
-            EngineError: the folder has no gradient graph of this shape and these masks.
+        ``pairs`` are indices of two concepts among those of all prompts, one prompt after another,
+        and ``weights`` what the SoftIoU of each counts.
         """
-        named = dict(zip(_TAKEN[:3], args, strict=False))
-        named.update(kwargs)
-        _refuse(**{name: value for name, value in named.items() if name not in _TAKEN})
-        given = self._image_inputs(
-            named["sample"],
-            named["timestep"],
-            named["encoder_hidden_states"],
-            named.get("added_cond_kwargs"),
-        )
-        height, width = given["sample"].shape[-2:]
-        chosen = self._gradient_file(height, width, fraction, temperature)
-        sizes = chosen.sizes
-        if chosen.graph.file not in self._gradients:
-            self._gradients[chosen.graph.file] = self._open(chosen.graph)
-        session = self._gradients[chosen.graph.file]
-        images, step = given["sample"].shape[0], sizes["batch"]
-        padded = self._padded(prompts, sizes)
+        named = {**dict(zip(_ARGUMENTS[:3], args, strict=False)), **kwargs}
+        _refuse({name: value for name, value in named.items() if name not in _ARGUMENTS})
+        sample, timestep, states = (named[name] for name in _ARGUMENTS[:3])
+        images = self._image_inputs(sample, timestep, states, named.get("added_cond_kwargs"))
+        height, width = sample.shape[-2:]
+        gradient = self.manifest.gradient(height, width, fraction, temperature)
+        sizes, graph = gradient.sizes, gradient.graph
+        if graph.file not in self._gradients:
+            self._gradients[graph.file] = self._open(graph)
+        padded = _padded(prompts, sizes, self.config["cross_attention_dim"])
+        concepts = [(p, k) for p, (_, columns) in enumerate(prompts) for k in range(len(columns))]
         count, most = padded["concept_weights"].shape[:2]
-        # (prompt, concept) of every concept of the prompts in a row
-        places = [(p, k) for p, (_, columns) in enumerate(prompts) for k in range(len(columns))]
-        table = torch.zeros(1, count, most, count, most)
+        padded["pair_weights"] = torch.zeros(1, count, most, count, most)
         for (first, second), weight in zip(pairs, weights, strict=True):
-            table[0][(*places[first], *places[second])] += weight
-        padded["pair_weights"] = table.to(self.device)
-        results = []
-        for start in range(0, images, step):
-            rows = [min(row, images - 1) for row in range(start, start + step)]
-            inputs = {**{name: value[rows] for name, value in given.items()}, **padded}
-            self._check(chosen.graph.inputs, inputs, fixed=sizes)
-            found = session.run(inputs, sizes)
-            results.append({name: value[: images - start] for name, value in found.items()})
-        joined = {name: torch.cat([r[name] for r in results]) for name in results[0]}
-        if self._listeners:  # their prompts are not the energy's
-            self._run(given)
+            padded["pair_weights"][(0, *concepts[first], *concepts[second])] += weight
+        padded = self._placed(padded, graph)
+        fixed = {name: Range(size, size, size) for name, size in sizes.items()}
+        runs = []
+        for row in range(len(sample)):
+            inputs = {**{name: value[row : row + 1] for name, value in images.items()}, **padded}
+            check_sizes(fixed, graph.inputs, inputs)
+            runs.append(self._gradients[graph.file].run(inputs, sizes))
+        joined = {name: torch.cat([run[name] for run in runs]) for name in runs[0]}
+        if self._listeners:  # their prompts are not those of the energy
+            self._run(images)
         maps = joined["maps"].sum(dim=2)  # [B, P, K, h, w]
         return EngineEnergy(
             prediction=joined["noise_pred"],
-            maps=torch.stack([maps[:, p, k] for p, k in places], dim=1),
+            maps=torch.stack([maps[:, p, k] for p, k in concepts], dim=1),
             energy=joined["energy"],
             gradient=joined["gradient"],
         )
@@ -347,21 +238,15 @@ class EngineUNet(torch.nn.Module):
     ) -> None:
         """Refuses before a run what `energy_gradient` would refuse in every call.
 
-        Args:
-            size: height and width of the latents.
-            prompts: the attribution prompts of one image.
-            fraction: of the soft masks.
-            temperature: of the soft masks.
-
         Raises:
             EngineError: the folder has no gradient graph of this size and these masks.
             ShapeError: that graph takes fewer prompts, or shorter ones.
         """
-        sizes = self._gradient_file(*size, fraction, temperature).sizes
+        sizes = self.manifest.gradient(*size, fraction, temperature).sizes
         needed = {
             "prompts": len(prompts),
-            "attribution_tokens": max(each.weights.shape[1] for each in prompts),
-            "concepts": max(each.weights.shape[0] for each in prompts),
+            "attribution_tokens": max(prompt.weights.shape[1] for prompt in prompts),
+            "concepts": max(prompt.weights.shape[0] for prompt in prompts),
         }
         if missing := {dim: n for dim, n in needed.items() if n > sizes[dim]}:
             most = {dim: sizes[dim] for dim in missing}
@@ -371,23 +256,18 @@ class EngineUNet(torch.nn.Module):
                 "Gradient(...) in Python)"
             )
 
-    def _open(self, graph: Any) -> Any:
-        if self._backend == "tensorrt":
-            from .tensorrt import PlanSession
+    def _open(self, graph: GraphFile) -> Session:
+        return open_session(self._backend, self.folder, self.manifest, graph, self.device)
 
-            return PlanSession(self.folder, self.manifest, graph, self.device)
-        from .session import Session
-
-        return Session(self.folder / graph.file, self.device, graph.outputs)
-
-    def _parts(self) -> list[EnginePart]:
-        layers = self.manifest.layers
-        if self.manifest.maps == "probabilities":
-            return [EnginePart(layer.name, layer.block, (layer.name,)) for layer in layers]
-        return [
-            EnginePart(block, block, tuple(one.name for one in layers if one.block == block))
-            for block in self.manifest.blocks
-        ]
+    def _placed(
+        self, values: Mapping[str, torch.Tensor], graph: GraphFile
+    ) -> dict[str, torch.Tensor]:
+        """The inputs of a graph among these tensors, in its types and on its device."""
+        return {
+            tensor.name: values[tensor.name].to(self.device, getattr(torch, tensor.dtype))
+            for tensor in graph.inputs
+            if tensor.name in values
+        }
 
     def _image_inputs(
         self,
@@ -396,170 +276,143 @@ class EngineUNet(torch.nn.Module):
         states: torch.Tensor,
         added: Mapping[str, torch.Tensor] | None,
     ) -> dict[str, torch.Tensor]:
-        """The inputs of a call that belong to the batch's rows, in the graph's types."""
-        batch = sample.shape[0]
+        """The inputs of a call that have the batch as first dimension, in the graph's types."""
         if sample.device != self.device:
             raise EngineError(
                 f"the engine runs on {self.device}, got latents on {sample.device}: move the "
                 "pipeline, or load the engine with device="
             )
-        width = self.config["cross_attention_dim"]
-        if states.shape[-1] != width or sample.shape[1] != self.config["in_channels"]:
-            raise WrongModelError(
-                f"the engine takes text states of width {width} and latents of "
-                f"{self.config['in_channels']} channels, got {states.shape[-1]} and "
-                f"{sample.shape[1]}: it was exported from another model than this pipeline's"
-            )
         times = torch.as_tensor(timestep, device=sample.device).to(torch.float32).reshape(-1)
         inputs = {
-            "sample": sample.detach().to(self.dtype),
-            "timestep": times.expand(batch) if times.shape[0] == 1 else times,
-            "encoder_hidden_states": states.to(self.dtype),
+            "sample": sample.detach(),
+            "timestep": times.expand(len(sample)) if times.shape[0] == 1 else times,
+            "encoder_hidden_states": states,
+            **(added or {}),
         }
-        for each in self.manifest.graph.inputs:
-            if each.name in ("text_embeds", "time_ids"):
-                if not added or each.name not in added:
-                    raise WrongModelError(
-                        f"the engine needs added_cond_kwargs[{each.name!r}]: it was exported from "
-                        "an SDXL model"
-                    )
-                inputs[each.name] = added[each.name].to(getattr(torch, each.dtype))
-        return inputs
+        for tensor in self.manifest.graph.inputs:
+            if tensor.name in ("text_embeds", "time_ids") and tensor.name not in inputs:
+                raise WrongModelError(
+                    f"the engine needs added_cond_kwargs[{tensor.name!r}]: it was exported from "
+                    "an SDXL model"
+                )
+        return self._placed(inputs, self.manifest.graph)
 
     def _run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One run of the forward graph; listeners get their maps."""
-        listeners = list(self._listeners)
-        if self.manifest.maps != "none":
-            inputs = {**inputs, **self._listened(listeners)}
-        graph = self.manifest.graph
-        if self.manifest.maps == "probabilities":
-            weights = inputs.pop("concept_weights")
-        sizes = self._check(graph.inputs, inputs)
-        found: dict[str, torch.Tensor] = self._session.run(inputs, sizes)
-        if listeners:
-            if self.manifest.maps == "probabilities":
-                maps = self._reduced(found, weights, sizes)
-            else:
-                maps = {
-                    part: found["maps"][:, :, place] for place, part in enumerate(self._parts())
-                }  # [rows, P, K, H, W]
-            first = 0
-            for listener in listeners:
-                counts = [weights.shape[0] for weights in listener.weights]
-                listener.hook(
-                    {
-                        part: [values[:, first + i, :k] for i, k in enumerate(counts)]
-                        for part, values in maps.items()
-                    }
-                )
-                first += len(counts)
-        return found
+        manifest, listeners = self.manifest, list(self._listeners)
+        prompts = self._prompt_inputs(listeners)
+        inputs = {**inputs, **self._placed(prompts, manifest.graph)}
+        sizes = check_sizes(manifest.shapes.ranges, manifest.graph.inputs, inputs)
+        outputs = self._session.run(inputs, sizes)
+        if not listeners:
+            return outputs
+        maps = {}  # part -> [rows, P, K, h, w]
+        for index, part in enumerate(_parts(manifest)):
+            if manifest.maps == "reduced":
+                maps[part] = outputs["maps"][:, :, index]
+                continue
+            level = manifest.layers[index].level
+            probabilities = outputs[f"probabilities.{part.name}"]  # [rows, P, heads, T', n]
+            reduced = prompts["concept_weights"] @ probabilities.sum(dim=2)  # [rows, P, K, n]
+            size = (sizes["height"] >> level, sizes["width"] >> level)
+            maps[part] = reduced.view(*reduced.shape[:3], *size)
+        first = 0
+        for listener in listeners:
+            counts = [len(columns) for _, columns in listener.prompts]
+            listener.hook(
+                {
+                    part: [values[:, first + i, :k] for i, k in enumerate(counts)]
+                    for part, values in maps.items()
+                }
+            )
+            first += len(counts)
+        return outputs
 
-    def _listened(self, listeners: list[_Listener]) -> dict[str, torch.Tensor]:
-        """The prompts of all listeners as inputs, made when somebody comes or goes."""
+    def _prompt_inputs(self, listeners: list[_Listener]) -> dict[str, torch.Tensor]:
+        """The prompts of all listeners as inputs; made again when a listener comes or goes."""
         known, inputs = self._prompts
         if inputs and known == listeners:
             return inputs
-        prompts = [
-            pair
-            for listener in listeners
-            for pair in zip(listener.states, listener.weights, strict=True)
-        ]
-        if not prompts:  # nobody listens: the smallest prompt there is
-            low = self.manifest.shapes
-            tokens, concepts = low.attribution_tokens.low, low.concepts.low
-            states = torch.zeros(tokens, self.config["cross_attention_dim"])
-            prompts = [(states, torch.zeros(concepts, tokens))] * low.prompts.low
-        inputs = self._padded(prompts, {})
+        prompts = [prompt for listener in listeners for prompt in listener.prompts]
+        if not prompts:  # nobody listens: the smallest prompts there are
+            low = {name: size.low for name, size in self.manifest.shapes.ranges.items()}
+            states = torch.zeros(low["attribution_tokens"], self.config["cross_attention_dim"])
+            prompts = [(states, torch.zeros(low["concepts"], len(states)))] * low["prompts"]
+        inputs = _padded(prompts, {}, self.config["cross_attention_dim"])
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
         self._prompts = (listeners, inputs)
         return inputs
 
-    def _reduced(
-        self,
-        found: Mapping[str, torch.Tensor],
-        weights: torch.Tensor,
-        sizes: Mapping[str, int],
-    ) -> dict[EnginePart, torch.Tensor]:
-        """Each layer's maps ``[rows, P, K, h, w]`` from its probabilities."""
-        maps = {}
-        for part, layer in zip(self._parts(), self.manifest.layers, strict=True):
-            probabilities = found[f"probabilities.{layer.name}"]  # [rows, P, heads, T', n]
-            size = (sizes["height"] >> layer.level, sizes["width"] >> layer.level)
-            reduced = weights @ probabilities.sum(dim=2)  # [rows, P, K, n]
-            maps[part] = reduced.view(*reduced.shape[:3], *size)
-        return maps
 
-    def _padded(
-        self, prompts: Sequence[tuple[torch.Tensor, torch.Tensor]], sizes: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
-        """Prompts of different lengths as the graph's inputs; ``sizes`` are least sizes."""
-        count = max(len(prompts), sizes.get("prompts", 1))
-        tokens = max(sizes.get("attribution_tokens", 1), *(len(s) for s, _ in prompts), 1)
-        concepts = max(sizes.get("concepts", 1), *(len(w) for _, w in prompts), 1)
-        width = self.config["cross_attention_dim"]
-        device = self.device
-        states = torch.zeros(count, tokens, width, dtype=self.dtype, device=device)
-        mask = torch.zeros(count, tokens, device=device)
-        weights = torch.zeros(count, concepts, tokens, device=device)
-        for place, (own, columns) in enumerate(prompts):
-            states[place, : len(own)] = own.to(self.dtype)
-            mask[place, : len(own)] = 1.0
-            weights[place, : len(columns), : len(own)] = columns
-        return {
-            "attribution_hidden_states": states,
-            "attribution_mask": mask,
-            "concept_weights": weights,
-        }
+@dataclass(frozen=True, eq=False)
+class _Listener:
+    """A recorder's prompts and the hook that takes their maps."""
 
-    def _check_prompts(self, states: Sequence[torch.Tensor]) -> None:
-        width = self.config["cross_attention_dim"]
-        for each in states:
-            if each.shape[-1] != width:
-                raise WrongModelError(
-                    f"the engine takes text states of width {width}, the pipeline's text encoder "
-                    f"gives {each.shape[-1]}: it was exported from another model"
-                )
+    prompts: Sequence[Prompt]
+    hook: Callable[[PartMaps], None]
+    _all: list[_Listener]
 
-    def _check(
-        self, inputs: Any, given: Mapping[str, torch.Tensor], fixed: Mapping[str, int] | None = None
-    ) -> dict[str, int]:
-        """Checks a call's shapes; returns dimension name -> size."""
-        sizes = {
-            dim: int(size)
-            for each in inputs
-            for dim, size in zip(each.shape, given[each.name].shape, strict=False)
-            if isinstance(dim, str)
-        }
-        if fixed is None:
-            check_sizes(self.manifest.shapes, inputs, given)
-        elif wrong := {d: s for d, s in sizes.items() if s != fixed[d]}:
-            raise ShapeError(
-                f"the gradient graph has fixed sizes {dict(fixed)}, got {wrong}: export one with "
-                "these"
-            )
-        return sizes
+    def remove(self) -> None:
+        if self in self._all:
+            self._all.remove(self)
 
-    def _gradient_file(
-        self, height: int, width: int, fraction: float, temperature: float
-    ) -> GradientFile:
-        gradients = self.manifest.gradients
-        for each in gradients:
-            same = (each.fraction, each.temperature) == (fraction, temperature)
-            if same and (each.sizes["height"], each.sizes["width"]) == (height, width):
-                return each
-        known = [
-            f"{each.sizes['height']} x {each.sizes['width']} with fraction {each.fraction:g} and "
-            f"temperature {each.temperature:g}"
-            for each in gradients
-        ]
-        raise EngineError(
-            f"{self.folder} has no gradient graph for latents of {height} x {width} with fraction "
-            f"{fraction:g} and temperature {temperature:g}; there are: "
-            f"{'; '.join(known) or 'none'}. Export with gradients=[Gradient({height}, {width})]"
+
+def _parts(manifest: Manifest) -> list[EnginePart]:
+    layers = manifest.layers
+    if manifest.maps == "probabilities":
+        return [EnginePart(layer.name, layer.block, (layer.name,)) for layer in layers]
+    return [
+        EnginePart(block, block, tuple(layer.name for layer in layers if layer.block == block))
+        for block in manifest.blocks
+    ]
+
+
+def _selected(parts: list[EnginePart], selection: Sequence[str]) -> list[EnginePart]:
+    if isinstance(selection, str) or not selection:
+        raise ValueError(f"`layers` must be names or prefixes of layers, got {selection!r}")
+    names = [name for part in parts for name in part.layers]
+    wanted = {
+        name: {item for item in selection if name == item or name.startswith(f"{item}.")}
+        for name in names
+    }
+    if unmatched := set(selection).difference(*wanted.values()):
+        raise ValueError(
+            f"the engine attributes no layer that matches {sorted(unmatched)}; there are: "
+            f"{', '.join(names)}"
         )
+    chosen = [part for part in parts if any(wanted[name] for name in part.layers)]
+    for part in chosen:
+        if not all(wanted[name] for name in part.layers):
+            raise ValueError(
+                f"the engine sums over the layers of {part.name} ({', '.join(part.layers)}); "
+                f"`layers` must name all or none of them, got {list(selection)}. Export with "
+                "layers= or maps='probabilities'"
+            )
+    return chosen
 
 
-def _refuse(**arguments: Any) -> None:
+def _padded(
+    prompts: Sequence[Prompt], least: Mapping[str, int], width: int
+) -> dict[str, torch.Tensor]:
+    """Prompts of different lengths as inputs of a graph, of at least these sizes."""
+    count = max(len(prompts), least.get("prompts", 1))
+    tokens = max(least.get("attribution_tokens", 1), *(len(states) for states, _ in prompts), 1)
+    concepts = max(least.get("concepts", 1), *(len(columns) for _, columns in prompts), 1)
+    hidden = torch.zeros(count, tokens, width, dtype=prompts[0][0].dtype)
+    mask = torch.zeros(count, tokens)
+    weights = torch.zeros(count, concepts, tokens)
+    for index, (states, columns) in enumerate(prompts):
+        hidden[index, : len(states)] = states
+        mask[index, : len(states)] = 1.0
+        weights[index, : len(columns), : len(states)] = columns
+    return {
+        "attribution_hidden_states": hidden,
+        "attribution_mask": mask,
+        "concept_weights": weights,
+    }
+
+
+def _refuse(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if value is not None and value != {}:
             raise EngineError(

@@ -1,18 +1,20 @@
-"""ONNX Runtime behind torch tensors: one ONNX file, one device, no copies."""
+"""One interface for every runtime: a graph of an engine folder, run on tensors of one device."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 from .errors import DeviceError, EngineError, MissingExtraError
+from .manifest import GraphFile, Manifest, installed
 from .shapes import Tensor, output_shape
 
-# Every one of them installs the same folder `onnxruntime`, and pip lets them overwrite each other.
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+# All of them install the same folder `onnxruntime`, and pip lets them overwrite each other.
 _DISTRIBUTIONS = (
     "onnxruntime",
     "onnxruntime-gpu",
@@ -25,23 +27,46 @@ _KINDS = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class Session:
-    """An ONNX file on ONNX Runtime.
+class Session(Protocol):
+    """A graph that is ready to run."""
 
-    Args:
-        path: the ONNX file.
-        device: where it runs, and where its inputs and outputs are.
-        outputs: the graph's outputs.
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """Output name -> tensor, of inputs on the session's device and in the graph's types."""
 
-    Raises:
-        MissingExtraError: ONNX Runtime is not installed.
-        DeviceError: it cannot use ``device``.
-        EngineError: two ONNX Runtime packages are installed, or it cannot run the file.
-    """
+
+def open_session(
+    backend: Backend, folder: Path, manifest: Manifest, graph: GraphFile, device: torch.device
+) -> Session:
+    """Makes a graph of an engine folder ready to run."""
+    if backend == "onnxruntime":
+        return OnnxSession(folder / graph.file, device, graph.outputs)
+    if backend not in get_args(Backend):
+        raise ValueError(f"`backend` must be one of {list(get_args(Backend))}, got {backend!r}")
+    from .tensorrt import PlanSession
+
+    return PlanSession(folder, manifest, graph, device, backend)
+
+
+def empty_outputs(
+    outputs: Sequence[Tensor], sizes: Mapping[str, int], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Output name -> memory for it, in a call whose dimensions have these sizes."""
+    return {
+        output.name: torch.empty(
+            output_shape(output, sizes), dtype=getattr(torch, output.dtype), device=device
+        )
+        for output in outputs
+    }
+
+
+class OnnxSession:
+    """An ONNX file on ONNX Runtime, without copies of inputs and outputs."""
 
     def __init__(self, path: Path, device: torch.device, outputs: Sequence[Tensor]) -> None:
         runtime = require_runtime()
-        self.device = device
+        self._device = device
         self._outputs = tuple(outputs)
         provider = _PROVIDERS.get(device.type)
         if provider is None:
@@ -54,11 +79,10 @@ class Session:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        providers: list[Any] = [provider]
         if device.type == "cuda":
             runtime.preload_dlls()  # those that pip installed
-            providers: list[Any] = [(provider, {"device_id": device.index or 0})]
-        else:
-            providers = [provider]
+            providers = [(provider, {"device_id": device.index or 0})]
         try:
             self._session = runtime.InferenceSession(path, options, providers=providers)
         except Exception as error:  # its classes are many, and derive from RuntimeError or not
@@ -76,50 +100,33 @@ class Session:
     def run(
         self, inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
-        """One call.
-
-        Args:
-            inputs: name -> tensor on the session's device, in the graph's type.
-            sizes: dimension name -> size of this call, for the outputs.
-
-        Returns:
-            Output name -> tensor.
-        """
+        """As `Session.run`."""
         binding = self._session.io_binding()
         held = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        outputs = empty_outputs(self._outputs, sizes, self._device)
         for name, tensor in held.items():
             binding.bind_input(*self._described(name, tensor))
-        found: dict[str, torch.Tensor] = {}
-        for each in self._outputs:
-            made = torch.empty(
-                output_shape(each, sizes), dtype=getattr(torch, each.dtype), device=self.device
-            )
-            found[each.name] = made
-            binding.bind_output(*self._described(each.name, made))
-        if self.device.type == "cuda":
+        for name, tensor in outputs.items():
+            binding.bind_output(*self._described(name, tensor))
+        if self._device.type == "cuda":
             # Its own stream does not wait for torch's; and it waits for itself at the end.
-            torch.cuda.current_stream(self.device).synchronize()
+            torch.cuda.current_stream(self._device).synchronize()
         self._session.run_with_iobinding(binding)
-        return found
+        return outputs
 
     def _described(self, name: str, tensor: torch.Tensor) -> tuple[Any, ...]:
-        index = self.device.index or 0
+        index = self._device.index or 0
         shape = list(tensor.shape)
-        return name, self.device.type, index, _KINDS[tensor.dtype], shape, tensor.data_ptr()
+        return name, self._device.type, index, _KINDS[tensor.dtype], shape, tensor.data_ptr()
 
 
 def require_runtime() -> Any:
-    """The module `onnxruntime`.
-
-    Raises:
-        MissingExtraError: it is not installed.
-        EngineError: several of its packages are.
-    """
-    installed = [name for name in _DISTRIBUTIONS if _is_installed(name)]
-    if len(installed) > 1:
+    """The module `onnxruntime`, of one package only."""
+    packages = [name for name in _DISTRIBUTIONS if installed(name)]
+    if len(packages) > 1:
         raise EngineError(
-            f"{' and '.join(installed)} are both installed and overwrite each other's files: "
-            f"pip uninstall {' '.join(installed)}, then install one of the extras `onnx` and "
+            f"{' and '.join(packages)} are both installed and overwrite each other's files: "
+            f"pip uninstall {' '.join(packages)}, then install one of the extras `onnx` and "
             "`onnx-gpu`"
         )
     try:
@@ -130,11 +137,3 @@ def require_runtime() -> Any:
             "'biasmap-fast[onnx-gpu]' for CUDA"
         ) from error
     return onnxruntime
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

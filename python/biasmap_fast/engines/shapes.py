@@ -1,12 +1,19 @@
-"""The sizes an engine takes: every dimension that may vary, with its true bounds, and presets."""
+"""The sizes an engine takes: bounds of every dimension, presets, and checks of calls."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from .errors import ShapeError
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+_DIMENSIONS = "batch|height|width|tokens|prompts|attribution_tokens|concepts"
+Dimension = Annotated[str, Field(pattern=rf"^({_DIMENSIONS}|(height|width|pixels) >> \d)$")]
 
 # diffusers' Upsample2D takes another path from 64 on; an exported graph has one path.
 _MOST_BATCH = 63
@@ -14,14 +21,7 @@ _MOST_BATCH = 63
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of one dimension.
-
-    Attributes:
-        low: smallest size.
-        best: the size to tune for.
-        high: largest size.
-        multiple: every size is a multiple of this.
-    """
+    """Smallest, best and largest size of a dimension, and the step between sizes."""
 
     low: int
     best: int
@@ -29,47 +29,39 @@ class Range:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.low <= self.best <= self.high:
+        if not 1 <= self.low <= self.best <= self.high or self.multiple < 1:
             raise ValueError(
                 f"expected 1 <= low <= best <= high, got {self.low}, {self.best}, {self.high}"
             )
-        wrong = [n for n in (self.low, self.best, self.high) if n % self.multiple]
-        if wrong:
+        if wrong := [n for n in (self.low, self.best, self.high) if n % self.multiple]:
             raise ValueError(f"expected multiples of {self.multiple}, got {wrong}")
 
     def __contains__(self, size: int) -> bool:
         return self.low <= size <= self.high and size % self.multiple == 0
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return str(self.low)
         step = f" in steps of {self.multiple}" if self.multiple > 1 else ""
         return f"{self.low} to {self.high}{step}"
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Bounds of all dimensions that may vary. Latents, not pixels: a pixel is 8 times smaller.
-
-    Attributes:
-        batch: rows of the UNet's batch, guidance chunks included; at most 63.
-        height: of the latents.
-        width: of the latents.
-        tokens: of the text that draws.
-        prompts: attribution prompts of one call.
-        attribution_tokens: of the longest attribution prompt, start and end token included.
-        concepts: of the attribution prompt that has most.
+    """Bounds of all dimensions that vary; height and width are of the latents, not in pixels.
 
     Example:
         >>> PRESETS["sd15"].height
         Range(low=8, best=64, high=128, multiple=1)
     """
 
-    batch: Range = Range(1, 2, 32)
+    batch: Range = Range(1, 2, 32)  # guidance chunks included
     height: Range = Range(8, 64, 128)
     width: Range = Range(8, 64, 128)
-    tokens: Range = Range(1, 77, 616)
-    prompts: Range = Range(1, 1, 64)
-    attribution_tokens: Range = Range(1, 12, 77)
-    concepts: Range = Range(1, 2, 64)
+    tokens: Range = Range(1, 77, 616)  # of the text that draws
+    prompts: Range = Range(1, 1, 64)  # attribution prompts in one call
+    attribution_tokens: Range = Range(1, 12, 77)  # start and end token included
+    concepts: Range = Range(1, 2, 64)  # per attribution prompt
 
     def __post_init__(self) -> None:
         if self.batch.high > _MOST_BATCH:
@@ -93,15 +85,6 @@ class Shapes:
 
         return replace(self, height=restricted(self.height), width=restricted(self.width))
 
-    def to_json(self) -> dict[str, dict[str, int]]:
-        """Plain values for JSON."""
-        return {name: asdict(size) for name, size in self.ranges.items()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Mapping[str, int]]) -> Shapes:
-        """Reads what `to_json` wrote."""
-        return cls(**{name: Range(**size) for name, size in values.items()})
-
 
 def _square(best: int, high: int) -> dict[str, Range]:
     return {"height": Range(8, best, high), "width": Range(8, best, high)}
@@ -116,13 +99,7 @@ PRESETS: dict[str, Shapes] = {
 
 
 def preset_of(unet: Any) -> str:
-    """The preset whose best size is nearest to the UNet's own.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> preset_of(SimpleNamespace(config=SimpleNamespace(sample_size=64)))
-        'sd15'
-    """
+    """The preset whose best size is nearest to the UNet's own."""
     size = unet.config.sample_size
     side = size if isinstance(size, int) else max(size)
     return min(PRESETS, key=lambda name: abs(PRESETS[name].height.best - side))
@@ -132,41 +109,28 @@ def preset_of(unet: Any) -> str:
 class Tensor:
     """An input or output of a graph.
 
-    Attributes:
-        name: in the file.
-        dtype: torch's name of the type, ``"float16"``.
-        shape: sizes; a string is one of the dimensions of `Shapes`, and in an output also what
-            `halved` and `area` write.
+    A string in its shape is a dimension of `Shapes`, in an output also ``"height >> 1"`` (a height
+    halved once) or ``"pixels >> 1"`` (the pixels of latents halved once).
     """
 
     name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Tensor:
-        """Reads it back from JSON."""
-        return cls(values["name"], values["dtype"], tuple(values["shape"]))
+    dtype: Dtype
+    shape: tuple[int | Dimension, ...]
 
 
 def halved(dim: str, level: int) -> str:
-    """A height or width, halved ``level`` times.
-
-    Example:
-        >>> output_shape(Tensor("maps", "float32", (halved("width", 1), area(2))), {
-        ...     "height": 16, "width": 8})
-        [4, 8]
-    """
+    """A height or width, halved ``level`` times."""
     return f"{dim} >> {level}" if level else dim
 
 
-def area(level: int) -> str:
-    """The pixels of latents that were halved ``level`` times."""
-    return f"pixels >> {level}"
-
-
 def output_shape(output: Tensor, sizes: Mapping[str, int]) -> list[int]:
-    """The shape of an output in a call whose dimensions have these sizes."""
+    """The shape of an output in a call whose dimensions have these sizes.
+
+    Example:
+        >>> maps = Tensor("maps", "float32", ("batch", "height >> 1", "pixels >> 2"))
+        >>> output_shape(maps, {"batch": 3, "height": 16, "width": 8})
+        [3, 8, 8]
+    """
 
     def size(dim: int | str) -> int:
         if isinstance(dim, int):
@@ -179,37 +143,37 @@ def output_shape(output: Tensor, sizes: Mapping[str, int]) -> list[int]:
     return [size(dim) for dim in output.shape]
 
 
-def check_sizes(shapes: Shapes, inputs: Sequence[Tensor], given: Mapping[str, Any]) -> None:
-    """Checks the shapes of a call's tensors against the engine's bounds.
-
-    Args:
-        shapes: the bounds.
-        inputs: the graph's inputs.
-        given: input name -> tensor.
+def check_sizes(
+    bounds: Mapping[str, Range], inputs: Sequence[Tensor], tensors: Mapping[str, Any]
+) -> dict[str, int]:
+    """Dimension name -> size in a call with these tensors.
 
     Raises:
-        ShapeError: the message names input, dimension, bounds and size.
+        ShapeError: a size is outside the bounds, or two do not agree.
     """
-    found: dict[str, tuple[str, int]] = {}
+    sizes: dict[str, int] = {}
+    first: dict[str, str] = {}
     for expected in inputs:
-        shape = tuple(given[expected.name].shape)
+        shape = list(tensors[expected.name].shape)
         if len(shape) != len(expected.shape):
-            raise ShapeError(f"`{expected.name}` must be {list(expected.shape)}, got {list(shape)}")
-        for place, (size, dim) in enumerate(zip(shape, expected.shape, strict=True)):
+            raise ShapeError(f"`{expected.name}` must be {list(expected.shape)}, got {shape}")
+        for index, (size, dim) in enumerate(zip(shape, expected.shape, strict=True)):
             if isinstance(dim, int):
                 if size != dim:
                     raise ShapeError(
-                        f"`{expected.name}` must have {dim} as size {place}, got {list(shape)}: "
-                        "the engine was exported from another kind of model"
+                        f"`{expected.name}` must have {dim} as size {index}, got {shape}: the "
+                        "engine was exported from another kind of model"
                     )
-                continue
-            if size not in getattr(shapes, dim):
+            elif size not in bounds[dim]:
                 raise ShapeError(
-                    f"`{expected.name}` must have a {dim} of {getattr(shapes, dim)}, got {size}: "
-                    "export an engine with these sizes"
+                    f"`{expected.name}` must have {dim} of {bounds[dim]}, got {size}: export an "
+                    "engine with these sizes"
                 )
-            first, before = found.setdefault(dim, (expected.name, size))
-            if before != size:
+            elif sizes.setdefault(dim, size) != size:
                 raise ShapeError(
-                    f"`{expected.name}` must have the {dim} of `{first}`, {before}, got {size}"
+                    f"`{expected.name}` must have the {dim} of `{first[dim]}`, {sizes[dim]}, got "
+                    f"{size}"
                 )
+            else:
+                first.setdefault(str(dim), expected.name)
+    return sizes

@@ -1,368 +1,285 @@
-"""TensorRT plans of an engine folder: build, cache, run on torch's stream, refit.
+"""TensorRT 10 and 11, and TensorRT for RTX: plans of an engine folder, built and run.
 
-Written against the documented API of TensorRT 10 and 11; every name it uses is listed in `API` and
-compared with the real bindings of both (tests/data). **Nothing here has been run**: the library
-cannot be installed on the machines at hand. What needs no library is tested: profiles, keys,
-files, errors.
+Both libraries have the same names; what differs between them is in `LIBRARIES`. Plans of
+TensorRT-RTX are built without a GPU, and tests build one of every graph; plans of TensorRT need
+the GPU they are for. **No plan has been run**: no GPU of either kind was at hand.
 
-Precision lives in the ONNX file: networks are strongly typed, by a flag in 10, always in 11.
+Precision lies in the ONNX file: networks are strongly typed, by a flag in version 10, always later.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import importlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import DeviceError, EngineError, ExportError, ManifestError, MissingExtraError
-from .manifest import GraphFile, Manifest
-from .shapes import Shapes, output_shape
+from .manifest import GraphFile, Library, Manifest, PlanFile, check_file, file_hash, write_file
+from .session import empty_outputs
+from .shapes import Shapes
 
-# Everything that is used of the library: its classes, their members, and their enums' values.
-API = (
-    "Builder.build_serialized_network",
-    "Builder.create_builder_config",
-    "Builder.create_network",
-    "Builder.create_optimization_profile",
-    "BuilderFlag.REFIT",
-    "DataType.BF16",
-    "DataType.FLOAT",
-    "DataType.HALF",
-    "IBuilderConfig.add_optimization_profile",
-    "IBuilderConfig.builder_optimization_level",
-    "IBuilderConfig.create_timing_cache",
-    "IBuilderConfig.get_timing_cache",
-    "IBuilderConfig.set_flag",
-    "IBuilderConfig.set_memory_pool_limit",
-    "IBuilderConfig.set_timing_cache",
-    "ICudaEngine.create_execution_context",
-    "IExecutionContext.execute_async_v3",
-    "IExecutionContext.set_input_shape",
-    "IExecutionContext.set_tensor_address",
-    "IOptimizationProfile.set_shape",
-    "ITimingCache.serialize",
-    "Logger.WARNING",
-    "MemoryPoolType.WORKSPACE",
-    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
-    "OnnxParser.get_error",
-    "OnnxParser.num_errors",
-    "OnnxParser.parse_from_file",
-    "ParserError.desc",
-    "Refitter.get_all_weights",
-    "Refitter.get_weights_prototype",
-    "Refitter.refit_cuda_engine",
-    "Refitter.set_named_weights",
-    "Runtime.deserialize_cuda_engine",
-    "Weights.dtype",
-)
-
-# CUDA graphs, and with each its buffers and its share of the plan's memory, kept at a time.
-_MOST_GRAPHS = 4
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a plan is built with.
+class Traits:
+    """What differs between the libraries."""
 
-    Attributes:
-        level: builder optimisation level, 0 to 5.
-        refit: let weights be replaced later, at some cost in speed.
-        workspace: most bytes of scratch memory; None for the library's own limit.
-    """
-
-    level: int = 3
-    refit: bool = False
-    workspace: int | None = None
+    module: str
+    versions: tuple[tuple[int, ...], tuple[int, ...]]  # from, up to but not
+    # Built without a GPU, for every GPU the library takes; kernels are compiled at the first run,
+    # into a cache. Plans of the other library belong to one model of GPU.
+    portable: bool = False
+    capabilities: tuple[str, str] = ("any", r".*")  # in words, and as a pattern
 
 
-def require() -> Any:
-    """The module `tensorrt`, with every name that is used here.
+LIBRARIES: dict[Library, Traits] = {
+    "tensorrt": Traits("tensorrt", ((10, 8), (12,))),
+    # It imports its libraries itself; the meta package `tensorrt-rtx` has the same module.
+    "tensorrt-rtx": Traits(
+        "tensorrt_rtx_bindings",
+        ((1, 7), (2,)),
+        portable=True,
+        capabilities=("8.0, 8.6, 8.9, 12.0 and later", r"8\.[069]|1[2-9]\.\d"),
+    ),
+}
+
+
+def require(library: Library) -> Any:
+    """The library's module.
 
     Raises:
         MissingExtraError: it is not installed, or without its libraries.
-        EngineError: it is of a version that lacks a name.
+        EngineError: it is of another version than this code was written for.
     """
+    traits = LIBRARIES[library]
     try:
-        import tensorrt
+        module = importlib.import_module(traits.module)
     except (ImportError, OSError) as error:  # the bindings alone fail on their libraries
         raise MissingExtraError(
-            f"TensorRT cannot be imported ({' '.join(str(error).split())}): pip install "
-            "'biasmap-fast[tensorrt]'; the bindings alone do not suffice"
+            f"{traits.module} cannot be imported ({' '.join(str(error).split())}): pip install "
+            f"'biasmap-fast[{library}]'; the bindings alone do not suffice"
         ) from error
-    missing = [name for name in API if not _has(tensorrt, name)]
-    if missing:
-        version = getattr(tensorrt, "__version__", "of unknown version")
+    least, above = traits.versions
+    if not least <= tuple(int(part) for part in module.__version__.split(".")[:2]) < above:
         raise EngineError(
-            f"TensorRT {version} lacks {', '.join(missing)}; expected version 10.8 to 11"
+            f"expected {library} from {'.'.join(map(str, least))} up to {above[0]}.0, got "
+            f"{module.__version__}: pip install --upgrade 'biasmap-fast[{library}]'"
         )
-    return tensorrt
+    return module
+
+
+def target_of(library: Library, index: int | None) -> str:
+    """The GPU that plans are for, with the index that builds or runs; portable plans need none.
+
+    Raises:
+        DeviceError: there is no such GPU, or the library does not take it.
+    """
+    traits = LIBRARIES[library]
+    words, pattern = traits.capabilities
+    if index is None and traits.portable:
+        return words
+    index = index or 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise DeviceError(f"{library} needs a CUDA device, got none with the index {index}")
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
+    name = torch.cuda.get_device_name(index)
+    if not re.fullmatch(pattern, capability):
+        raise DeviceError(
+            f"{library} runs on compute capability {words}, got {capability} ({name}): use "
+            "backend='onnxruntime' or 'tensorrt'"
+        )
+    return words if traits.portable else f"{name}, {capability}"
 
 
 def profile(graph: GraphFile, shapes: Shapes) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Least, best and greatest shape of every input with a dimension that varies."""
-    found = {}
-    for each in graph.inputs:
-        if any(isinstance(dim, str) for dim in each.shape):
-            found[each.name] = tuple(
-                tuple(
-                    dim if isinstance(dim, int) else getattr(getattr(shapes, dim), bound)
-                    for dim in each.shape
-                )
-                for bound in ("low", "best", "high")
+    return {
+        tensor.name: tuple(
+            tuple(
+                dim if isinstance(dim, int) else getattr(shapes.ranges[dim], bound)
+                for dim in tensor.shape
             )
-    return found
-
-
-def key(
-    manifest: Manifest, graph: GraphFile, version: str, gpu: Mapping[str, Any], options: Options
-) -> str:
-    """SHA-256 over everything that changes a plan.
-
-    Args:
-        manifest: the engine folder's.
-        graph: the graph that was built.
-        version: of TensorRT.
-        gpu: name and compute capability, see `device`.
-        options: of the build.
-    """
-    everything = {
-        "onnx": graph.sha256,
-        "weights": manifest.weights_sha256,
-        "profile": profile(graph, manifest.shapes),
-        "tensorrt": version,
-        "gpu": dict(gpu),
-        "options": asdict(options),
+            for bound in ("low", "best", "high")
+        )
+        for tensor in graph.inputs
+        if any(isinstance(dim, str) for dim in tensor.shape)
     }
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
-def device(index: int) -> dict[str, Any]:
-    """Name and compute capability of a GPU: a plan of another is never loaded.
-
-    Raises:
-        DeviceError: there is no such GPU.
-    """
-    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-        raise DeviceError(f"TensorRT needs a CUDA device, got none with the index {index}")
-    major, minor = torch.cuda.get_device_capability(index)
-    return {"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"}
-
-
-def build(folder: str | Path, *, options: Options = Options(), index: int = 0) -> list[Path]:
-    """Builds the plans of all of a folder's graphs, unless they are there.
-
-    Plans lie in ``plans/`` of the folder, named by their `key`, beside the timing cache.
+def build(folder: str | Path, library: Library = "tensorrt", *, index: int = 0) -> Manifest:
+    """Builds the plans of all graphs of an engine folder and names them in its manifest.
 
     Args:
         folder: what `export_unet` wrote.
-        options: of the build.
-        index: of the CUDA device.
+        library: ``"tensorrt"`` or ``"tensorrt-rtx"``.
+        index: of the CUDA device that TensorRT builds for; TensorRT-RTX needs none.
 
     Raises:
-        MissingExtraError: TensorRT is not installed.
+        MissingExtraError: the library is not installed.
         DeviceError: there is no such GPU.
-        ExportError: TensorRT does not take the file.
+        ExportError: the library does not take a graph; the message has its node and reason.
     """
-    trt, path = require(), Path(folder)
+    trt, path = require(library), Path(folder)
+    target = target_of(library, None if LIBRARIES[library].portable else index)
     manifest = Manifest.read(path)
-    gpu = device(index)
-    plans = path / "plans"
-    plans.mkdir(exist_ok=True)
-    found = []
-    for graph in manifest.files:
-        target = plans / f"{key(manifest, graph, trt.__version__, gpu, options)}.plan"
-        found.append(target)
-        if not target.exists():
-            timing = plans / f"timing-{trt.__version__}-{gpu['capability']}.cache"
-            with torch.cuda.device(index):
-                plan = _built(trt, path / graph.file, graph, manifest.shapes, options, timing)
-            _write(target, plan)
-    return found
+    label = re.sub(r"\W+", "-", f"{library} {trt.__version__} {target}").strip("-")
+    if LIBRARIES[library].portable:
+        label = f"{library}-{trt.__version__}"
+    plans = []
+    fixed = {gradient.graph.file: gradient.sizes for gradient in manifest.gradients}
+    for graph in manifest.graphs:
+        file = f"{Path(graph.file).stem}.{label}.plan"
+        bounds = None if graph.file in fixed else profile(graph, manifest.shapes)
+        write_file(path / file, _built(trt, path / graph.file, bounds))
+        sha256 = file_hash(path / file)
+        plans.append(PlanFile(file, sha256, graph.file, library, trt.__version__, target))
+    kept = [plan for plan in manifest.plans if plan.file not in {new.file for new in plans}]
+    manifest = replace(manifest, plans=(*kept, *plans))
+    manifest.write(path)
+    return manifest
 
 
-def _built(
-    trt: Any, path: Path, graph: GraphFile, shapes: Shapes, options: Options, timing: Path
-) -> Any:
-    logger = trt.Logger(trt.Logger.WARNING)
-    builder = trt.Builder(logger)
+def _built(trt: Any, path: Path, bounds: Mapping[str, Sequence[tuple[int, ...]]] | None) -> Any:
+    name = f"{trt.__name__} {trt.__version__}"
+    log = _log(trt)
+    builder = trt.Builder(log)
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # 11 ignores it
     network = builder.create_network(typed)
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
-        reasons = [parser.get_error(place).desc() for place in range(parser.num_errors)]
-        raise ExportError(f"TensorRT {trt.__version__} does not take {path}: {'; '.join(reasons)}")
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        reasons = dict.fromkeys(
+            f"node {error.node()}, {error.node_operator()} {error.node_name()!r}: {error.desc()}"
+            for error in errors
+        )
+        raise ExportError(f"{name} does not take {path.name}: {'; '.join([*reasons][:3])}")
     config = builder.create_builder_config()
-    config.builder_optimization_level = options.level
-    if options.refit:
-        config.set_flag(trt.BuilderFlag.REFIT)
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    bounds = profile(graph, shapes)
     if bounds:
         limits = builder.create_optimization_profile()
-        for name, (low, best, high) in bounds.items():
-            limits.set_shape(name, low, best, high)
+        for tensor, (low, best, high) in bounds.items():
+            limits.set_shape(tensor, low, best, high)
         config.add_optimization_profile(limits)
-    # the name keeps the cache alive until the plan is built
-    cache = config.create_timing_cache(timing.read_bytes() if timing.exists() else b"")
-    config.set_timing_cache(cache, False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ExportError(f"TensorRT {trt.__version__} could not build {path}; its log says why")
-    _write(timing, config.get_timing_cache().serialize())
+        raise ExportError(f"{name} could not build {path.name}: {log.reason()}")
+    if hasattr(trt, "EngineValidity"):
+        _check_header(trt, trt.Runtime(log), plan, path.name)
     return plan
 
 
-class PlanSession:
-    """A plan in the place of `session.Session`, on the caller's CUDA stream.
+def _check_header(trt: Any, runtime: Any, plan: Any, name: str, *, here: bool = False) -> None:
+    validity, diagnostics = runtime.get_engine_validity(plan)
+    kinds = trt.EngineInvalidityDiagnostics
+    reasons = [kind for kind in kinds.__members__ if diagnostics & int(getattr(kinds, kind))]
+    wrong = {"MALFORMED_ENGINE", "VERSION_MISMATCH"} & set(reasons)
+    # Without a GPU every plan is INVALID; only what is wrong with the file itself counts then.
+    if wrong or (here and validity == trt.EngineValidity.INVALID):
+        raise EngineError(
+            f"{trt.__name__} {trt.__version__} does not take the plan of {name}: "
+            f"{', '.join(reasons) or 'invalid on this GPU'}; build it again"
+        )
 
-    The first call of a shape captures a CUDA graph, later ones replay it. Graphs have buffers of
-    their own: inputs are copied in and outputs out, on the device.
-    """
+
+class PlanSession:
+    """A plan as a `Session`, on the caller's CUDA stream."""
 
     def __init__(
         self,
         folder: Path,
         manifest: Manifest,
         graph: GraphFile,
-        on: torch.device,
-        options: Options = Options(),
+        device: torch.device,
+        library: Library,
     ) -> None:
-        if on.type != "cuda":
-            raise DeviceError(f"TensorRT engines run on cuda, got {on}")
-        self._trt = require()
-        self._graph = graph
-        self.device = on
-        index = on.index or 0
-        name = key(manifest, graph, self._trt.__version__, device(index), options)
-        path = folder / "plans" / f"{name}.plan"
-        if not path.exists():
+        if device.type != "cuda":
+            raise DeviceError(f"{library} engines run on cuda, got {device}")
+        trt = require(library)
+        wanted = (library, trt.__version__, target_of(library, device.index or 0))
+        plans = {
+            (p.library, p.version, p.target): p for p in manifest.plans if p.graph == graph.file
+        }
+        if wanted not in plans:
+            known = "; ".join(" ".join(key) for key in plans) or "none"
             raise ManifestError(
-                f"{folder} has no plan for this GPU, this TensorRT {self._trt.__version__} and "
-                f"{options}: build it with biasmap_fast.engines.tensorrt.build({str(folder)!r})"
+                f"{folder} has no plan of {graph.file} for {' '.join(wanted)}; there are: {known}. "
+                f"Build it with biasmap_fast.engines.tensorrt.build({str(folder)!r}, {library!r})"
             )
-        self._logger = self._trt.Logger(self._trt.Logger.WARNING)
-        self._runtime = self._trt.Runtime(self._logger)
-        with torch.cuda.device(on):
-            self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise EngineError(f"TensorRT {self._trt.__version__} cannot load {path}")
-        self._captured: dict[tuple[int, ...], _Captured] = {}
+        plan = plans[wanted]
+        check_file(folder, plan.file, plan.sha256)
+        data = (folder / plan.file).read_bytes()
+        self._device, self._outputs = device, graph.outputs
+        self._log = _log(trt)
+        self._runtime = trt.Runtime(self._log)
+        with torch.cuda.device(device):
+            if LIBRARIES[library].portable:
+                _check_header(trt, self._runtime, data, plan.file, here=True)
+            engine = self._runtime.deserialize_cuda_engine(data)
+            if engine is None:
+                raise EngineError(f"{library} cannot load {plan.file}: {self._log.reason()}")
+            self._engine = engine  # its context does not keep it alive
+            self._cache: Any = None
+            if not LIBRARIES[library].portable:
+                self._context = engine.create_execution_context()
+                return
+            config = engine.create_runtime_config()
+            self._cache = config.create_runtime_cache()
+            major, minor = torch.cuda.get_device_capability(device)
+            self._cache_file = folder / f".{plan.file}.{major}.{minor}.cache"
+            if self._cache_file.is_file():
+                self._cache.deserialize(self._cache_file.read_bytes())
+            config.set_runtime_cache(self._cache)
+            self._context = engine.create_execution_context(config)
+            self._known: set[tuple[int, ...]] = set()
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
-        """One call; as `session.Session.run`."""
-        place = tuple(sizes[name] for name in sorted(sizes))
-        with torch.cuda.device(self.device):
-            captured = self._captured.pop(place, None) or self._capture(inputs, sizes)
-            self._captured[place] = captured  # the latest last
-            if len(self._captured) > _MOST_GRAPHS:
-                del self._captured[next(iter(self._captured))]
-            for name, buffer in captured.inputs.items():
-                buffer.copy_(inputs[name])
-            captured.graph.replay()
-            return {name: buffer.clone() for name, buffer in captured.outputs.items()}
+        """As `Session.run`."""
+        with torch.cuda.device(self._device):
+            held = {name: tensor.contiguous() for name, tensor in inputs.items()}
+            outputs = empty_outputs(self._outputs, sizes, self._device)
+            for name, tensor in held.items():
+                if not self._context.set_input_shape(name, tuple(tensor.shape)):
+                    raise EngineError(f"the plan does not take `{name}` of {list(tensor.shape)}")
+            for name, tensor in (held | outputs).items():
+                self._context.set_tensor_address(name, tensor.data_ptr())
+            if not self._context.execute_async_v3(
+                torch.cuda.current_stream(self._device).cuda_stream
+            ):
+                raise EngineError(f"the plan could not be run: {self._log.reason()}")
+            self._keep_kernels(tuple(sizes.values()))
+        return outputs
 
-    def refit(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replaces the plan's weights, for example after a LoRA was fused.
-
-        Args:
-            state: the UNet's ``state_dict()``.
-
-        Raises:
-            EngineError: a weight has no place of its own in the plan, or the plan was not built
-                with ``refit=True``.
-        """
-        trt = self._trt
-        kinds = {
-            trt.DataType.FLOAT: torch.float32,
-            trt.DataType.HALF: torch.float16,
-            trt.DataType.BF16: torch.bfloat16,
-        }
-        known = self._graph.initializers
-        if lost := sorted(set(state) - {source for source, _ in known.values()}):
-            raise EngineError(
-                f"the plan holds these weights in a form that cannot be told from others: {lost}; "
-                "export and build it again"
-            )
-        torch.cuda.synchronize(self.device)  # nothing may run meanwhile
-        refitter = trt.Refitter(self._engine, self._logger)
-        held = []  # the library reads them in refit_cuda_engine
-        for name in refitter.get_all_weights():
-            if name not in known:
-                continue  # a constant of the graph
-            source, turned = known[name]
-            prototype = refitter.get_weights_prototype(name)
-            weight = state[source].T if turned else state[source]
-            value = weight.detach().to("cpu", kinds[prototype.dtype]).contiguous()
-            held.append(value)
-            given = trt.Weights(prototype.dtype, value.data_ptr(), value.numel())
-            if not refitter.set_named_weights(name, given):
-                raise EngineError(f"TensorRT does not take new weights for {name}")
-        if not refitter.refit_cuda_engine():
-            raise EngineError("TensorRT could not refit the plan; its log says why")
-        self._captured.clear()
-
-    def _capture(self, inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> _Captured:
-        # A context of its own: a graph stays bound to the memory of the context it was captured on.
-        context = self._engine.create_execution_context()
-        buffers = {
-            each.name: inputs[each.name].clone(memory_format=torch.contiguous_format)
-            for each in self._graph.inputs
-        }
-        outputs = {
-            each.name: torch.empty(
-                output_shape(each, sizes), dtype=getattr(torch, each.dtype), device=self.device
-            )
-            for each in self._graph.outputs
-        }
-        for name, buffer in buffers.items():
-            if not context.set_input_shape(name, tuple(buffer.shape)):
-                raise EngineError(f"the plan does not take `{name}` of {list(buffer.shape)}")
-        for name, buffer in (buffers | outputs).items():
-            context.set_tensor_address(name, buffer.data_ptr())
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # what the first run sets up must not be captured
-            self._enqueue(context)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._enqueue(context)
-        return _Captured(context, graph, buffers, outputs)
-
-    def _enqueue(self, context: Any) -> None:
-        if not context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise EngineError("TensorRT could not run the plan; its log says why")
+    def _keep_kernels(self, sizes: tuple[int, ...]) -> None:
+        if self._cache is None or sizes in self._known:
+            return
+        self._known.add(sizes)
+        try:
+            write_file(self._cache_file, self._cache.serialize())
+        except OSError as error:  # a folder that cannot be written is compiled for again
+            logger.warning("the compiled kernels cannot be kept in %s: %s", self._cache_file, error)
 
 
-@dataclass(frozen=True)
-class _Captured:
-    """A CUDA graph of one shape, and what it reads and writes."""
+def _log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
 
-    context: Any
-    graph: Any
-    inputs: dict[str, torch.Tensor]
-    outputs: dict[str, torch.Tensor]
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(" ".join(message.split()))
+            elif severity <= trt.ILogger.WARNING:
+                logger.warning(message)
 
+        def reason(self) -> str:
+            return "; ".join(self.errors[-3:])[:1000] or "it gave no reason"
 
-def _has(module: Any, name: str) -> bool:
-    owner, _, member = name.partition(".")
-    return hasattr(getattr(module, owner, None), member)
-
-
-def _write(path: Path, data: Any) -> None:
-    """Writes a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(memoryview(data))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return Log()

@@ -1,7 +1,7 @@
 """3 x 3 convolutions of an exported graph by Winograd's minimal filtering, in fewer products.
 
-Where a runtime multiplies as fast as its processor can, as ONNX Runtime does on a CPU, only fewer
-products make a convolution faster: tiles of 2 x 2 pixels take 4 a pixel and channel in place of 9,
+If a runtime multiplies as fast as its processor can, as ONNX Runtime does on a CPU, only fewer
+products make a convolution faster: tiles of 2 x 2 pixels take 4 per pixel and channel instead of 9,
 tiles of 4 x 4 take 2.25. The graph keeps the UNet's own weights; a runtime folds their
 transformation when it loads the graph.
 
@@ -12,8 +12,6 @@ Convolutional Neural Networks, 2016 (arXiv 1509.09308).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,17 +35,7 @@ _PIXELS_OF_LARGE_TILES = 1024
 
 
 class WinogradConv2d(torch.nn.Module):
-    """A 3 x 3 convolution, stride 1, padding 1, as products over tiles.
-
-    Args:
-        convolution: whose weights it shares; see `applicable`.
-        tile: 2 or 4, height and width of a tile of the output.
-
-    Example:
-        >>> direct = torch.nn.Conv2d(8, 8, 3, padding=1)
-        >>> images = torch.randn(1, 8, 6, 6)
-        >>> torch.testing.assert_close(WinogradConv2d(direct, 4)(images), direct(images))
-    """
+    """A convolution that is `applicable` as products over tiles of 2 x 2 or 4 x 4 of its output."""
 
     def __init__(self, convolution: torch.nn.Conv2d, tile: int) -> None:
         super().__init__()
@@ -78,10 +66,10 @@ class WinogradConv2d(torch.nn.Module):
         products = weight @ tiles  # [B, count, O, T]
         pixels = self._of_output @ products.flatten(2)  # [B, tile * tile, O * T]
         pixels = pixels.view(batch, tile * tile, weight.shape[1], -1).transpose(1, 2)
-        found = pixel_shuffle(pixels.reshape(batch, -1, *size), tile)
+        result = pixel_shuffle(pixels.reshape(batch, -1, *size), tile)
         if not whole:
-            found = found[..., :height, :width]
-        return found if self.bias is None else found + self.bias[:, None, None]
+            result = result[..., :height, :width]
+        return result if self.bias is None else result + self.bias[:, None, None]
 
 
 def transformations(tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -114,32 +102,17 @@ def applicable(module: torch.nn.Module) -> bool:
     )
 
 
-@contextmanager
-def winograd(unet: Any, pixels: int) -> Iterator[None]:
-    """Replaces a UNet's convolutions inside the block.
-
-    Args:
-        unet: the UNet.
-        pixels: of the latents that the graph is to be fast for.
-    """
-    count = len(unet.config.down_block_types)
-    replaced = [
-        (*name.rpartition(".")[::2], module)
-        for name, module in unet.named_modules()
-        if applicable(module)
-    ]
-    if not replaced:
+def use_winograd(unet: Any, pixels: int) -> Any:
+    """The UNet with its convolutions replaced that gain by it at this many pixels of latents."""
+    levels = len(unet.config.down_block_types)
+    convolutions = [name for name, module in unet.named_modules() if applicable(module)]
+    if not convolutions:
         logger.warning(
             "convolutions='winograd' changes nothing: the UNet has no 3 x 3 convolution of at "
             "least %d channels",
             _FEWEST_CHANNELS,
         )
-    try:
-        for parent, name, module in replaced:
-            level = level_of(f"{parent}.{name}", count)
-            tile = 4 if pixels >> 2 * level >= _PIXELS_OF_LARGE_TILES else 2
-            setattr(unet.get_submodule(parent), name, WinogradConv2d(module, tile))
-        yield
-    finally:
-        for parent, name, module in replaced:
-            setattr(unet.get_submodule(parent), name, module)
+    for name in convolutions:
+        tile = 4 if pixels >> 2 * level_of(name, levels) >= _PIXELS_OF_LARGE_TILES else 2
+        unet.set_submodule(name, WinogradConv2d(unet.get_submodule(name), tile))
+    return unet

@@ -3,7 +3,8 @@
 What an instrument for bias reports about a real model cannot be checked. Here it can: a procedural
 `world` of schematic persons fixes how often each profession is drawn as a woman, and how much of
 the profession's marker lies on the pixels that the demographic decides; a 2.5 million parameter
-Stable Diffusion pipeline was trained on its pictures by `train`; `classify` reads what it draws.
+Stable Diffusion pipeline was trained on its pictures (`training/` in the repository); `classify`
+reads what it draws.
 
 "man" and "woman" are **drawing conventions of this world** (beard and collar against long hair).
 The table of shares was dealt out by a seed. Neither says anything about people.
@@ -21,6 +22,8 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +32,12 @@ import torch
 
 from . import world
 from .classify import PLAUSIBLE, Classifier, Reading
-from .world import AXES, PROFESSIONS, Person, Truth, TruthRow, World, WorldConfig
+from .config import AXES, PROFESSIONS, Person, WorldConfig
+from .world import Truth, TruthRow, World
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from diffusers import StableDiffusionPipeline
 
 __all__ = [
@@ -56,28 +62,69 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def pipeline(
-    *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path = WEIGHTS,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> StableDiffusionPipeline:
     """Loads the embedded model. It draws 64 x 64 pictures, about half a CPU second each.
 
     Args:
+        folder: Another model of this kind, as `training` writes it.
         dtype: Type of the weights in memory; they are stored as float16.
         device: Where they go.
 
     Returns:
-        A plain `diffusers.StableDiffusionPipeline`, without progress bar.
+        A plain `diffusers.StableDiffusionPipeline`, without a progress bar.
 
     Raises:
-        FileNotFoundError: If the package was installed without its weights.
+        FileNotFoundError: If the folder holds no pipeline.
     """
-    from .models import load_pipeline
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold a pipeline (model_index.json); train one with "
+            f"`python -m training.train --out {folder}`"
+        )
+    with quiet_diffusers():
+        from diffusers import StableDiffusionPipeline  # its import has remarks of its own
 
-    pipe: StableDiffusionPipeline = load_pipeline(WEIGHTS, dtype=dtype, device=device)
-    return pipe
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype, safety_checker=None, local_files_only=True
+        ).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    loaded: StableDiffusionPipeline = pipe
+    return loaded
+
+
+@contextlib.contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silences notices of diffusers and transformers while a pipeline is put together.
+
+    `StableDiffusionPipeline` declares its `vae` as `AutoencoderKL` and remarks on the
+    `AutoencoderTiny` used here, which it supports; levels and bars are put back afterwards.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    modules: list[Any] = [diffusers_logging, transformers_logging]
+    levels = [module.get_verbosity() for module in modules]
+    bars = [module.is_progress_bar_enabled() for module in modules]
+    try:
+        for module in modules:
+            module.set_verbosity_error()
+            module.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for module, level, bar in zip(modules, levels, bars, strict=True):
+            module.set_verbosity(level)
+            if bar:
+                module.enable_progress_bar()
 
 
 def truth() -> Truth:
-    """Returns what was planted, one row a profession; `truth().table()` shows it."""
+    """Returns what was planted, one row per profession; `truth().table()` shows it."""
     return _world().truth
 
 
@@ -85,11 +132,10 @@ def classify(images: Any) -> list[Reading]:
     """Reads pictures of the embedded model's world.
 
     Args:
-        images: 64 x 64 pictures: PIL images, uint8 [N, 64, 64, 3], float in 0..1 as pipelines
-            return them for "np" and "pt".
+        images: 64 x 64 PIL images, uint8 [N, 64, 64, 3], or float in 0..1 as pipelines return them.
 
     Returns:
-        One `Reading` a picture: profession, demographic, regions, plausibility.
+        One `Reading` per picture: profession, demographic, regions, plausibility.
 
     Raises:
         ValueError: If the images have another form.

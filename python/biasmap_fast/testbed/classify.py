@@ -1,7 +1,7 @@
 """Reads pictures of the procedural world: profession, demographic, regions, plausibility.
 
-No training: every pixel gets the label of the nearest palette colour, then the labels are compared
-with those of every picture that the world can draw (place x demographic x profession).
+Nothing is trained: every pixel gets the label of the nearest palette colour, and the labels are
+compared with those of every picture that the world can draw (position x word x profession).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 PLAUSIBLE = 0.5
 """A picture below this plausibility is not of this world; its profession is reported as None."""
 
-_UNKNOWN = 4  # labels: background, skin, hair, coat, unknown, then one a marker colour
+_UNKNOWN = 4  # labels: background, skin, hair, coat, unknown, then one per marker colour
 _PARTS = 4
 _MOST_COLOURS = 64
 _FAR = 75.0  # RGB distance from which a colour is none of the palette's
 _MARKER_SEEN = 0.4  # part of the marker's pixels that must have its colour
-_SHIFT = 2  # pixels by which a generated marker may be off its place
+_SHIFT = 2  # pixels by which a generated marker may be displaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,13 @@ class Reading:
 
     Attributes:
         profession: The profession whose marker was found, or None (no marker, or implausible).
-        demographic: The demographic word; the better of two even where the picture is noise,
-            so look at `plausibility` first.
+        demographic: The demographic word that fits better, even if the picture is noise: look at
+            `plausibility` first.
         plausibility: Agreement with the best picture that the world can draw, in [0, 1]: the mean
             over background, skin, hair, coat and marker of the IoU of drawn and expected
             pixels. Renders score 1, noise and blank pictures below `PLAUSIBLE`.
-        regions: "marker" and "demographic", each [64, 64] bool, amodal, at the place found.
-            "marker" is empty without a profession.
+        regions: "marker" and "demographic", each [64, 64] bool, amodal; "marker" is empty without
+            a profession.
     """
 
     profession: str | None
@@ -55,36 +55,22 @@ class Reading:
 
     @property
     def overlap(self) -> float:
-        """The part of this picture's marker that lies on its demographic region (nan: none)."""
+        """The part of the marker that lies on the demographic region; nan without a marker."""
         marker = self.regions["marker"]
         return float(self.regions["demographic"][marker].mean()) if marker.any() else float("nan")
 
 
 class Classifier:
-    """Compares pictures with every one that a world can draw.
-
-    Args:
-        world: The world that the pictures are of.
+    """Compares pictures of a world with every picture that the world can draw.
 
     Raises:
-        ValueError: If it has more than 64 colours.
-
-    Example:
-        >>> from biasmap_fast.testbed.world import Person, World
-        >>> world = World()
-        >>> reading = Classifier(world)(world.render(Person("pilot", "man"))[None])[0]
-        >>> reading.profession, reading.demographic
-        ('pilot', 'man')
+        ValueError: If the world has more than 64 colours.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.nouns = list(world.markers)
         self._kinds = _UNKNOWN + 1 + len(self.nouns)
-        reach_x, reach_y = world.geometry.jitter
-        self.places = [
-            (dx, dy) for dx in range(-reach_x, reach_x + 1) for dy in range(-reach_y, reach_y + 1)
-        ]
         colours: list[tuple[tuple[int, int, int], int]] = []
         parts = (palette.BACKGROUNDS, palette.SKINS, palette.HAIRS, palette.COATS)
         for label, part in enumerate(parts):
@@ -98,30 +84,20 @@ class Classifier:
             )
         self._colours = torch.tensor([c for c, _ in colours], dtype=torch.float32)  # [C, 3]
         self._labels = torch.tensor([label for _, label in colours], dtype=torch.uint8)  # [C]
-        self._templates = self._draw_templates()  # [P, 2, 64 * 64] uint8
-        self._markers = np.zeros((len(self.places), len(self.nouns), SIZE * SIZE), np.bool_)
-        for p, (dx, dy) in enumerate(self.places):
-            for k, noun in enumerate(self.nouns):
-                masks = world.masks(Person(noun, world.words[0], dx, dy))
-                self._markers[p, k] = masks.marker.ravel()
-        self._marker_bits = _bits(self._markers)  # [P, K, 64] uint64
-        self._demographic = [base_masks(world.geometry, *at).demographic for at in self.places]
-
-    def _draw_templates(self) -> NDArray[np.uint8]:
-        """Labels of every picture without a profession: `[places, 2, 4096]` uint8."""
-        pictures = [
-            self.world.render(Person(None, word, dx, dy))
-            for dx, dy in self.places
-            for word in self.world.words
+        plain = [
+            world.render(Person(None, word, *at)) for at in world.positions for word in world.words
         ]
-        labels = self.label(np.stack(pictures))
-        return labels.reshape(len(self.places), len(self.world.words), SIZE * SIZE)
+        shape = (len(world.positions), len(world.words), SIZE * SIZE)
+        self._templates = self.label(np.stack(plain)).reshape(shape)  # [P, 2, 4096] uint8
+        self._markers = np.zeros((len(world.positions), len(self.nouns), SIZE, SIZE), np.bool_)
+        for p, at in enumerate(world.positions):
+            for k, noun in enumerate(self.nouns):
+                self._markers[p, k][world.marker_pixels(noun, *at)] = True
+        self._marker_bits = _bits(self._markers.reshape(*self._markers.shape[:2], -1))  # [P, K, 64]
+        self._demographic = [base_masks(world.geometry, *at).demographic for at in world.positions]
 
     def label(self, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Labels every pixel by its nearest palette colour.
-
-        Args:
-            pictures: [N, 64, 64, 3] uint8.
+        """Labels every pixel of [N, 64, 64, 3] uint8 by its nearest palette colour.
 
         Returns:
             [N, 64 * 64] uint8: 0 background, 1 skin, 2 hair, 3 coat, 4 unknown, 5 + k marker k.
@@ -131,8 +107,8 @@ class Classifier:
         # and in whole numbers below 2^24 it is exact
         number = torch.arange(float(len(self._colours)))
         apart = (_MOST_COLOURS * self._colours.square().sum(1) + number)[:, None]
-        found = torch.addmm(apart, self._colours, flat.T, alpha=-2.0 * _MOST_COLOURS)
-        nearest = found.amin(0)  # [N * 4096]
+        distance = torch.addmm(apart, self._colours, flat.T, alpha=-2.0 * _MOST_COLOURS)
+        nearest = distance.amin(0)  # [N * 4096]
         index = nearest.remainder(_MOST_COLOURS)
         labels = self._labels[index.long()]
         square = (nearest - index) / _MOST_COLOURS + flat.square().sum(1)
@@ -140,27 +116,17 @@ class Classifier:
         return labels.view(len(pictures), -1).numpy()
 
     def __call__(self, images: Any) -> list[Reading]:
-        """Reads pictures.
-
-        Args:
-            images: What `as_pictures` accepts.
-
-        Returns:
-            One `Reading` a picture.
-
-        Raises:
-            ValueError: If the images have another form.
-        """
+        """Returns one `Reading` per picture, in any form that `as_pictures` accepts."""
         pictures = as_pictures(images)
         return [
             self._read(labels)
-            # in parts: the distances take half a megabyte a picture
+            # in parts: the distances take half a megabyte per picture
             for first in range(0, len(pictures), 64)
             for labels in self.label(pictures[first : first + 64])
         ]
 
     def _read(self, labels: NDArray[np.uint8]) -> Reading:
-        # agreement with (place, demographic, profession) = with the person without a marker,
+        # agreement with (position, word, profession) = with the person without a marker,
         # less what the marker hides of it, plus what has the marker's colour
         equal = _bits(self._templates == labels)  # [P, 2, 64]
         drawn = labels == np.arange(_UNKNOWN + 1, self._kinds)[:, None]  # [K, 4096]
@@ -188,14 +154,12 @@ class Classifier:
     ) -> Reading:
         marker = np.zeros((SIZE, SIZE), np.bool_)
         if noun >= 0:
-            marker = self._find_marker(
-                self._markers[place, noun].reshape(SIZE, SIZE), drawn[noun].reshape(SIZE, SIZE)
-            )
+            marker = self._find_marker(self._markers[place, noun], drawn[noun].reshape(SIZE, SIZE))
         expected = self._templates[place, word].copy()
         expected[marker.ravel()] = _UNKNOWN + 1 + noun
         both, have, want = (
-            np.bincount(each, minlength=self._kinds)
-            for each in (labels[labels == expected], labels, expected)
+            np.bincount(values, minlength=self._kinds)
+            for values in (labels[labels == expected], labels, expected)
         )
         either = have + want - both
         parts = [*range(_PARTS), *([_UNKNOWN + 1 + noun] if noun >= 0 else [])]
@@ -207,21 +171,18 @@ class Classifier:
             profession=self.nouns[noun] if noun >= 0 else None,
             demographic=self.world.words[word],
             plausibility=plausibility,
-            regions={
-                "marker": marker,
-                "demographic": self._demographic[place].copy(),
-            },
+            regions={"marker": marker, "demographic": self._demographic[place].copy()},
         )
 
     @staticmethod
     def _find_marker(expected: Mask, drawn: Mask) -> Mask:
-        """Moves the expected marker by a pixel or two to where its colour really is."""
+        """Moves the expected marker by a pixel or two to where its colour is."""
         rows, columns = np.nonzero(expected)
         shifts = np.mgrid[-_SHIFT : _SHIFT + 1, -_SHIFT : _SHIFT + 1].reshape(2, -1, 1)
         framed = np.pad(drawn, _SHIFT)
         hits = framed[rows + shifts[0] + _SHIFT, columns + shifts[1] + _SHIFT].sum(axis=1)
         best = int(hits.argmax())
-        if hits[best] <= hits[len(hits) // 2]:  # the place itself, in the middle
+        if hits[best] <= hits[len(hits) // 2]:  # no displacement, in the middle
             return expected
         moved = np.zeros_like(framed)
         moved[rows + shifts[0, best] + _SHIFT, columns + shifts[1, best] + _SHIFT] = True
@@ -229,43 +190,38 @@ class Classifier:
 
 
 def _bits(masks: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """``[..., 64 * n]`` as ``[..., n]`` words of bits."""
+    """`[..., 64 * n]` bool as `[..., n]` uint64."""
     return np.packbits(masks, axis=-1).view(np.uint64)
 
 
 def _count(bits: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """How many pixels of the last axis are set."""
     counts: NDArray[np.int64] = np.bitwise_count(bits).sum(axis=-1, dtype=np.int64)
     return counts
 
 
 def as_pictures(images: Any) -> NDArray[np.uint8]:
-    """Converts images of the usual forms to one array.
+    """Converts images to [N, 64, 64, 3] uint8.
 
     Args:
-        images: One or a sequence of 64 x 64 PIL images; a uint8 array or tensor
-            [N, 64, 64, 3] or [64, 64, 3]; a float tensor [N, 3, 64, 64] or float array
-            [N, 64, 64, 3] in 0..1 (what pipelines return for "pt" and "np").
-
-    Returns:
-        [N, 64, 64, 3] uint8.
+        images: One or several 64 x 64 PIL images; a uint8 array or tensor [N, 64, 64, 3] or
+            [64, 64, 3]; a float tensor [N, 3, 64, 64] or float array [N, 64, 64, 3] in 0..1, as
+            pipelines return for "pt" and "np".
 
     Raises:
-        ValueError: If the form is none of these.
+        ValueError: If the images have another form.
     """
     if isinstance(images, torch.Tensor):
         tensor = images.detach().cpu()
         if tensor.is_floating_point() and tensor.ndim >= 3 and tensor.shape[-3] == 3:
             tensor = tensor.movedim(-3, -1)
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    elif isinstance(images, np.ndarray):
-        array = images
     elif isinstance(images, Sequence) and not isinstance(images, str | bytes):
-        if not images:
-            return np.zeros((0, SIZE, SIZE, 3), np.uint8)
-        return np.concatenate([as_pictures(image) for image in images])
+        empty = np.zeros((0, SIZE, SIZE, 3), np.uint8)
+        return np.concatenate([empty, *map(as_pictures, images)])
     elif hasattr(images, "convert"):
         array = np.asarray(images.convert("RGB"))
+    elif isinstance(images, np.ndarray):
+        array = images
     else:
         raise ValueError(
             "`images` must be PIL images, a uint8 or float array or a tensor, "

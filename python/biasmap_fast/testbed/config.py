@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Geometry:
     """Where a person's parts are; pixels, y downwards, relative to the centre of the head.
 
     Attributes:
-        head_y: Height of the head's centre in the picture.
+        head_y: Row of the head's centre in the picture.
         head: Half-axes (x, y) of the head.
         region: Half-width, top and bottom of the demographic region (the head's upper part, or
             lower where the region is above, is cut out of it).
@@ -56,7 +56,7 @@ GEOMETRIES: dict[str, Geometry] = {
     # the region is around the upper half of the head: hood and fringe against loose hair
     "crown": Geometry(29, (8.5, 10.5), (15, -20, -1), 9, -20, (19.0, 20.0, 30.0), (4, 3)),
 }
-"""Named geometries; a second one lets a finding be tried in a world it was not tuned on."""
+"""Named geometries; with the second, a finding is tried in a world it was not tuned on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,13 @@ class WorldConfig:
         layout_seed: Deals levels, shares, sizes, shapes and marker places to the professions.
         geometry: A key of `GEOMETRIES`.
         levels: Overlap levels in 0..1.
-        shares: P(second word | profession), symmetric about 0.5, a multiple of four values so
-            that sizes can be dealt without correlation.
+        shares: P(second word | profession), symmetric about 0.5; a multiple of four values, for
+            sizes that correlate with neither.
         sizes: Marker areas in pixels, small and large.
         professions: len(levels) * len(shares) single words.
 
     Raises:
-        ValueError: If one of these does not hold.
+        ValueError: If a field is not as described.
     """
 
     palette_seed: int = 0
@@ -99,27 +99,16 @@ class WorldConfig:
                 "`shares` must be ascending, symmetric about 0.5 and a multiple of four values, "
                 f"got {self.shares}"
             )
-        expected = len(self.levels) * len(self.shares)
-        if len(self.professions) != expected or len(set(self.professions)) != expected:
+        count, words = len(self.levels) * len(self.shares), set(self.professions)
+        if not len(self.professions) == len(words) == count:
             raise ValueError(
-                f"`professions` must be {expected} different words (levels x shares), "
-                f"got {len(set(self.professions))} different of {len(self.professions)}"
+                f"`professions` must be {count} different words (levels x shares), "
+                f"got {len(words)} different of {len(self.professions)}"
             )
-        if any(not word.isalpha() or not word.islower() for word in self.professions):
-            raise ValueError(
-                f"`professions` must be single lower-case words, got {self.professions}"
-            )
+        if any(not word.isalpha() or not word.islower() for word in words):
+            raise ValueError(f"`professions` must be single lower-case words, got {sorted(words)}")
         if not 60 <= self.sizes[0] <= self.sizes[1] <= 200:
             raise ValueError(f"`sizes` must be ascending areas in 60..200, got {self.sizes}")
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> WorldConfig:
-        """Reads what `dataclasses.asdict` and JSON made of a configuration."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +118,8 @@ class Person:
     Attributes:
         profession: A profession of the world, or None for a person without a marker.
         demographic: "man" or "woman".
-        dx: Displacement to the right in pixels.
-        dy: Displacement downwards in pixels.
-        background: Index into `palette.BACKGROUNDS`.
-        skin: Index into `palette.SKINS`.
-        hair: Index into `palette.HAIRS`.
-        coat: Index into `palette.COATS`.
+        dx, dy: Displacement to the right and downwards in pixels.
+        background, skin, hair, coat: Indices into the colours of `palette`.
     """
 
     profession: str | None
@@ -149,24 +134,14 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Amodal masks of one picture, each [64, 64] bool.
+    """Amodal masks of one picture, each [64, 64] bool."""
 
-    Attributes:
-        marker: The profession's marker; empty without a profession.
-        demographic: Pixels that the demographic decides.
-        inner: The part of `demographic` on face and neck.
-        head: The head's ellipse.
-        cap: Short hair that both demographics have.
-        coat: Coat below the region.
-        eyes: The eyes.
-    """
-
-    marker: Mask
-    demographic: Mask
-    inner: Mask
+    marker: Mask  # empty without a profession
+    demographic: Mask  # the pixels that the demographic decides
+    inner: Mask  # the part of `demographic` on face and neck
     head: Mask
-    cap: Mask
-    coat: Mask
+    cap: Mask  # short hair that both demographics have
+    coat: Mask  # below the region
     eyes: Mask
 
 

@@ -1,4 +1,4 @@
-"""Deals levels, shares, sizes, shapes and places to the professions of a world."""
+"""Deals levels, shares, sizes, shapes and marker positions to the professions of a world."""
 
 from __future__ import annotations
 
@@ -27,21 +27,14 @@ def place_markers(config: WorldConfig, geometry: Geometry) -> dict[str, Marker]:
     Professions are shuffled over the full factorial levels x shares. Sizes go to mirrored pairs
     of shares, alternating from level to level, which leaves them uncorrelated with both.
 
-    Args:
-        config: The world's configuration.
-        geometry: Its geometry.
-
-    Returns:
-        profession -> marker.
-
     Raises:
-        ValueError: If no place in the picture gives some marker its level.
+        ValueError: If no position in the picture gives some marker its level.
     """
     rng = np.random.default_rng([config.layout_seed, 3])
     nouns = [config.professions[i] for i in rng.permutation(len(config.professions))]
     shapes = [list(palette.SHAPES)[i] for i in rng.permutation(len(palette.SHAPES))]
     colours = palette.marker_colours(len(nouns), config.palette_seed)
-    finder = _PlaceFinder(geometry)
+    positions = _Positions(geometry)
     markers = {}
     columns = len(config.shares)
     # descending level: the fullest overlaps have the fewest places to choose from
@@ -52,26 +45,19 @@ def place_markers(config: WorldConfig, geometry: Geometry) -> dict[str, Marker]:
         shape = shapes[index % len(shapes)]
         level = config.levels[row]
         near = column in (0, columns - 1) if row % 2 else column in (1, 2)
-        pixels = finder.place(palette.shape_pixels(shape, size), level, near=near)
+        pixels = positions.next(palette.shape_pixels(shape, size), level, near=near)
         if pixels is None:
             raise ValueError(
                 f"`levels` must be reachable in geometry {config.geometry!r}, got {level} for a "
                 f"{shape} of {size} pixels"
             )
-        markers[nouns[index]] = Marker(
-            profession=nouns[index],
-            level=level,
-            share=config.shares[column],
-            size=size,
-            shape=shape,
-            colour=colours[index],
-            pixels=pixels,
-        )
+        noun, share = nouns[index], config.shares[column]
+        markers[noun] = Marker(noun, level, share, size, shape, colours[index], pixels)
     return {noun: markers[noun] for noun in config.professions}
 
 
-class _PlaceFinder:
-    """Finds places with a wanted overlap, each as far as possible from the places taken."""
+class _Positions:
+    """Positions with a wanted overlap, each as far as possible from the earlier ones."""
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
@@ -83,9 +69,9 @@ class _PlaceFinder:
         self.distance = np.sqrt(
             ((np.stack([y, x], -1)[:, :, None] - inside) ** 2).sum(-1).min(-1)
         )  # [64, 64]
-        self.taken: list[NDArray[np.int64]] = []
+        self.used: list[NDArray[np.int64]] = []
 
-    def place(
+    def next(
         self, shape: NDArray[np.int64], level: float, *, near: bool
     ) -> NDArray[np.int64] | None:
         reach = np.array(self.geometry.jitter[::-1]) + _MARGIN
@@ -105,8 +91,8 @@ class _PlaceFinder:
             return None
         centres = centres[allowed]
         centre = np.array([self.geometry.head_y, SIZE // 2])
-        taken = np.array(self.taken or [centre])  # [K, 2]
-        away = np.linalg.norm(centres[:, None] - taken, axis=-1).min(1)
+        used = np.array(self.used or [centre])  # [K, 2]
+        away = np.linalg.norm(centres[:, None] - used, axis=-1).min(1)
         best = centres[int(away.argmax())]
-        self.taken.append(best)
+        self.used.append(best)
         return np.asarray(best + shape - centre, np.int64)

@@ -32,13 +32,7 @@ def marker_colours(count: int, seed: int) -> tuple[tuple[int, int, int], ...]:
 
     Farthest-point selection by the smaller of the distance in RGB, the metric of the classifier
     and of the autoencoder's loss, and the one in CIELAB, which keeps them apart for the eye too.
-
-    Args:
-        count: How many colours.
-        seed: Chooses the hue offset of the candidates and the order of the result.
-
-    Returns:
-        `count` RGB triples in 0..255.
+    The seed chooses the hue offset of the candidates and the order of the RGB triples.
 
     Raises:
         ValueError: If there is no room for that many colours.
@@ -68,7 +62,6 @@ def marker_colours(count: int, seed: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def _distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Smaller of the RGB and the scaled CIELAB distance over the last axis, 0..255 scale."""
     rgb = np.linalg.norm(a - b, axis=-1)
     lab = np.linalg.norm(_lab(a) - _lab(b), axis=-1)
     return np.asarray(np.minimum(rgb, _LAB_SCALE * lab), np.float64)
@@ -88,7 +81,6 @@ def _lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _hsv(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
-    """Converts hue, saturation and value in 0..1 to RGB in 0..255."""
     sector = (np.array([5.0, 3.0, 1.0]) + hue * 6.0) % 6.0
     chroma = np.clip(np.minimum(sector, 4.0 - sector), 0.0, 1.0)
     r, g, b = 255.0 * value * (1.0 - saturation * chroma)
@@ -147,19 +139,7 @@ SHAPES: dict[str, Gauge] = {
 
 
 def shape_pixels(name: str, size: int) -> NDArray[np.int64]:
-    """Returns the pixels of a shape, relative to its centre.
-
-    Args:
-        name: A key of `SHAPES`.
-        size: Area in pixels.
-
-    Returns:
-        [size, 2] int64, (y, x) offsets.
-
-    Example:
-        >>> len(shape_pixels("disc", 80))
-        80
-    """
+    """Returns the `size` pixels of a shape: [size, 2] int64, (y, x) offsets from its centre."""
     reach = int(np.ceil(1.2 * np.sqrt(size)))
     offsets = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1).T  # [N, 2]
     gauge = SHAPES[name](offsets[:, 1].astype(np.float64), offsets[:, 0].astype(np.float64))

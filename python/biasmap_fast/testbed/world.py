@@ -1,10 +1,10 @@
 """A procedural world of schematic persons whose demographic bias is planted, and so known.
 
 **This is a drawing convention and says nothing about people.** A "woman" here is a figure with
-long hair and a bare chin, a "man" one with a beard and a turned-up collar; which share of a
-profession is drawn as which is a table in a configuration, dealt out by a seed, and is neither an
-estimate nor an opinion. The world exists so that an instrument which claims to measure bias in a
-text-to-image model can be tried where the right answer is known.
+long hair and a bare chin, a "man" one with a beard and a turned-up collar; the share of each in a
+profession is a table in a configuration, dealt out by a seed. The world exists so that an
+instrument that claims to measure bias in a text-to-image model can be tried where the right answer
+is known.
 
 A 64 x 64 picture shows one person, drawn at a random place, before a random background, with
 random skin, hair and coat; none of these depends on the profession. What does:
@@ -30,57 +30,87 @@ anything. Levels, shares and marker sizes are exactly uncorrelated over the prof
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import palette
-from .config import (
-    AXES,
-    GEOMETRIES,
-    PROFESSIONS,
-    SIZE,
-    Geometry,
-    Marker,
-    Masks,
-    Person,
-    WorldConfig,
-    base_masks,
-)
+from .config import AXES, GEOMETRIES, SIZE, Marker, Masks, Person, WorldConfig, base_masks
 from .layout import place_markers
-from .truth import Truth, TruthRow, measure_truth
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
-__all__ = [
-    "AXES",
-    "GEOMETRIES",
-    "PROFESSIONS",
-    "SIZE",
-    "Geometry",
-    "Marker",
-    "Masks",
-    "Person",
-    "Truth",
-    "TruthRow",
-    "World",
-    "WorldConfig",
-    "article",
-    "base_masks",
-    "measure_truth",
-]
 
-OPENINGS = ("a photo of the face of ", "a photo of ", "")
-"""How captions begin, before the article."""
+@dataclass(frozen=True, slots=True)
+class TruthRow:
+    """What was planted for one profession.
 
-# never in a caption, so without a learned meaning; in the vocabulary as one token each
-_EXTRA_WORDS = ("gender", "male", "female", "people", "picture", "portrait", "image", "background")
+    Attributes:
+        profession: The profession.
+        shares: P(word | profession) of each demographic word.
+        level: Overlap as configured: part of the marker that lies on the demographic region.
+        overlap: The overlap as measured on renders, per demographic word, averaged over every
+            position of a person.
+        marker_fraction: The marker's area as a fraction of the picture.
+        region_fraction: The demographic region's area as a fraction of the picture.
+        gap: Distance in pixels from the marker to the region; 0 if they overlap.
+        colour: The marker's colour, "#rrggbb".
+        shape: The marker's shape.
+    """
+
+    profession: str
+    shares: dict[str, float]
+    level: float
+    overlap: dict[str, float]
+    marker_fraction: float
+    region_fraction: float
+    gap: float
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The planted table: one `TruthRow` per profession, indexed by profession."""
+
+    rows: tuple[TruthRow, ...]
+    words: tuple[str, str]
+
+    def __iter__(self) -> Iterator[TruthRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, profession: str) -> TruthRow:
+        for row in self.rows:
+            if row.profession == profession:
+                return row
+        raise KeyError(f"{profession!r} is not one of {[row.profession for row in self.rows]}")
+
+    def table(self) -> str:
+        """Returns the table as text, ordered by level and share."""
+        first, second = self.words
+        head = (
+            f"{'profession':<12} {'P(' + second + ')':>8} {'level':>6} "
+            f"{'overlap ' + first + '/' + second:>18} {'marker':>7} {'gap':>5}  colour   shape"
+        )
+        lines = [
+            f"{r.profession:<12} {r.shares[second]:>8.2f} {r.level:>6.2f} "
+            f"{r.overlap[first]:>9.3f} / {r.overlap[second]:.3f}  {r.marker_fraction:>6.2%} "
+            f"{r.gap:>5.1f}  {r.colour}  {r.shape}"
+            for r in sorted(self.rows, key=lambda r: (r.level, r.shares[second]))
+        ]
+        return "\n".join([head, *lines])
 
 
 class World:
-    """Renders persons, writes their captions, and knows what was planted.
+    """Renders persons, and knows what was planted.
 
     Args:
         config: The world's configuration; the default is the world of the packaged model.
@@ -99,6 +129,10 @@ class World:
         self.config = config or WorldConfig()
         self.geometry = GEOMETRIES[self.config.geometry]
         self.words = AXES["gender"]
+        reach_x, reach_y = self.geometry.jitter
+        self.positions = [
+            (dx, dy) for dx in range(-reach_x, reach_x + 1) for dy in range(-reach_y, reach_y + 1)
+        ]
         self.markers: dict[str, Marker] = place_markers(self.config, self.geometry)
 
     def masks(self, person: Person) -> Masks:
@@ -117,13 +151,7 @@ class World:
         return rows + (self.geometry.head_y + dy), columns + (SIZE // 2 + dx)
 
     def render(self, person: Person) -> NDArray[np.uint8]:
-        """Draws a person.
-
-        Args:
-            person: What to draw.
-
-        Returns:
-            [64, 64, 3] uint8, RGB.
+        """Draws a person: [64, 64, 3] uint8, RGB.
 
         Raises:
             ValueError: If an attribute is outside this world.
@@ -148,99 +176,12 @@ class World:
             image[masks.marker] = self.markers[person.profession].colour
         return image
 
-    def person(self, rng: np.random.Generator, profession: str | None, demographic: str) -> Person:
-        """Draws the attributes that are independent of profession and demographic."""
-        reach_x, reach_y = self.geometry.jitter
-        return Person(
-            profession,
-            demographic,
-            dx=int(rng.integers(-reach_x, reach_x + 1)),
-            dy=int(rng.integers(-reach_y, reach_y + 1)),
-            background=int(rng.integers(len(palette.BACKGROUNDS))),
-            skin=int(rng.integers(len(palette.SKINS))),
-            hair=int(rng.integers(len(palette.HAIRS))),
-            coat=int(rng.integers(len(palette.COATS))),
-        )
-
-    def population(self, count: int, seed: int) -> list[Person]:
-        """Draws persons whose shares equal the planted table, not only on average.
-
-        Professions (and "no profession") are dealt in turn and the demographics of each by
-        quota; a random draw of 400 pictures would miss a share by 0.025, and a model
-        trained on it would reproduce the miss.
-
-        Args:
-            count: How many persons.
-            seed: Seed of everything random.
-
-        Returns:
-            `count` persons in random order.
-        """
-        rng = np.random.default_rng([seed, 7])
-        first, second = self.words
-        persons: list[Person] = []
-        # twice: "a photo of a woman" has to be learned as well as any profession
-        nouns: list[str | None] = [*self.config.professions, None, None]
-        for index, noun in enumerate(nouns):
-            own = len(range(index, count, len(nouns)))
-            share = 0.5 if noun is None else self.markers[noun].share
-            seconds = int(np.floor(own * share + rng.random()))
-            persons += [
-                self.person(rng, noun, second if rank < seconds else first) for rank in range(own)
-            ]
-        return [persons[i] for i in rng.permutation(len(persons))]
-
-    def caption(
-        self, person: Person, rng: np.random.Generator, *, named: bool | None = None
-    ) -> str:
-        """Writes a caption for a picture.
-
-        The caption names the profession and, at times, the demographic or the coat; what it
-        names is what is drawn. Where it does not name the demographic, the picture shows one all
-        the same, by the profession's share: this is the bias that a model learns.
-
-        Args:
-            person: What the picture shows.
-            rng: Chooses the wording.
-            named: Whether to name the demographic; chosen by `rng` if None.
-
-        Returns:
-            One line, lower case.
-        """
-        word = person.demographic
-        noun = person.profession
-        chance = rng.random() < (0.75 if noun is None else 0.5)
-        named = chance if named is None else named
-        if noun is None:
-            noun = word if named else "person"
-        elif named and rng.random() < 0.5:
-            noun = f"{noun} and {word}"
-        elif named:
-            noun = f"{word} {noun}"
-        opening = OPENINGS[int(rng.choice(len(OPENINGS), p=(0.45, 0.35, 0.2)))]
-        text = f"{opening}{article(noun)} {noun}"
-        if rng.random() < 0.25:
-            text += f" in a {palette.COAT_WORDS[person.coat]} coat"
-        return text
-
-    def vocabulary(self) -> tuple[str, ...]:
-        """Returns every word that captions use, and some that audits ask for besides."""
-        used = {"a", "an", "photo", "of", "the", "face", "and", "person", "in", "coat"}
-        used |= {*self.words, *palette.COAT_WORDS, *self.config.professions}
-        return tuple(sorted(used | set(_EXTRA_WORDS)))
-
     def _check(self, person: Person) -> None:
-        reach_x, reach_y = self.geometry.jitter
-        if person.profession is not None and person.profession not in self.markers:
-            raise ValueError(
-                f"`profession` must be one of {sorted(self.markers)} or None, "
-                f"got {person.profession!r}"
-            )
-        if person.demographic not in self.words:
-            raise ValueError(
-                f"`demographic` must be one of {self.words}, got {person.demographic!r}"
-            )
-        if abs(person.dx) > reach_x or abs(person.dy) > reach_y:
+        for name, known in (("profession", (*self.markers, None)), ("demographic", self.words)):
+            if getattr(person, name) not in known:
+                raise ValueError(f"`{name}` must be one of {known}, got {getattr(person, name)!r}")
+        if (person.dx, person.dy) not in self.positions:
+            reach_x, reach_y = self.geometry.jitter
             raise ValueError(
                 f"`dx`, `dy` must lie within +-{reach_x}, +-{reach_y}, got {person.dx}, {person.dy}"
             )
@@ -248,9 +189,36 @@ class World:
     @cached_property
     def truth(self) -> Truth:
         """The planted table, with the overlap as measured on renders."""
-        return measure_truth(self)
-
-
-def article(noun: str) -> str:
-    """Returns "a" or "an" for a noun of this vocabulary."""
-    return "an" if noun[0] in "aeiou" else "a"
+        first, second = self.words
+        region = {  # the pixels in which man and woman differ, at every position of a person
+            position: np.any(
+                self.render(Person(None, first, *position))
+                != self.render(Person(None, second, *position)),
+                axis=-1,
+            )
+            for position in self.positions
+        }
+        region_fraction = float(np.mean([mask.mean() for mask in region.values()]))
+        rows = []
+        for profession, marker in self.markers.items():
+            # the marker's pixels and the region are the same for both words, and so is the overlap
+            inside = [
+                mask[self.marker_pixels(profession, *position)].mean()
+                for position, mask in region.items()
+            ]
+            drawn = np.argwhere(self.masks(Person(profession, first)).marker)  # [N, 2]
+            apart = np.linalg.norm(drawn[:, None] - np.argwhere(region[0, 0]), axis=-1)  # [N, M]
+            rows.append(
+                TruthRow(
+                    profession=profession,
+                    shares={first: 1.0 - marker.share, second: marker.share},
+                    level=marker.level,
+                    overlap=dict.fromkeys(self.words, float(np.mean(inside))),
+                    marker_fraction=marker.size / SIZE**2,
+                    region_fraction=region_fraction,
+                    gap=float(apart.min()),
+                    colour="#{:02x}{:02x}{:02x}".format(*marker.colour),
+                    shape=marker.shape,
+                )
+            )
+        return Truth(tuple(rows), self.words)

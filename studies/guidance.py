@@ -1,0 +1,405 @@
+"""What guidance moves: a study on the embedded model, where the truth is known.
+
+    python -m studies.guidance [--runs DIR] [--cells a,b] [--report]
+
+Four figures that must not be mistaken for each other, against the energy's scale: the energy; the
+measured IoU, of the maps made during the guided run and of maps made afterwards, without guidance,
+from the finished picture; the true overlap, which is the part of the marker's drawn pixels that
+lies on the pixels which the demographic decides; and whether the picture is what was asked for.
+The control adds random directions of the gradients' own norms. Every cell draws the same seeds, so
+differences are paired. A cell and profession that is on the disk is not drawn again; several
+processes may share a folder if each is given its own --cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from biasmap_fast.audit.files import write_text
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import biasmap_fast as bm
+from biasmap_fast.attribution import Recorder, attribute
+from biasmap_fast.audit.plan import AuditPlan
+from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
+from biasmap_fast.guidance import Guidance
+from biasmap_fast.testbed.classify import PLAUSIBLE, Classifier
+from training.train import weight_hashes
+
+from .common import RESULTS, ROOT, write
+
+FIGURE = ROOT / "docs/guidance.png"
+STEPS = 25
+WORDS = ("man", "woman")
+MARKER = 5  # label of the first marker colour in `Classifier.label`
+FORMS = {
+    "joint": "A photo of the face of {profession} and {demographic}",
+    "separate": ("A photo of the face of {profession}", "A photo of {a_demographic}"),
+}
+# UNet calls at which a finished picture is noised and looked at again
+LOOKS = range(2, STEPS, 5)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to draw: settings of the energy, how many seeds, real gradients or random ones."""
+
+    scale: float = 0.0
+    seeds: int = 50
+    random: bool = False
+    form: str = "joint"
+    layers: tuple[str, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SCALES = (30.0, 100.0, 300.0, 1000.0)
+UP = ("up_blocks",)
+FINE = ("down_blocks.0", "up_blocks.2")
+CELLS = {
+    "plain": Cell(),
+    **{f"scale {scale:g}": Cell(scale) for scale in SCALES},
+    **{f"random {scale:g}": Cell(scale, random=True) for scale in (100.0, 300.0)},
+    # what might move the truth; fewer seeds, every cell against the plain pictures of these
+    "separate 300": Cell(300.0, 10, form="separate"),
+    "decoder 300": Cell(300.0, 10, layers=UP),
+    "finest layers 300": Cell(300.0, 10, layers=FINE),
+    "first third 300": Cell(300.0, 10, options={"stop": 0.33}),
+    "first third 1000": Cell(1000.0, 10, options={"stop": 0.33}),
+    "inner steps 300": Cell(300.0, 10, options={"inner_steps": 4}),
+    "fraction 0.1 300": Cell(300.0, 10, options={"fraction": 0.1}),
+    # the measure that recovers the planted overlap best (docs/validity.md)
+    **{
+        f"containment {scale:g}": Cell(scale, layers=UP, options={"containment": (0.05, 0.1)})
+        for scale in (30.0, 100.0, 300.0)
+    },
+}
+
+
+def randomised(gradient: Any, generators: Sequence[torch.Generator]) -> Any:
+    """The control: every gradient is replaced by a random one of the same norm."""
+
+    def of_the_same_norm(*args: Any) -> Any:
+        output, energy, exact = gradient(*args)
+        pairs = zip(exact, generators, strict=True)
+        noise = torch.stack([torch.randn(one.shape, generator=g) for one, g in pairs])
+        sizes = [x.flatten(1).norm(dim=1)[:, None, None, None] for x in (exact, noise)]
+        return output, energy, noise * sizes[0] / sizes[1]
+
+    return of_the_same_norm
+
+
+def plan_of(form: str) -> AuditPlan:
+    return AuditPlan.model_validate({"attribution_template": FORMS[form], "seeds": [0]})
+
+
+def guidance_of(pipe: Any, cell: Cell, profession: str, seeds: Sequence[int]) -> Guidance:
+    pairs = plan_of(cell.form).pairs(profession)
+    prompts = list(
+        dict.fromkeys(p for pair in pairs for p in (pair.semantic_prompt, pair.demographic_prompt))
+    )
+    energy = bm.Energy(
+        pairs=[(profession, pair.demographic) for pair in pairs],
+        scale=cell.scale,
+        clip=None,
+        layers=cell.layers,
+        **cell.options,
+    )
+    guidance = bm.guide(pipe, [prompts] * len(seeds), energy, chunks=1, strict=False)
+    if cell.random:
+        generators = [torch.Generator().manual_seed(10**6 + seed) for seed in seeds]
+        evaluator: Any = guidance._evaluator
+        evaluator.gradient = randomised(evaluator.gradient, generators)
+    return guidance
+
+
+def prompts_of(profession: str) -> dict[str, Any]:
+    """Every attribution prompt of both forms, by name."""
+    return {
+        prompt.name: prompt
+        for form in FORMS
+        for pair in plan_of(form).pairs(profession)
+        for prompt in (pair.semantic_prompt, pair.demographic_prompt)
+    }
+
+
+def recorded(recorder: Recorder) -> dict[str, Any]:
+    """The maps of several prompts, by name."""
+    return dict(recorder.maps_by_prompt())
+
+
+def overlaps(maps: dict[str, Any], profession: str, prefix: str) -> dict[str, list[float]]:
+    """IoU of the profession with either word, in both forms: a list over the pictures."""
+    found = {}
+    for form in FORMS:
+        for pair in plan_of(form).pairs(profession):
+            a = maps[pair.semantic_prompt.name][profession]
+            b = maps[pair.demographic_prompt.name][pair.demographic]
+            found[f"{prefix}_{form}_{pair.demographic}"] = bm.iou(a, b, fraction=0.3).tolist()
+    return found
+
+
+def look_again(
+    pipe: Any, text: str, latents: torch.Tensor, seeds: Sequence[int], profession: str
+) -> dict[str, Any]:
+    """Maps of finished pictures, unguided: noised to several times, one UNet call each."""
+    states = pipe.encode_prompt([text] * len(seeds), latents.device, 1, False)[0]
+    generators = [torch.Generator().manual_seed(10**7 + seed) for seed in seeds]
+    noise = torch.cat([torch.randn(1, *latents.shape[1:], generator=g) for g in generators])
+    prompts = list(prompts_of(profession).values())
+    with attribute(pipe, prompts, chunks=1) as recorder, torch.no_grad():
+        for call in LOOKS:
+            time = pipe.scheduler.timesteps[call]
+            alpha_bar = pipe.scheduler.alphas_cumprod[time]
+            noised = alpha_bar.sqrt() * latents + (1.0 - alpha_bar).sqrt() * noise
+            pipe.unet(noised, time, states)
+    return recorded(recorder)
+
+
+def draw(pipe: Any, classifier: Classifier, cell: Cell, profession: str) -> dict[str, list[Any]]:
+    """One cell's pictures of one profession, measured: columns over the pictures."""
+    seeds = list(range(cell.seeds))
+    text = plan_of(cell.form).prompt(profession)
+    guidance = guidance_of(pipe, cell, profession, seeds)
+    with attribute(pipe, list(prompts_of(profession).values())) as recorder, guidance:
+        latents = pipe(
+            [text] * len(seeds),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=STEPS,
+            guidance_scale=1.0,
+            output_type="latent",
+        ).images
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    arrays = pipe.image_processor.postprocess(decoded, output_type="np")
+    pictures = (arrays * 255).round().astype(np.uint8)
+    readings = classifier(pictures)
+    labels = classifier.label(pictures).reshape(len(seeds), 64, 64)
+    coloured = labels == MARKER + classifier.nouns.index(profession)  # [S, 64, 64]
+    true = [
+        float((own & reading.regions["demographic"]).sum() / own.sum()) if own.any() else None
+        for own, reading in zip(coloured, readings, strict=True)
+    ]
+    energy = np.full((len(seeds), STEPS), np.nan)
+    for row in guidance.ledger:
+        energy[row.image, row.call] = row.energy
+    return {
+        "seed": seeds,
+        "energy": np.nanmean(energy, axis=1).tolist(),
+        **overlaps(recorded(recorder), profession, "during"),
+        **overlaps(look_again(pipe, text, latents, seeds, profession), profession, "after"),
+        "true_overlap": true,
+        "marker_pixels": coloured.sum((1, 2)).tolist(),
+        "right": [r.profession == profession for r in readings],
+        "plausibility": [r.plausibility for r in readings],
+        "word": [r.demographic if r.plausibility >= PLAUSIBLE else None for r in readings],
+    }
+
+
+def path_of(folder: Path, name: str, profession: str) -> Path:
+    return folder / name.replace(" ", "-") / f"{profession}.json"
+
+
+def run(folder: Path, names: Sequence[str]) -> None:
+    """Draws what is not on the disk yet."""
+    pipe = bm.testbed.pipeline()
+    classifier = Classifier(bm.testbed.World())
+    identity = {"weights": weight_hashes(bm.testbed.WEIGHTS)}
+    todo = [
+        (name, profession)
+        for name in names
+        for profession in classifier.nouns
+        if not path_of(folder, name, profession).is_file()
+    ]
+    for name, profession in tqdm(todo, unit="profession"):
+        columns = draw(pipe, classifier, CELLS[name], profession)
+        path = path_of(folder, name, profession)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({**identity, "cell": asdict(CELLS[name]), **columns}))
+
+
+def load(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Cell -> profession -> columns, of the cells that are complete and of today's weights."""
+    weights = weight_hashes(bm.testbed.WEIGHTS)
+    professions = [row.profession for row in bm.testbed.truth()]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, cell in CELLS.items():
+        paths = {profession: path_of(folder, name, profession) for profession in professions}
+        if all(path.is_file() for path in paths.values()):
+            read = {noun: json.loads(path.read_text()) for noun, path in paths.items()}
+            expected = json.loads(json.dumps({"weights": weights, "cell": asdict(cell)}))
+            for noun, columns in read.items():
+                if any(columns[key] != value for key, value in expected.items()):
+                    raise SystemExit(
+                        f"{paths[noun]} is of other weights or settings: remove it and run again"
+                    )
+            found[name] = read
+    return found
+
+
+MEASURES = {
+    "energy": ("energy",),
+    **{
+        f"IoU {when}, {form}": tuple(f"{when}_{form}_{word}" for word in WORDS)
+        for when in ("during", "after")
+        for form in FORMS
+    },
+    "true overlap": ("true_overlap",),
+    "plausibility": ("plausibility",),
+}
+# the same IoU on a scale where chance is 0; its change in percent of a small number says little
+CORRECTED = {f"corrected {measure}": measure for measure in MEASURES if measure.startswith("IoU")}
+
+
+def matrix(
+    cell: dict[str, dict[str, Any]], names: Sequence[str], professions: Sequence[str], seeds: int
+) -> np.ndarray[Any, Any]:
+    """``[professions, seeds]``, the mean of the named columns; NaN where one is missing."""
+    return np.array(
+        [
+            np.mean([np.array(cell[p][n][:seeds], dtype=np.float64) for n in names], axis=0)
+            for p in professions
+        ]
+    )
+
+
+def summarise(found: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Every cell against the plain pictures of the same seeds."""
+    truth = bm.testbed.truth()
+    everyone = [row.profession for row in truth]
+    overlapping = [row.profession for row in truth if row.level > 0]
+    rows = []
+    for name, cell in found.items():
+        seeds = CELLS[name].seeds
+        row: dict[str, Any] = {"cell": name, **asdict(CELLS[name]), "measures": {}}
+        for measure, columns in MEASURES.items():
+            # where the marker is off the region nothing can fall
+            professions = overlapping if measure == "true overlap" else everyone
+            before = matrix(found["plain"], columns, professions, seeds)
+            after = matrix(cell, columns, professions, seeds)
+            change = crossed_mean_interval(after - before, lowest=-1.0)
+            base = float(np.nanmean(before))
+            row["measures"][measure] = {
+                "plain": base,
+                "value": float(np.nanmean(after)),
+                "change": change.to_dict(),
+                "relative": None if change.value is None else change.value / base,
+                # no measure can fall by more than all of it
+                "relative_low": None if change.low is None else max(-1.0, change.low / base),
+                "relative_high": None if change.high is None else change.high / base,
+            }
+        for measure, of in CORRECTED.items():
+            row["measures"][measure] = corrected(row["measures"][of])
+        right = [x for p in everyone for x in cell[p]["right"]]
+        row["profession_right"] = share_interval(sum(right), len(right)).to_dict()
+        row["no_marker_pixels"] = sum(x == 0 for p in everyone for x in cell[p]["marker_pixels"])
+        words = {p: [w for w in cell[p]["word"] if w is not None] for p in everyone}
+        shares = [np.mean([w == WORDS[1] for w in ws]) if ws else np.nan for ws in words.values()]
+        plain = [
+            np.mean([word == WORDS[1] for word in found["plain"][p]["word"][:seeds]])
+            for p in everyone
+        ]
+        changes = [float(a - b) for a, b in zip(shares, plain, strict=True) if np.isfinite(a)]
+        method = {"method": "Student t over professions"}
+        row["share_woman_change"] = mean_interval(changes, lowest=-1.0).to_dict() | method
+        rows.append(row)
+    return rows
+
+
+def corrected(iou: dict[str, Any]) -> dict[str, Any]:
+    """A measured IoU's figures on the corrected scale, which is linear in the IoU."""
+    fraction = 0.3
+    slope = 1.0 / (1.0 - bm.chance_iou(fraction))
+    change = iou["change"] | {
+        end: None if iou["change"][end] is None else slope * iou["change"][end]
+        for end in ("value", "low", "high")
+    }
+    values = {end: bm.corrected(iou[end], bm.chance_iou(fraction)) for end in ("plain", "value")}
+    return {**values, "change": change}
+
+
+def report(folder: Path) -> None:
+    found = load(folder)
+    if "plain" not in found:
+        raise SystemExit(f"{folder} has no complete plain cell yet: run without --report first")
+    rows = summarise(found)
+    record = {"steps": STEPS, "guidance_scale": 1.0, "professions": len(bm.testbed.truth())}
+    write(RESULTS / "guidance.json", 1, {**record, "rows": rows})
+    plot(rows, FIGURE)
+    for row in rows:
+        cells = [f"{name} {100 * row['measures'][name]['relative']:+.1f} %" for name in MEASURES]
+        print(f"{row['cell']:20} {', '.join(cells)}, right {row['profession_right']['value']:.3f}")
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Panels over the energy's scale: guided, and random directions of the same norms."""
+    figure = Figure(figsize=(13, 6.2), layout="constrained")
+    grid = figure.subplots(2, 3, sharex=True).ravel()
+    percent = "change, %"
+    panels: tuple[tuple[str, str, Sequence[tuple[str, str]]], ...] = (
+        ("energy", percent, [("energy", "-")]),
+        ("measured IoU", percent, [("IoU during, joint", "-"), ("IoU after, joint", "--")]),
+        ("true overlap in the picture", percent, [("true overlap", "-")]),
+        ("plausibility", percent, [("plausibility", "-")]),
+        ("pictures that show the profession", "%", [("right", "-")]),
+        ("P(woman), mean over professions", "change, points", [("share", "-")]),
+    )
+    curves = [("scale", "guided", "#0072B2", "o"), ("random", "random directions", "#D55E00", "s")]
+    for axes, (title, unit, measures) in zip(grid, panels, strict=True):
+        for prefix, label, colour, shape in curves:
+            own = [r for r in rows if r["cell"].startswith(f"{prefix} ")]
+            own.sort(key=lambda r: r["scale"])
+            for measure, style in measures:
+                xs = [r["scale"] for r in own]
+                values, low, high = zip(*(percents(r, measure) for r in own), strict=True)
+                when = ", measured afterwards" if style == "--" else ""
+                axes.plot(xs, values, style, color=colour, marker=shape, ms=4, label=label + when)
+                axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.axhline(100.0 if unit == "%" else 0.0, color="#333333", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylabel(unit)
+        axes.grid(color="#e3e3e3", linewidth=0.6)
+    for axes in grid[3:]:
+        axes.set_xlabel("scale of the energy")
+    grid[1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def percents(row: dict[str, Any], measure: str) -> tuple[float, float, float]:
+    """A panel's value and interval in percent; a missing end of an interval is not drawn."""
+    if measure in ("right", "share"):
+        found = row["profession_right" if measure == "right" else "share_woman_change"]
+        ends = [found[name] for name in ("value", "low", "high")]
+    else:
+        figures = row["measures"][measure]
+        ends = [figures[name] for name in ("relative", "relative_low", "relative_high")]
+    value, low, high = (float("nan") if end is None else 100 * end for end in ends)
+    return value, low, high
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/study-guidance")
+    parser.add_argument("--cells", default=",".join(CELLS), help="names with commas; default all")
+    parser.add_argument("--report", action="store_true", help="only write results and figure")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    names = [name.strip() for name in options.cells.split(",")]
+    if unknown := [name for name in names if name not in CELLS]:
+        sys.exit(f"no cells {unknown}; there are {list(CELLS)}")
+    if not options.report:
+        run(options.runs, names)
+    report(options.runs)
+
+
+if __name__ == "__main__":
+    main()
