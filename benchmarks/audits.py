@@ -29,6 +29,7 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast import presets
 from biasmap_fast.attribution import AttributionCache
+from biasmap_fast.audit.summary import where
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers
@@ -180,10 +181,10 @@ def audit(settings: Settings, pipe: Any, planned: bm.AuditPlan) -> Callable[[], 
 
 def iou_of(result: Any) -> dict[tuple[str, int, str, str, str], float]:
     """(condition, seed, profession, axis, word) -> IoU: all that timing reads of records."""
-    return {
-        (r["condition"], r["seed"], r["semantic"], r["axis"], r["demographic"]): r["iou"]
-        for r in result.records.to_pylist()
-    }
+    key = ["condition", "seed", "profession", "axis", "word"]
+    rows = where(result.measurements, measure="iou", setting="0.3", part="", control="")
+    values: dict[tuple[str, int, str, str, str], float] = rows.set_index(key)["value"].to_dict()
+    return values
 
 
 def plain_findings(result: Any, professions: tuple[str, ...]) -> np.ndarray:

@@ -29,16 +29,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from biasmap_fast.audit.inference import crossed_sign_flip_test, share_difference, sign_flip_test
-from biasmap_fast.audit.nulls import matrix_of
 from PIL.Image import Image
 from scipy import stats
 
 from biasmap_fast import testbed
 from biasmap_fast.audit import AuditPlan, AuditResult, Reading, run_audit
-from biasmap_fast.audit.measure import reader_for_testbed
-from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
+from biasmap_fast.audit.classifiers import reader_for_testbed
+from biasmap_fast.audit.statistics import (
+    crossed_mean_interval,
+    crossed_sign_flip_test,
+    mean_interval,
+    share_difference,
+    share_interval,
+    sign_flip_test,
+)
 from biasmap_fast.testbed.classify import Classifier
 from training.evaluate import share_test
 from training.population import random_person
@@ -146,7 +152,7 @@ def amplification(plain: Labels, guided: Labels, shares: dict[str, float]) -> di
         }
         for p, own in plain.items()
     }
-    matrix = matrix_of(moves)
+    matrix = pd.DataFrame(moves).T.to_numpy()
     return {
         "slopes": slopes,
         "move towards the planted majority": crossed_mean_interval(matrix, lowest=-1.0).to_dict(),
@@ -174,7 +180,7 @@ def no_effect(result: AuditResult, labels: Labels, splits: int) -> dict[str, Any
             p = sign_flip_test(list(change.values()))
             tests.append(p is not None and p <= 0.05)
         for values in changes.values():
-            p = crossed_sign_flip_test(matrix_of(values))
+            p = crossed_sign_flip_test(pd.DataFrame(values).T.to_numpy())
             overall.append(p is not None and p <= 0.05)
         for own_labels in labels.values():
             both = [(own_labels[a], own_labels[b]) for a, b in pairs if {a, b} <= own_labels.keys()]

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from biasmap_fast import testbed
 from biasmap_fast.attribution import attribute
-from biasmap_fast.files import write_text
 from biasmap_fast.concepts import AttributionPrompt
+from biasmap_fast.files import write_text
 from biasmap_fast.testbed import PLAUSIBLE, Reading, World
 from biasmap_fast.testbed.classify import Classifier
 
