@@ -3,11 +3,11 @@
 The published scripts have one demographic axis each. A script goes through professions and seeds
 one picture at a time and generates twice: the baseline, and the picture steered by the energy of
 its axis; it makes the maps from every step's kept hidden states, resizes them to 512 x 512 and
-takes the IoU of two masks. Both axes and both conditions are four generations per picture. `run_audit`
-draws the two conditions once, in batches, and measures both axes on the same pictures. `Published`
-is written from the description; none of the scripts' code is copied, and it is spared what is not
-their method: semantic guidance, saving of pictures. Energies are not the same function (row-wise
-unrolled masks of one axis, against exact ones of both), so the guided pictures differ.
+takes the IoU of two masks. Both axes and both conditions are four generations per picture.
+`run_audit` draws the two conditions once, in batches, and measures both axes on the same pictures.
+`Published` is written from the description; none of the scripts' code is copied, and it is spared
+what is not their method: semantic guidance, saving of pictures. Energies are not the same function
+(row-wise unrolled masks of one axis, against exact ones of both), so the guided pictures differ.
 
 A time is that of a finding: one picture under one condition measured on one axis, everything
 included, the report too. The error is that of the plain condition's findings, which are the same in
