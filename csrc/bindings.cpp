@@ -1,7 +1,6 @@
 // The only file that knows pybind11: checks, then a params struct, then the kernel of the device.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <sstream>
 #include <vector>
 
@@ -42,19 +41,25 @@ biasmap::SoftSettings soft_settings(double fraction, double temperature) {
 }
 
 void check_pixels(int64_t pixels) {
-    require(pixels > 0, "maps must have at least one pixel");
-    require(pixels <= std::numeric_limits<int32_t>::max(), "maps must have fewer than 2^31 pixels");
+    require(pixels > 0 && pixels < int64_t{1} << 31,
+            "maps must have at least one pixel and fewer than 2^31, got ", pixels);
 }
+
+// The kernels of an op, for `launch`; of one that has none on the CPU.
+#if defined(BIASMAP_CUDA_TOOLKIT)
+#    define BIASMAP_ON_GPU(op) biasmap::op##_cuda
+constexpr bool kHasCuda = true;
+#else
+#    define BIASMAP_ON_GPU(op) nullptr
+constexpr bool kHasCuda = false;
+#endif
+#define BIASMAP_KERNELS(op) biasmap::op##_cpu, BIASMAP_ON_GPU(op)
+#define BIASMAP_GPU_KERNELS(op) nullptr, BIASMAP_ON_GPU(op)
 
 // Where the op runs: where its main tensor is, if there are kernels for that.
 dlpack::Device device_of(const TensorView &tensor) {
-#if defined(BIASMAP_CUDA_TOOLKIT)
-    if (tensor.device().type == dlpack::kCuda)
-        return tensor.device();
-#else
-    (void)tensor;
-#endif
-    return biasmap::kOnCpu;
+    const bool on_gpu = kHasCuda && tensor.device().type == dlpack::kCuda;
+    return on_gpu ? tensor.device() : biasmap::kOnCpu;
 }
 
 // What the ops on sets of maps have in common; returns where they run.
@@ -77,15 +82,6 @@ dlpack::Device take_sets(MapSets &p, const TensorView &maps, const TensorView &p
 }
 
 SoftMap *as_state(float *data) { return reinterpret_cast<SoftMap *>(data); }
-
-// The kernels of an op, for `launch`; of one that has none on the CPU.
-#if defined(BIASMAP_CUDA_TOOLKIT)
-#    define BIASMAP_ON_GPU(op) biasmap::op##_cuda
-#else
-#    define BIASMAP_ON_GPU(op) nullptr
-#endif
-#define BIASMAP_KERNELS(op) biasmap::op##_cpu, BIASMAP_ON_GPU(op)
-#define BIASMAP_GPU_KERNELS(op) nullptr, BIASMAP_ON_GPU(op)
 
 template <typename Params>
 void launch(dlpack::Device device, void (*on_cpu)(const Params &),
@@ -184,10 +180,9 @@ void soft_iou_backward(const TensorView &grad, const TensorView &maps, const Ten
 }
 
 bool is_wide(const void *data, const int64_t (&strides)[4]) {
-    bool wide = reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[3] == 1;
-    for (int d = 0; d < 3; ++d)
-        wide = wide && strides[d] % biasmap::kChunk == 0;
-    return wide;
+    const auto whole = [](int64_t stride) { return stride % biasmap::kChunk == 0; };
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[3] == 1 &&
+           std::all_of(strides, strides + 3, whole);
 }
 
 dlpack::Device take_attention(biasmap::Attention &p, const TensorView &query,
@@ -229,12 +224,10 @@ void concept_map_backward(const TensorView &grad, const TensorView &query, const
     biasmap::ConceptMapBackwardParams p{};
     const dlpack::Device device = take_attention(p, query, keys, weights);
     p.grad = grad.data<float>("grad", "[B, K, n]", {p.batch, p.concepts, p.pixels}, device);
-    Float type{};
     p.grad_query =
         grad_query.floats("grad_query", "[B, heads, n, d]", {p.batch, p.heads, p.pixels, p.depth},
-                          device, type, p.grad_strides);
-    require(type == p.type && is_wide(p.grad_query, p.grad_strides),
-            "`grad_query` must be of the dtype of `query`, and aligned like it");
+                          device, p.type, p.grad_strides);
+    require(is_wide(p.grad_query, p.grad_strides), "`grad_query` must be aligned like `query`");
     launch<biasmap::ConceptMapBackwardParams>(device, BIASMAP_GPU_KERNELS(concept_map_backward), p);
 }
 
@@ -278,13 +271,10 @@ void prompt_maps(const TensorView &query, const TensorView &keys, const TensorVi
     biasmap::prompt_maps_cpu(p);
 }
 
-// Why a GPU cannot run these kernels; empty if it can.
 std::string cuda_refusal([[maybe_unused]] int device) {
-#if defined(BIASMAP_CUDA_TOOLKIT)
-    return biasmap::cuda_refusal(device);
-#else
+    if constexpr (kHasCuda)
+        return biasmap::cuda_refusal(device);
     return "this build has no CUDA kernels";
-#endif
 }
 
 py::dict build_info() {

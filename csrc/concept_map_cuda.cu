@@ -243,8 +243,6 @@ __global__ void __launch_bounds__(32 * kWarps, kTokens <= 32 ? 2 : 1)
 template <typename Params, typename KernelOf>
 void launch_tiles(const char *op, const Params &p, const KernelOf &kernel_of,
                   const CudaQueue &queue) {
-    if (p.batch == 0 || p.pixels == 0)
-        return;
     const unsigned threads = 32 * static_cast<unsigned>(std::min<int64_t>(p.heads, kWarps));
     with_type(p.type, [&](auto number) {
         const auto by_shape = [&](auto tokens, auto pixels) {
@@ -268,8 +266,7 @@ void concept_map_cuda(const ConceptMapParams &p, const CudaQueue &queue) {
         return concept_map_kernel<decltype(number), decltype(tokens)::value,
                                   decltype(pixels)::value>;
     };
-    if (p.concepts > 0)
-        launch_tiles("concept_map", p, kernel_of, queue);
+    launch_tiles("concept_map", p, kernel_of, queue);
 }
 
 void concept_map_backward_cuda(const ConceptMapBackwardParams &p, const CudaQueue &queue) {

@@ -21,16 +21,14 @@ namespace biasmap {
 inline int x86_level() {
 #if defined(BIASMAP_X86_LEVELS)
     return __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 0;
-#else
-    return 0;
 #endif
+    return 0;
 }
 
 inline std::atomic<bool> forked{false};
 inline const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// False in a forked process: OpenMP's threads are not copied by fork(), and waiting for them would
-// last for ever.
+// False in a forked process: fork() does not copy OpenMP's threads, which would be waited for.
 inline bool may_use_threads() { return watching_forks == 0 && !forked; }
 
 } // namespace biasmap

@@ -114,6 +114,8 @@ struct Shape {
 template <typename Arguments>
 void launch(const char *op, void (*kernel)(Arguments), const Shape &shape,
             const Arguments &arguments, const CudaQueue &queue) {
+    if (shape.grid.x == 0 || shape.grid.y == 0)
+        return;
     const DeviceGuard guard(queue.device, op);
     // Always the same number: a launch on another thread, or in a captured graph, relies on it too.
     if (shape.shared > kOrdinaryShared)

@@ -17,8 +17,6 @@ constexpr unsigned kSumThreads = 256;
 // Pixels of a thread in the backward pass.
 constexpr unsigned kPixels = 4;
 
-// ---- pairs of concepts -----------------------------------------------------------------------
-
 struct Pair {
     uint8_t first, second;
 };
@@ -39,8 +37,6 @@ template <typename Params> struct WithPairs {
 template <typename T> __device__ const T *maps_of(const MapSets &p, int64_t set) {
     return static_cast<const T *>(p.maps) + set * p.concepts * p.pixels;
 }
-
-// ---- one block per map -----------------------------------------------------------------------
 
 // What is asked of every map: its percentile, or the root of its soft mask.
 struct SearchArguments {
@@ -74,8 +70,6 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (unsigned i = threadIdx.x; i < n; i += blockDim.x)
             p.mask[first + i] = soft_mask(x[i], s);
 }
-
-// ---- hard IoU --------------------------------------------------------------------------------
 
 // A warp has 32 pixels of all masks as one word per concept, and a lane counts eight of the 16 x 16
 // intersections.
@@ -129,8 +123,6 @@ __global__ void __launch_bounds__(kThreads)
         p.union_pixels[set * p.pairs.count + i] = hard.either;
     }
 }
-
-// ---- soft masks ------------------------------------------------------------------------------
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -311,8 +303,6 @@ std::string cuda_refusal(int device) {
 }
 
 void pairs_iou_cuda(const PairsIouParams &p, const CudaQueue &queue) {
-    if (p.batch == 0 || p.concepts == 0)
-        return;
     const Position at = percentile_position(p.pixels, p.percentile);
     search_maps("pairs_iou", p.type, p.batch * p.concepts,
                 {p.maps, p.pixels, at, p.threshold, {}, nullptr, nullptr}, queue);
@@ -324,14 +314,11 @@ void pairs_iou_cuda(const PairsIouParams &p, const CudaQueue &queue) {
 }
 
 void soft_topk_cuda(const SoftTopkParams &p, const CudaQueue &queue) {
-    if (p.rows > 0)
-        search_maps("soft_topk", p.type, p.rows,
-                    {p.x, p.pixels, {}, nullptr, p.settings, p.state, p.mask}, queue);
+    search_maps("soft_topk", p.type, p.rows,
+                {p.x, p.pixels, {}, nullptr, p.settings, p.state, p.mask}, queue);
 }
 
 void soft_topk_backward_cuda(const SoftTopkBackwardParams &p, const CudaQueue &queue) {
-    if (p.rows == 0)
-        return;
     with_type(p.type, [&](auto number) {
         launch("soft_topk_backward", soft_topk_backward_kernel<decltype(number)>,
                {dim3(static_cast<unsigned>(p.rows)), threads_for(p.pixels), 0}, p, queue);
@@ -339,8 +326,6 @@ void soft_topk_backward_cuda(const SoftTopkBackwardParams &p, const CudaQueue &q
 }
 
 void soft_iou_cuda(const SoftIouParams &p, const CudaQueue &queue) {
-    if (p.batch == 0 || p.concepts == 0)
-        return;
     search_maps("soft_iou", p.type, p.batch * p.concepts,
                 {p.maps, p.pixels, {}, nullptr, p.settings, p.state, nullptr}, queue);
     const auto groups = static_cast<unsigned>((p.concepts + kGroup - 1) / kGroup);
@@ -353,7 +338,7 @@ void soft_iou_cuda(const SoftIouParams &p, const CudaQueue &queue) {
 }
 
 void soft_iou_backward_cuda(const SoftIouBackwardParams &p, const CudaQueue &queue) {
-    if (p.batch == 0 || p.concepts == 0)
+    if (p.concepts == 0)
         return;
     const unsigned threads = threads_for(p.pixels, kSumThreads);
     const int64_t blocks = (p.pixels + kPixels * threads - 1) / (kPixels * threads);

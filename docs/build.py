@@ -21,8 +21,10 @@ from studies import tables as study
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"headline": bench.headline, "testbed": study.testbed},
+    ROOT / "README.md": {},
+    DOCS / "testbed.md": {"testbed": study.testbed},
     DOCS / "benchmarks.md": {
+        "headline": bench.headline,
         "machine": bench.machine,
         "overlap": lambda: bench.part_tables(bench.run(), "overlap"),
         "recorder": lambda: bench.part_tables(bench.run(), "recorder"),

@@ -5,7 +5,7 @@ Outputs are allocated by the caller (see ops.py). All tensors of a call are on o
 ``pairs``, which are on the CPU. Maps and queries are float32, on a GPU also float16 or bfloat16.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -81,5 +81,5 @@ def prompt_maps(
     keys: Tensor,  # [heads, U, d], of the different tokens
     members: Tensor,  # [P, U], how often a prompt has each
     weights: Tensor,  # [P, K, U]
-    maps: Iterable[Tensor],  # [P', B, K, n], pixels in a row: the first P' prompts' are added
+    maps: Sequence[Tensor],  # [P', B, K, n], pixels in a row: the first P' prompts' are added
 ) -> None: ...

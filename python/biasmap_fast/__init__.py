@@ -31,8 +31,8 @@ if TYPE_CHECKING:
         soft_iou,
         soft_topk,
     )
-    from .probes import EffectMaps, Probes, Swap, probe
-    from .regions import EffectOverlap, effect_overlap, otsu
+    from .probes import Probes, Swap, probe
+    from .regions import EffectMaps, EffectOverlap, effect_overlap, otsu
     from .shares import Share, share
 
     __version__: str
@@ -43,7 +43,7 @@ _EXPORTS = {
     "AttributionPrompt": "concepts",
     "AuditPlan": "audit",
     "AuditResult": "audit",
-    "EffectMaps": "probes",
+    "EffectMaps": "regions",
     "EffectOverlap": "regions",
     "Energy": "energy",
     "Guidance": "guidance",

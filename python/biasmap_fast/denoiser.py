@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -26,7 +27,7 @@ probing: ContextVar[bool] = ContextVar("biasmap_fast.probing", default=False)
 """Whether the denoiser runs for a probe: hooks that watch or change a drawing then do nothing."""
 
 # A pipeline's other arguments that are made of the prompt: a rehearsal's prompt replaces them.
-_PROMPT = ("prompt_", "pooled_prompt_", "callback")
+_PROMPT = re.compile(r"(pooled_)?prompt_(\d|.*(embeds|mask)).*|callback.*")
 
 
 class _Reached(Exception):  # noqa: N818 - no error: how a rehearsal ends
@@ -257,7 +258,7 @@ def _with_prompt(arguments: Mapping[str, Any], prompt: str) -> Arguments:
         states = arguments.get("prompt_embeds")
         given = "" if states is None else [""] * len(states)
     changed = {
-        name: _copied(value) for name, value in arguments.items() if not name.startswith(_PROMPT)
+        name: _copied(value) for name, value in arguments.items() if not _PROMPT.fullmatch(name)
     }
     changed["prompt"] = prompt if isinstance(given, str) else [prompt] * len(given)
     return changed

@@ -139,9 +139,10 @@ def _devices() -> list[str]:
 def _native() -> dict[str, Any]:
     try:
         from . import _C
+        from .ops import native_status
     except ImportError as error:
         return {"available": False, "reason": str(error)}
-    return {"available": True, **dict(_C.build_info())}
+    return {"available": True, **dict(_C.build_info()), "kernels": native_status()}
 
 
 def _backend(native: dict[str, Any]) -> str:

@@ -201,7 +201,7 @@ def _define(schema: str, outputs: Callable[..., Any], *, gpu_only: bool = False)
             elif dim is not None:
                 raise NotImplementedError(f"biasmap.{name} has no vmap over `{argument}`")
         made = op(*folded)
-        apart = tuple(one.unflatten(0, (size, len(one) // size)) for one in _tuple(made))
+        apart = tuple(one.view(size, len(one) // size, *one.shape[1:]) for one in _tuple(made))
         return (apart, (0,) * len(apart)) if isinstance(made, tuple) else (apart[0], 0)
 
     for device in ("CUDA",) if gpu_only else ("CPU", "CUDA"):

@@ -57,8 +57,7 @@ def attention(
 def percentile(x: torch.Tensor, percentile: float) -> torch.Tensor:
     """``numpy.percentile(x, percentile, axis=-1)``, bit for bit in float32 and float64.
 
-    ``torch.quantile`` rounds its interpolation differently and refuses large inputs. Maps
-    ``[..., N]`` to ``[...]``.
+    ``torch.quantile`` rounds differently and refuses large inputs.
     """
     n = x.shape[-1]
     position = (n - 1) * (percentile / 100.0)
@@ -77,8 +76,8 @@ def pairs_iou(
     """Hard IoU of pairs ``[P, 2]`` on maps ``[B, K, N]``: ``mask = map > its q-th percentile``.
 
     Returns:
-        IoU ``[B, P]``, 0 where the union is empty; pixels in the union ``[B, P]`` int32; pixels in
-        each mask ``[B, K]`` int32. Where a map has a non-finite value: NaN, -1 and -1.
+        IoU ``[B, P]``, 0 if the union is empty; pixels in the union ``[B, P]`` int32; pixels in
+        each mask ``[B, K]`` int32. If a map has a non-finite value: NaN, -1 and -1.
     """
     finite = maps.isfinite().all(dim=-1)  # [B, K]
     masks = maps > percentile(maps, q).unsqueeze(-1)  # [B, K, N]
@@ -111,10 +110,7 @@ def soft_topk(x: torch.Tensor, fraction: float, temperature: float) -> torch.Ten
 def soft_iou(
     maps: torch.Tensor, pairs: torch.Tensor, fraction: float, temperature: float
 ) -> torch.Tensor:
-    """``SoftIoU = sum(ab) / (sum a + sum b - sum(ab))`` of the maps' soft top-k masks.
-
-    Of maps ``[B, K, N]`` and pairs ``[P, 2]``: ``[B, P]``, differentiable. See :func:`soft_topk`.
-    """
+    """``sum(ab) / (sum a + sum b - sum(ab))`` ``[B, P]`` of the soft top-k masks of pairs."""
     masks = soft_topk(maps, fraction, temperature)  # [B, K, N]
     a, b = masks[:, pairs[:, 0]], masks[:, pairs[:, 1]]  # [B, P, N]
     both = (a * b).sum(dim=-1)
@@ -122,8 +118,7 @@ def soft_iou(
 
 
 class _SoftTopk(torch.autograd.Function):
-    """The mask, with its gradient by the implicit function theorem; differentiable twice."""
-
+    # Differentiable twice, by the implicit function theorem.
     @staticmethod
     def forward(
         x: torch.Tensor, fraction: float, temperature: float
@@ -146,7 +141,8 @@ class _SoftTopk(torch.autograd.Function):
 
     @staticmethod
     def vmap(_: Any, in_dims: tuple[int, None, None], x: torch.Tensor, *settings: float) -> Any:
-        return _SoftTopk.apply(x.movedim(in_dims[0], 0), *settings), (0, 0)
+        x = x.movedim(in_dims[0], 0)
+        return _SoftTopk.apply(x, *settings), (0, 0)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -158,11 +154,8 @@ class _SoftTopk(torch.autograd.Function):
 
 
 def _solve_offset(z: torch.Tensor, fraction: float) -> torch.Tensor:
-    """The d ``[..., 1]`` with ``mean(sigmoid(z + d)) = fraction``: Newton inside a bracket.
-
-    Saturated pixels are counted and only their distance to 0 or 1 is summed, so that the root does
-    not drown in rounding where few pixels lie in between.
-    """
+    """The d ``[..., 1]`` with ``mean(sigmoid(z + d)) = fraction``: Newton inside a bracket."""
+    # Of saturated pixels only the distance to 0 or 1 is summed, so that the root is exact.
     whole, part = divmod(fraction * z.shape[-1], 1.0)
     logit = math.log(fraction) - math.log1p(-fraction)
     low = logit - z.amax(dim=-1, keepdim=True)  # mean <= fraction here

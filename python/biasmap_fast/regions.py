@@ -1,10 +1,100 @@
-"""Regions of effect maps, and how far one lies in another."""
+"""Effect maps as a value, their regions, and how far one lies in another."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_FORMAT = "biasmap_fast.EffectMaps/1"
+
+
+@dataclass(frozen=True, eq=False)
+class EffectMaps:
+    """Effect maps of S swaps on B pictures; made by `Probes.effects`.
+
+    Attributes:
+        values: ``[B, S, h, w]`` float32 on the grid of the latents; the mean over the measured
+            calls of maps whose own mean is 1.
+        names: The swaps, in the order of ``values``.
+
+    Example:
+        >>> effects = EffectMaps(torch.rand(3, 2, 8, 8), ("profession", "gender"))
+        >>> effects["gender"].shape
+        torch.Size([3, 8, 8])
+    """
+
+    values: torch.Tensor
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of pictures, B."""
+        return self.values.shape[0]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The maps of one swap: ``[B, h, w]``.
+
+        Raises:
+            KeyError: There is no such swap.
+        """
+        return self.values[:, swap_index(self.names, name)]
+
+    def overlay(
+        self, images: Image | Sequence[Image], name: str, *, strength: float = 0.65
+    ) -> Image | list[Image]:
+        """One swap's maps over the pictures, each in its own range.
+
+        Args:
+            images: All B pictures as Pillow images, or the picture if B is 1.
+            name: The swap.
+            strength: Opacity of the hottest colour, 0 to 1.
+        """
+        from .maps import AttributionMaps
+
+        return AttributionMaps(self.values, self.names).overlay(images, name, strength=strength)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, whole or not at all."""
+        from safetensors.torch import save
+
+        described = json.dumps({"format": _FORMAT, "names": list(self.names)})
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            tensors = {"values": self.values.contiguous()}
+            partial.write_bytes(save(tensors, metadata={"biasmap_fast": described}))
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EffectMaps:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: The file holds no effect maps.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                described = json.loads((file.metadata() or {}).get("biasmap_fast", "{}"))
+                if described.get("format") != _FORMAT:
+                    raise ValueError(
+                        f"{os.fspath(path)}: expected the format {_FORMAT!r}, got "
+                        f"{described.get('format')!r}"
+                    )
+                return cls(file.get_tensor("values"), tuple(described["names"]))
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)} is no whole safetensors file: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +184,13 @@ def otsu(maps: torch.Tensor) -> torch.Tensor:
     best = between.argmax(-1, keepdim=True)
     constant = values[..., :1] == values[..., -1:]
     return values.gather(-1, torch.where(constant, count - 1, best))[..., 0].to(maps.dtype)
+
+
+def swap_index(names: Sequence[str], name: str) -> int:
+    """Where a swap stands among the names; a KeyError lists those there are."""
+    if name not in names:
+        raise KeyError(f"no swap {name!r}; there are {list(names)}")
+    return names.index(name)
 
 
 def _count(masks: torch.Tensor) -> torch.Tensor:

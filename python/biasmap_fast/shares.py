@@ -20,6 +20,10 @@ from .conditioning import Conditionings
 from .denoiser import Denoiser
 
 
+class NoShareError(ValueError):
+    """The groups' words do not change the prediction."""
+
+
 @dataclass(frozen=True, eq=False)
 class Share:
     """How often each group would be drawn for a prompt; made by `share`.
@@ -75,8 +79,8 @@ def share(
 
     Raises:
         TypeError: The pipeline has no known denoiser or takes no prompt.
-        ValueError: Fewer than two groups or draws, a pipeline that does not start from noise, or
-            words that do not change the prediction.
+        NoShareError: The words do not change the prediction (a ``ValueError``).
+        ValueError: Fewer than two groups or draws, or a pipeline that does not start from noise.
 
     Example:
         >>> import biasmap_fast as bm
@@ -120,7 +124,7 @@ def share(
         predictions = denoiser.predict(live, text, wanted, text.first)
         predictions = predictions.view(len(prompts), count, *predictions.shape[1:])
         if not differs(predictions[1:], denoiser.precision):
-            raise ValueError("the words do not change the prediction: there is no share")
+            raise NoShareError("the words do not change the prediction: there is no share")
         estimates.append(mixture(predictions[0], predictions[1:], clip=False))
     values = torch.cat(estimates)  # [draws, G]
     mean = values.mean(0)

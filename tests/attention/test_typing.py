@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 
+@pytest.mark.slow
 def test_user_code_type_checks(tmp_path):
     """What the documentation shows passes mypy's strict mode in a user's file."""
     api = pytest.importorskip("mypy.api")

@@ -55,8 +55,10 @@ def finished(tiny, tiny_plan, tmp_path_factory):
 def stops(monkeypatch):
     """Ends drawing with `KeyboardInterrupt` after some chunks; gives the list of those drawn."""
 
+    real = worker.measure_chunk
+
     def after(count):
-        real, drawn = worker.measure_chunk, []
+        drawn = []
 
         def measure(pipe, plan, pictures, *rest):
             if len(drawn) == count:

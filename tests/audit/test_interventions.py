@@ -245,8 +245,6 @@ def test_lora_and_another_checkpoint(make_plan, folder, pipe, make_sd, monkeypat
         )
     maps = recorder.maps()
     expected = bm.soft_iou(maps["doctor"], maps["man"])
-    torch.testing.assert_close(
-        soft(found, "full")[:1], expected.double().float(), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(soft(found, "full")[:1], expected.double(), rtol=1e-3, atol=1e-4)
     alone = run_audit(make_plan(), "alone", pipe=other, progress=False)
     assert soft(found, "other").equal(soft(alone, "plain"))

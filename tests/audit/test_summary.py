@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from biasmap_fast.audit import AuditPlan
+from biasmap_fast.audit import AuditPlan, sentences
 from biasmap_fast.audit.run import planted
 from biasmap_fast.audit.statistics import FIXED_WIDTH
 from biasmap_fast.audit.summary import summarise, unpacked, where
@@ -254,9 +254,20 @@ def test_the_ledger_becomes_medians_of_each_call_and_counts():
     assert one(summary, quantity="skipped", part="skipped:start")["estimate"] == 1
 
 
+def test_axes_may_share_words():
+    axes = {"gender": ("man", "woman"), "again": ("woman", "man")}
+    plan = AuditPlan(professions=["doctor", "judge"], seeds=range(4), axes=axes)
+    rng = np.random.default_rng(0)
+    rows = values_of(plan, lambda *picture: rng.uniform(0.2, 0.4))
+    summary = summarise(plan, pictures_of(plan), rows)
+    assert len(sentences.console(plan, summary)) == 1 + 2 * 3
+    assert all(sentences.details(axis, plan, summary) for axis in axes)
+
+
 def test_nothing_measured_is_a_summary_too():
     plan = AuditPlan(professions=["doctor"], seeds=[0])
     empty = values_of(plan, lambda *picture: 0.2).iloc[:0]
     summary = summarise(plan, pictures_of(plan).iloc[:0], empty)
     assert summary.figures.empty
     assert not summary.run["complete"]
+    assert "Nothing was measured on this axis yet." in sentences.console(plan, summary)[1]

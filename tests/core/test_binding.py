@@ -136,6 +136,18 @@ def test_views_leaves_and_parameters_are_tensors():
     assert torch.equal(offset["iou"], call(maps=base[2:].clone())["iou"])
 
 
+def test_tensors_of_a_generator_live_until_the_kernel_is_done():
+    query, keys = torch.randn(2, 64, 16), torch.randn(2, 5, 8)
+    members, weights = torch.ones(1, 5), torch.rand(1, 3, 5)
+    base, expected = torch.zeros(4, 1, 2, 3, 64), torch.zeros(1, 2, 3, 64)
+    _C.prompt_maps(query, keys, members, weights, [expected])
+    _C.prompt_maps(query, keys, members, weights, (base[i] for i in range(4)))
+    assert expected.any()
+    assert all(torch.equal(maps, expected) for maps in base)
+    with pytest.raises(TypeError, match="expected a torch tensor, got NoneType"):
+        _C.prompt_maps(query, keys, members, weights, [None])
+
+
 def test_versions_agree():
     assert _C.__version__ == bm.__version__ == metadata.version("biasmap-fast")
 

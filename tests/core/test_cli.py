@@ -257,6 +257,7 @@ def test_env_for_people_and_machines():
     found = json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)
     assert {"versions", "python", "platform", "cpu", "threads", "native", "extras"} <= found.keys()
     assert found["extras"]["audit"] == "installed"
+    assert found["native"]["kernels"]["cpu"] == "native"
 
 
 def test_seeds_count_range_list():

@@ -145,4 +145,4 @@ def test_a_gpu_that_the_kernels_do_not_fit_takes_the_reference(reason, monkeypat
     if reason:
         monkeypatch.setenv("BIASMAP_BACKEND", "native")
         with pytest.raises(ValueError, match="that `biasmap env` calls native"):
-            ops.soft_topk(maps[0], 0.3, 0.01)
+            ops.soft_topk(maps, 0.3, 0.01)

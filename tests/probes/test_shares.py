@@ -101,17 +101,14 @@ def test_refusals(sd_pipe):
 def test_the_planted_share_comes_back_and_is_decided_on_the_way():
     """The embedded model; few draws, so only what is far apart is compared."""
     pipe, truth = bm.testbed.pipeline(), bm.testbed.truth()
-    rows = sorted(truth, key=lambda row: row.shares["woman"])
-    estimates = [
-        bm.share(
-            pipe,
-            f"a photo of a {row.profession}",
-            {word: f"a photo of a {row.profession} and {word}" for word in truth.words},
-            draws=8,
-        )["woman"]
-        for row in (rows[0], rows[-1])
-    ]
-    assert estimates[1] - estimates[0] > 0.3
+    estimates = {}
+    for profession in ("baker", "nurse"):
+        text = f"a photo of a {profession}"
+        groups = {word: f"{text} and {word}" for word in truth.words}
+        estimates[profession] = bm.share(pipe, text, groups, draws=8)["woman"]
+        planted = truth[profession].shares["woman"]
+        assert estimates[profession] == pytest.approx(planted, abs=0.15)
+    assert estimates["nurse"] - estimates["baker"] > 0.3
     groups = {word: f"a photo of a doctor and {word}" for word in truth.words}
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     with bm.probe(pipe, [bm.Swap("gender", groups)], calls="all") as probes:

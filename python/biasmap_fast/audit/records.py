@@ -90,9 +90,9 @@ MEASUREMENTS = _schema(
     ("part", pa.string(), "empty for the whole map; 'block:', 'step:', 'layer:', 'branch:' + name"),
     ("control", pa.string(), "empty for a demographic word, else the kind of control"),
     ("value", pa.float64(), "0 to 1"),
-    ("chance", pa.float64(), "value of two unrelated masks of these sizes"),
+    ("chance", pa.float64(), "value of two unrelated masks; null where nothing was measured"),
     *_STATUS,
-    null=("value", "reason"),
+    null=("value", "chance", "reason"),
 )
 LEDGER = _schema(
     *_PICTURE,

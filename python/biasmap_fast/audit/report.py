@@ -181,17 +181,15 @@ class _Axis:
         rows = where(self._main, quantity="share")
         read = [word for word in self.words if word in set(rows["word"])]
         shown = read[1:] if len(read) == 2 else read
+        if not shown:
+            return ""
         truth = self._truth("share")
-        return (
-            charts.dots(
-                self.order,
-                _by_word(rows, shown),
-                label=f"share of pictures read as {' / '.join(shown)} ({self.name})",
-                ticks={word: truth[word] for word in shown if word in truth},
-                first_colour=self.words.index(shown[0]),
-            )
-            if shown
-            else ""
+        return charts.dots(
+            self.order,
+            _by_word(rows, shown),
+            label=f"share of pictures read as {' / '.join(shown)} ({self.name})",
+            ticks={word: truth[word] for word in shown if word in truth},
+            first_colour=self.words.index(shown[0]),
         )
 
     def tables(self) -> list[Table]:
@@ -213,10 +211,9 @@ class _Axis:
             }
             if len(corrected):
                 above = sentences.above_chance(own)
+                told = ["yes" if above.get(key[::-1], False) else "no" for key in index]
                 columns |= {
-                    "above chance": [
-                        "yes" if above.get(key[::-1], False) else "no" for key in index
-                    ],
+                    "above chance": told,
                     "p (Holm)": _cells(mean, index, lambda row: p_value(row["p_adjusted"])),
                     "corrected": _cells(corrected, index, interval),
                 }

@@ -246,7 +246,8 @@ def _failed(folder: Path, asked: Asked) -> list[_Work]:
     failed = [
         index
         for index in chunks_of(folder)
-        if not set(RAISED).isdisjoint(read_part(folder, "pictures", index)["status"].to_pylist())
+        if index < len(asked.chunks)
+        and not set(RAISED).isdisjoint(read_part(folder, "pictures", index)["status"].to_pylist())
     ]
     if earlier := [index for index in failed if index < asked.last]:
         logger.warning(

@@ -265,7 +265,7 @@ def surely_above(axis: str, plan: AuditPlan, summary: Summary) -> dict[str, list
 
     Chance after Holm's correction, control words by the interval of the difference.
     """
-    above = above_chance(summary.find(condition=plan.conditions[0], part="", **lead(plan)))
+    above = above_chance(_rows(axis, plan, summary))
     rows = _rows(axis, plan, summary, scope="profession", quantity="difference", control=NEGATIVE)
     lost = rows[~(rows["low"] > 0)][["word", "profession"]]
     beaten = set(lost.itertuples(index=False, name=None))
@@ -282,13 +282,13 @@ def surely_above(axis: str, plan: AuditPlan, summary: Summary) -> dict[str, list
 def details(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
     """The statistics behind `first_screen`: intervals, controls, planted truth, other measures."""
     condition = plan.conditions[0]
-    rows = summary.find(condition=condition, part="", control="", baseline="")
-    tested = where(rows, axis=axis, scope="profession", quantity="corrected")
+    rows = summary.find(condition=condition, axis=axis, part="", control="", baseline="")
+    tested = where(rows, scope="profession", quantity="corrected")
     texts = []
     for (measure, setting), _ in tested.groupby(["measure", "setting"]):
         family = where(rows, measure=measure, setting=setting)
         above = above_chance(family)
-        overall = where(family, axis=axis, scope="overall")
+        overall = where(family, scope="overall")
         told = [
             f"{interval(row)} with “{row['word']}” ({int(above[row['word']].sum())} of "
             f"{len(above[row['word']])} professions above chance)"
@@ -310,7 +310,7 @@ def details(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
 
 
 def _beside(axis: str, word: str, plan: AuditPlan, summary: Summary) -> str:
-    """Whether the lead measure exceeds control words, nulls and the rest."""
+    """Whether the lead measure exceeds the control words."""
     rows = _over_professions(axis, word, plan, summary)
     known = {kind: row for kind, row in rows.items() if kind and pd.notna(row["low"])}
     lost = {kind: row for kind, row in known.items() if not row["low"] > 0}
@@ -330,20 +330,20 @@ def rank(row: pd.Series[Any]) -> str:
     if pd.isna(row["estimate"]):
         return f"{name}: no rank correlation with the {planted} can be computed (n = {row['n']})."
     told = f"Spearman {RHO} = {interval(row)}, n = {row['n']} professions"
-    caution = ""
     if pd.isna(row["low"]):
         return f"{name}: {told}; without an interval it is open whether it follows the {planted}."
     if row["low"] > 0:
         return f"{name} rises with the {planted} ({told})."
-    if row["high"] < 0:
-        if planted == "planted overlap":
-            caution = (
-                ": it ranks these professions backwards, so a higher value is not more overlap"
-            )
-        return f"{name} falls with the {planted} ({told}){caution}."
+    falls = row["high"] < 0
+    verb = "falls with" if falls else "is not shown to follow"
+    caution = ""
     if planted == "planted overlap":
-        caution = "; differences between professions must not be read as differences in overlap"
-    return f"{name} is not shown to follow the {planted} ({told}){caution}."
+        caution = (
+            ": it ranks these professions backwards, so a higher value is not more overlap"
+            if falls
+            else "; differences between professions must not be read as differences in overlap"
+        )
+    return f"{name} {verb} the {planted} ({told}){caution}."
 
 
 def changes(condition: str, plan: AuditPlan, summary: Summary) -> list[str]:

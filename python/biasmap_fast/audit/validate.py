@@ -54,13 +54,16 @@ def validate(folder: Path, truth: Iterable[Mapping[str, Any]] | None = None) -> 
     expected = {(p.condition, p.profession, p.seed) for chunk in asked.chunks for p in chunk}
     differences += _pictures(plan, expected, pictures)
     differences += _values(plan, pictures, measurements)
-    precision = rounds.figures(plan, asked)
-    summary = summarise(plan, pictures, measurements, truth=truth, precision=precision, **tables)
-    if not summary.run["complete"]:
-        drawn = summary.run["drawn"]
-        differences.append(
-            f"the run is not finished: {drawn} of {len(expected)} pictures are drawn"
+    try:
+        precision = rounds.figures(plan, asked)
+        summary = summarise(
+            plan, pictures, measurements, truth=truth, precision=precision, **tables
         )
+    except (KeyError, ValueError) as error:  # of records that are told above
+        return [*differences, f"the figures cannot be computed: {error}"]
+    if not summary.run["complete"]:
+        drawn = f"{summary.run['drawn']} of {len(expected)} pictures are drawn"
+        differences.append(f"the run is not finished: {drawn}")
     return differences + list(_written(folder, summary))
 
 
@@ -119,9 +122,8 @@ def _values(plan: AuditPlan, pictures: pd.DataFrame, rows: pd.DataFrame) -> Iter
         "it is measured and has no value between 0 and 1": measured
         & ~rows["value"].between(0, 1 + _TOLERANCE),
         "it is not measured and has a value": ~measured & rows["value"].notna(),
-        "its chance is not that of its setting": ~np.isclose(
-            rows["chance"], chance, atol=_TOLERANCE
-        ),
+        "its chance is not that of its setting": measured
+        & ~np.isclose(rows["chance"], chance, atol=_TOLERANCE),
     }
     for text, where in wrong.items():
         for row in rows[where].itertuples():
