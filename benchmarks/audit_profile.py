@@ -37,7 +37,7 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import attribution
-from biasmap_fast.audit import measure, run, work, writer
+from biasmap_fast.audit import chunk, folder, report, run, worker
 
 from .guidance import build
 from .harness import save
@@ -75,16 +75,16 @@ def watched(clock: Clock, pipe: Any) -> Iterator[None]:
     networks = [(pipe.unet, "forward"), (pipe.text_encoder, "forward"), (pipe.vae, "decode")]
     places: list[tuple[Any, str, str]] = [(each, name, "network") for each, name in networks]
     places += [
-        (attribution.Recorder, "_add", "maps"),
-        (measure, "_measured", "overlaps"),
-        (measure, "_read", "classifier"),
-        (measure, "draw", "sampler"),
-        (work, "measure_chunk", "records"),
-        (writer, "store", "writing, in the background"),
-        (work.Worker, "describe", "start"),
+        (attribution.Recorder, "_receive", "maps"),
+        (chunk, "measured", "overlaps"),
+        (chunk, "_readings", "classifier"),
+        (chunk, "draw", "sampler"),
+        (worker, "measure_chunk", "records"),
+        (folder, "store", "writing, in the background"),
+        (worker.Worker, "describe", "start"),
         (run, "_measure", "loop"),
     ]
-    with mock.patch.multiple(run, write_report=lambda *args: None):
+    with mock.patch.object(report, "write_report", return_value=None):
         patches = [
             mock.patch.object(place, name, clock.timed(what, getattr(place, name)))
             for place, name, what in places
@@ -100,15 +100,15 @@ def watched(clock: Clock, pipe: Any) -> Iterator[None]:
 
 def profile(pipe: Any, plan: bm.AuditPlan) -> dict[str, Any]:
     clock = Clock()
-    with tempfile.TemporaryDirectory() as folder, watched(clock, pipe):
-        result = bm.run_audit(plan, Path(folder) / "run", pipe=pipe, progress=False)
-    status = result.summary["run"]["status"]
+    with tempfile.TemporaryDirectory() as out, watched(clock, pipe):
+        result = bm.run_audit(plan, Path(out) / "run", pipe=pipe, progress=False)
+    status = result.summary.run["status"]
     background = clock.cpu.pop("writing, in the background")
     total = sum(clock.cpu.values())
     shares = {name: seconds / total for name, seconds in sorted(clock.cpu.items())}
     own = sum(shares.get(name, 0.0) for name in ("overlaps", "records", "loop"))
     return {
-        "pictures": plan.pictures,
+        "pictures": len(list(plan.pictures())),
         "status": status,
         "steps": plan.steps,
         "batch_size": plan.batch_size,
@@ -127,8 +127,8 @@ def testbed(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {"seeds": range(options.seeds), "steps": options.steps or 25}
     warm: dict[str, Any] = {"professions": ["doctor"], "seeds": [0], "steps": 2}
     pipe = bm.testbed.pipeline()
-    with tempfile.TemporaryDirectory() as folder:  # what is imported and set up once
-        bm.run_audit(bm.AuditPlan(**warm), Path(folder) / "run", pipe=pipe, progress=False)
+    with tempfile.TemporaryDirectory() as out:  # what is imported and set up once
+        bm.run_audit(bm.AuditPlan(**warm), Path(out) / "run", pipe=pipe, progress=False)
     return profile(pipe, bm.AuditPlan(**settings))
 
 

@@ -2,18 +2,16 @@
 
 The published scripts have one demographic axis each. A script goes through professions and seeds
 one picture at a time and generates twice: the baseline, and the picture steered by the energy of
-its axis; each run keeps every step's hidden states of the cross-attention layers, makes the maps
-of them afterwards, resizes them to 512 x 512 and takes the IoU of two masks. Both axes and both
-conditions are four generations a picture. `run_audit` draws the two conditions once, in batches,
-and measures both axes on the same pictures. That recipe is written here from its description
-(`Published`); none of its code is copied, and it is spared what is not its method: no semantic
-guidance (two chunks, not four), no saving of pictures. Energies are not the same function
+its axis; it makes the maps from every step's kept hidden states, resizes them to 512 x 512 and
+takes the IoU of two masks. Both axes and both conditions are four generations per picture.
+`run_audit` draws the two conditions once, in batches, and measures both axes on the same pictures.
+`Published` is written from the description; none of the scripts' code is copied, and it is spared
+what is not their method: semantic guidance, saving of pictures. Energies are not the same function
 (row-wise unrolled masks of one axis, against exact ones of both), so the guided pictures differ.
 
 A time is that of a finding: one picture under one condition measured on one axis, everything
-included, the report too. The error is that of the plain condition's findings, which are the same
-in both. The second axis has two other words of the embedded model's vocabulary: cost depends on
-nothing else. One thread, as the model is so small.
+included, the report too. The error is that of the plain condition's findings, which are the same in
+both. The second axis has two other words of the model's vocabulary. One thread.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ import torch
 import biasmap_fast as bm
 from biasmap_fast import presets
 from biasmap_fast.attribution import AttributionCache
+from biasmap_fast.audit.summary import where
 from biasmap_fast.maps import resize
 from biasmap_fast.reference import concept_map
 from biasmap_fast.unet import cross_attention_layers
@@ -180,10 +179,10 @@ def audit(settings: Settings, pipe: Any, planned: bm.AuditPlan) -> Callable[[], 
 
 def iou_of(result: Any) -> dict[tuple[str, int, str, str, str], float]:
     """(condition, seed, profession, axis, word) -> IoU: all that timing reads of records."""
-    return {
-        (r["condition"], r["seed"], r["semantic"], r["axis"], r["demographic"]): r["iou"]
-        for r in result.records.to_pylist()
-    }
+    key = ["condition", "seed", "profession", "axis", "word"]
+    rows = where(result.measurements, measure="iou", setting="0.3", part="", control="")
+    values: dict[tuple[str, int, str, str, str], float] = rows.set_index(key)["value"].to_dict()
+    return values
 
 
 def plain_findings(result: Any, professions: tuple[str, ...]) -> np.ndarray:

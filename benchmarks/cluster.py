@@ -17,24 +17,25 @@ import sys
 import time
 from typing import Any
 
+import pyarrow as pa
+
 import biasmap_fast as bm
 from biasmap_fast.audit.cluster import Cluster
-from biasmap_fast.audit.records import KEY, to_table
 
 from .harness import save
 
 
-def measure(plan: bm.AuditPlan, workers: int) -> tuple[float, list[dict[str, Any]]]:
+def measure(plan: bm.AuditPlan, workers: int) -> tuple[float, pa.Table]:
     """Seconds of measuring all chunks, and their records in canonical order."""
     with Cluster(plan, "local", workers=workers, threads=1) as cluster:
         cluster.wait_for_all()
         begun = time.perf_counter()
-        tables = [
-            chunk.table for _, _, chunk in cluster.results(list(enumerate(plan.chunks()))) if chunk
-        ]
+        work = list(enumerate(plan.chunks()))
+        tables = [chunk.tables["measurements"] for *_, chunk in cluster.results(work) if chunk]
         seconds = time.perf_counter() - begun
-    rows = [row for table in tables for row in table.to_pylist()]
-    return seconds, sorted(rows, key=lambda row: tuple(row[name] for name in KEY))
+    table = pa.concat_tables(tables)
+    key = [name for name in table.column_names if name not in ("value", "chance", "reason")]
+    return seconds, table.sort_by([(name, "ascending") for name in key])
 
 
 def main() -> None:
@@ -54,18 +55,18 @@ def main() -> None:
     }
     plan = bm.AuditPlan(**settings, save_pictures="none", save_maps="none")
     seconds: dict[int, list[float]] = {1: [], 2: []}
-    first: list[dict[str, Any]] | None = None
+    first: pa.Table = None
     identical = True
     for _ in range(options.rounds):
         for workers, times in seconds.items():
             took, rows = measure(plan, workers)
             times.append(took)
-            first = first or rows
-            identical = identical and to_table(rows).equals(to_table(first))
+            first = rows if first is None else first
+            identical = identical and rows.equals(first)
             print(f"{workers} workers: {took:.1f} s", flush=True)
     ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
     table = {
-        "pictures": plan.pictures,
+        "pictures": len(list(plan.pictures())),
         "chunks": len(plan.chunks()),
         "steps": options.steps,
         "threads_per_worker": 1,

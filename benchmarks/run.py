@@ -3,16 +3,13 @@
     python -m benchmarks.run [--set cpu|gpu] [--ovam DIR] [--daam DIR]
 
 A whole run is written to benchmarks/results/<device>/<date>.json, and the tables and figures of
-README.md and docs/ are made from the newest such file by `python -m docs.build`. A
-run of some parts, or a quick one, goes to runs/bench/ and into no table; a long part, which only
-runs by name, to results/<device>/<part>.json.
+README.md and docs/ are made from the newest such file by `python -m docs.build`. A run of some
+parts, or a quick one, goes to runs/bench/ and into no table; a long part, which only runs by name,
+to results/<device>/<part>.json.
 
-Exit status 1 if a row of this package failed, or got worse than in the newest stored run of the
-same device: if its time over that of its group's first row rose by more than 5 % (15 % of fewer
-than five rounds, whose quartiles say too little) and each of the two medians lies outside the other
-run's quartiles, or its memory rose by more than 5 % (and 8 MiB; what is held, 1 MiB). Absolute
-times are not compared: on a shared machine they mean nothing. A group with a row that seems worse
-is measured once more, where the time allows it, and judged by all the rounds.
+Exit status 1 if a row of this package failed, or is worse than in the newest stored run of the same
+device (`harness.regressions` says what that is). A group with a row that seems worse is measured
+once more, if there is time, and judged by all the rounds.
 
 What there was no time for is recorded as skipped. OVAM: a checkout of github.com/vpulab/ovam.
 DAAM: `pip install --no-deps --target DIR daam; pip install --target DIR spacy`.

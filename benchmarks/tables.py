@@ -210,46 +210,36 @@ def profile() -> str:
 
 # What the README shows: words, ours, what it is compared with
 HEADLINE = [
-    (
-        "hard IoU of all pairs, against numpy pair by pair (published)",
-        ("overlap", "hard IoU", "pairwise_iou"),
-        "numpy, pair by pair (published)",
-    ),
-    (
-        "the same, against batched numpy",
-        ("overlap", "hard IoU", "pairwise_iou"),
-        "numpy, batched",
-    ),
-    (
-        "SoftIoU with gradient, against 20 unrolled iterations, batched",
-        ("overlap", "SoftIoU with gradient", "ops.soft_iou, each map once"),
-        "unrolled, batched",
-    ),
-    (
-        "one UNet call of SD 1.5's shapes with maps, against none",
-        ("recorder", "SD 1.5 shapes", "recorder"),
-        "plain",
-    ),
-    (
-        "the same, against OVAM",
-        ("recorder", "SD 1.5 shapes", "recorder"),
-        "OVAM",
-    ),
-    (
-        "that call's concept maps alone, against keeping its probabilities",
-        ("recorder", "the recorder's share of a UNet call", "concept maps"),
-        "probabilities kept",
-    ),
-    (
-        "one guided UNet call of SD 1.5's shapes, against the published way",
-        ("guidance", "guided UNet call, 2 chunks", "guide"),
-        "published",
-    ),
-    (
-        "a finding of a whole audit at batch 8, against the published recipe",
-        ("audits", "against the published recipe", "run_audit, batch 8"),
-        "published recipe, one picture at a time",
-    ),
+    (words, ours, theirs)
+    for ours, lines in {
+        ("overlap", "hard IoU", "pairwise_iou"): {
+            "hard IoU of all pairs, against numpy pair by pair (published)": (
+                "numpy, pair by pair (published)"
+            ),
+            "the same, against batched numpy": "numpy, batched",
+        },
+        ("overlap", "SoftIoU with gradient", "ops.soft_iou, each map once"): {
+            "SoftIoU with gradient, against 20 unrolled iterations, batched": "unrolled, batched"
+        },
+        ("recorder", "SD 1.5 shapes", "recorder"): {
+            "one UNet call of SD 1.5's shapes with maps, against none": "plain",
+            "the same, against OVAM": "OVAM",
+        },
+        ("recorder", "the recorder's share of a UNet call", "concept maps"): {
+            "that call's concept maps alone, against keeping its probabilities": (
+                "probabilities kept"
+            )
+        },
+        ("guidance", "guided UNet call, 2 chunks", "guide"): {
+            "one guided UNet call of SD 1.5's shapes, against the published way": "published"
+        },
+        ("audits", "against the published recipe", "run_audit, batch 8"): {
+            "a finding of a whole audit at batch 8, against the published recipe": (
+                "published recipe, one picture at a time"
+            )
+        },
+    }.items()
+    for words, theirs in lines.items()
 ]
 
 

@@ -29,16 +29,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from biasmap_fast.audit.inference import crossed_sign_flip_test, share_difference, sign_flip_test
-from biasmap_fast.audit.nulls import matrix_of
 from PIL.Image import Image
 from scipy import stats
 
 from biasmap_fast import testbed
 from biasmap_fast.audit import AuditPlan, AuditResult, Reading, run_audit
-from biasmap_fast.audit.measure import reader_for_testbed
-from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
+from biasmap_fast.audit.classifiers import reader_for_testbed
+from biasmap_fast.audit.statistics import (
+    crossed_mean_interval,
+    crossed_sign_flip_test,
+    mean_interval,
+    share_difference,
+    share_interval,
+    sign_flip_test,
+)
 from biasmap_fast.testbed.classify import Classifier
 from training.evaluate import share_test
 from training.population import random_person
@@ -70,15 +76,18 @@ def rate(hits: list[bool]) -> dict[str, Any]:
 
 def held(labels: Labels, shares: Mapping[str, float]) -> list[bool]:
     """Whether the interval of every block of pictures holds its profession's share."""
-    found = []
+    blocks = []
     for profession, own in labels.items():
         read = [own[seed] for seed in sorted(own)]
-        for first in range(0, len(read) - BLOCK + 1, BLOCK):
-            figure = share_interval(sum(read[first : first + BLOCK]), BLOCK)
-            if figure.low is None or figure.high is None:
-                raise ValueError(f"{BLOCK} pictures must have an interval, got {figure}")
-            found.append(figure.low <= shares[profession] <= figure.high)
-    return found
+        starts = range(0, len(read) - BLOCK + 1, BLOCK)
+        blocks += [covers(sum(read[i : i + BLOCK]), shares[profession]) for i in starts]
+    return blocks
+
+
+def covers(count: int, share: float) -> bool:
+    """Whether Wilson's interval of a block holds a share."""
+    figure = share_interval(count, BLOCK)
+    return figure.low is not None and figure.high is not None and figure.low <= share <= figure.high
 
 
 def coverage(labels: Labels, shares: Mapping[str, float]) -> dict[str, Any]:
@@ -94,14 +103,10 @@ def coverage(labels: Labels, shares: Mapping[str, float]) -> dict[str, Any]:
 
 def exact_coverage(shares: Mapping[str, float]) -> float:
     """What Wilson's interval of a block covers if every share is exactly as given."""
-    n = np.arange(BLOCK + 1)
-    ends = [share_interval(int(k), BLOCK) for k in n]
-    covers = [
-        [(one.low or 0.0) <= share <= (one.high or 1.0) for one in ends]
-        for share in shares.values()
-    ]
-    chance = stats.binom.pmf(n, BLOCK, np.array(list(shares.values()))[:, None])
-    return float((chance * np.array(covers)).sum(axis=1).mean())
+    n, given = range(BLOCK + 1), list(shares.values())
+    chance = stats.binom.pmf(n, BLOCK, np.array(given)[:, None])
+    holds = np.array([[covers(count, share) for count in n] for share in given])
+    return float((chance * holds).sum(axis=1).mean())
 
 
 def drawn(labels: Labels, shares: Mapping[str, float]) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def amplification(plain: Labels, guided: Labels, shares: dict[str, float]) -> di
         }
         for p, own in plain.items()
     }
-    matrix = matrix_of(moves)
+    matrix = pd.DataFrame(moves).T.to_numpy()
     return {
         "slopes": slopes,
         "move towards the planted majority": crossed_mean_interval(matrix, lowest=-1.0).to_dict(),
@@ -174,7 +179,7 @@ def no_effect(result: AuditResult, labels: Labels, splits: int) -> dict[str, Any
             p = sign_flip_test(list(change.values()))
             tests.append(p is not None and p <= 0.05)
         for values in changes.values():
-            p = crossed_sign_flip_test(matrix_of(values))
+            p = crossed_sign_flip_test(pd.DataFrame(values).T.to_numpy())
             overall.append(p is not None and p <= 0.05)
         for own_labels in labels.values():
             both = [(own_labels[a], own_labels[b]) for a, b in pairs if {a, b} <= own_labels.keys()]
@@ -250,17 +255,15 @@ def no_bias(repeats: int) -> dict[str, Any]:
     """Rendered pictures of every profession, either word with probability a half."""
     world = testbed.World()
     rng = np.random.default_rng(20)
-    found = []
+    wrong = []
     for _ in range(repeats):
         for profession in testbed.PROFESSIONS:
             words = [testbed.AXES["gender"][int(rng.random() < 0.5)] for _ in range(BLOCK)]
             pictures = [world.render(random_person(world, rng, profession, word)) for word in words]
             read = [one.demographic == WORD for one in testbed.classify(np.stack(pictures))]
-            figure = share_interval(sum(read), len(read))
-            if figure.low is not None and figure.high is not None:
-                found.append(not figure.low <= 0.5 <= figure.high)
+            wrong.append(not covers(sum(read), 0.5))
     exact = 1.0 - exact_coverage({"any": 0.5})
-    return {"nominal": 0.05, "exact": exact, "pictures": BLOCK, "found a bias": rate(found)}
+    return {"nominal": 0.05, "exact": exact, "pictures": BLOCK, "found a bias": rate(wrong)}
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
-from biasmap_fast.audit.controls import NEGATIVE
-from biasmap_fast.audit.files import write_text
 
 import biasmap_fast as bm
 from biasmap_fast import testbed
 from biasmap_fast.audit import AuditPlan, AuditResult
+from biasmap_fast.audit.plan import setting_of
+from biasmap_fast.audit.sentences import NEGATIVE
+from biasmap_fast.audit.summary import MEASURED, where
+from biasmap_fast.files import write_text
 from training.train import weight_hashes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,55 +68,77 @@ def plan_of(**settings: Any) -> AuditPlan:
 def labels_of(result: AuditResult) -> Labels:
     """What the classifier read, of the pictures that it could read."""
     labels: Labels = {profession: {} for profession in result.plan.professions}
-    for row in result.records.to_pylist():
-        if row["demographic"] == WORD and row["attribute_label"] is not None:
-            labels[row["semantic"]][row["seed"]] = row["attribute_label"] == WORD
+    for row in result.pictures.to_dict("records"):
+        # Parquet gives a map as pairs, and none as None or NaN
+        read = dict(row["labels"]) if isinstance(row["labels"], list) else {}
+        if (word := read.get("gender")) is not None:
+            labels[row["profession"]][row["seed"]] = word == WORD
     return labels
+
+
+def settings_of(result: AuditResult) -> dict[str, str]:
+    """Measure -> the setting of its main figure."""
+    plan = result.plan
+    settings = {"iou": setting_of(plan.fractions[:1])}
+    return settings | {plan.measure: plan.setting}
 
 
 def values_of(result: AuditResult) -> Values:
     """(profession, word) -> what was measured on each of its pictures."""
+    rows = where(result.measurements, part="", control="", status=MEASURED)
+    columns = {
+        measure: where(rows, measure=measure, setting=setting)
+        .set_index(["profession", "word", "seed"])["value"]
+        .to_dict()
+        for measure, setting in settings_of(result).items()
+    }
     values: Values = {}
-    for row in result.records.to_pylist():
-        if row["status"] == "ok":
-            pictures = values.setdefault((row["semantic"], row["demographic"]), {})
-            pictures[row["seed"]] = (row["containment"], row["iou"])
+    for (profession, word, seed), iou in columns["iou"].items():
+        if (containment := columns["containment"].get((profession, word, seed))) is not None:
+            values.setdefault((profession, word), {})[seed] = (containment, iou)
     return values
 
 
 def professions_right(result: AuditResult) -> dict[str, Any]:
     """The share of pictures that show the profession asked for, with its interval."""
-    right: dict[str, Any] = result.summary["outputs"][0]["semantic_right"]
-    return right
+    return figure_of(result.summary.find(scope="run", quantity="right").iloc[0])
+
+
+def figure_of(row: Any) -> dict[str, Any]:
+    return {
+        "value": float(row["estimate"]),
+        "low": float(row["low"]),
+        "high": float(row["high"]),
+        "n": int(row["n"]),
+        "method": row["method"],
+    }
 
 
 def above_chance(result: AuditResult, measure: str) -> list[dict[str, Any]]:
     """How many professions a measure puts above chance, and above every control too, per word."""
-    summary = result.summary
-    figures: Mapping[str, Any] = summary if measure == "iou" else summary[measure]
+    setting = settings_of(result)[measure]
+    figures = result.summary.find(measure=measure, setting=setting, part="", baseline="")
     counted = []
-    for row in figures["overall"]:
-        word, chance = row["demographic"], row["chance"]
-        (counts,) = [one for one in figures["comparisons"] if one["demographic"] == word]
-        (controls,) = [one for one in figures["controls"] if one["demographic"] == word]
-        against = {one["semantic"]: one for one in controls["professions"]}
-        beyond = [
-            (one[measure]["low"] or 0.0) > chance
-            and all(
-                (against[one["semantic"]][kind]["difference"]["low"] or 0.0) > 0.0
-                for kind in NEGATIVE
-            )
-            for one in figures["professions"]
-            if one["demographic"] == word
-        ]
-        names = ("professions", "above", "below", "above_holm", "below_holm")
+    for word in figures["word"][figures["word"] != ""].unique():
+        rows = where(figures, word=word)
+        means = where(rows, quantity="mean", control="")
+        overall = where(means, scope="overall").iloc[0]
+        each = where(means, scope="profession").set_index("profession")
+        corrected = where(rows, quantity="corrected", scope="profession").set_index("profession")
+        against = where(rows, quantity="difference", scope="profession", control=NEGATIVE)
+        beyond = (corrected["low"] > 0) & (against.groupby("profession")["low"].min() > 0)
+        clear = each["p_adjusted"] <= 0.05
         counted.append(
             {
                 "word": word,
-                "mean over professions": row[measure],
-                "chance": chance,
-                **{name: counts[name] for name in names},
-                "above chance and every control": sum(beyond),
+                "mean over professions": figure_of(overall),
+                "chance": float(where(rows, quantity="chance")["estimate"].iloc[0]),
+                "professions": len(each),
+                "above": int((corrected["low"] > 0).sum()),
+                "below": int((corrected["high"] < 0).sum()),
+                "above_holm": int((clear & (corrected["estimate"] > 0)).sum()),
+                "below_holm": int((clear & (corrected["estimate"] < 0)).sum()),
+                "above chance and every control": int(beyond.sum()),
             }
         )
     return counted

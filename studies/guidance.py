@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from biasmap_fast.audit.files import write_text
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ import biasmap_fast as bm
 from biasmap_fast.attribution import Recorder, attribute
 from biasmap_fast.audit.plan import AuditPlan
 from biasmap_fast.audit.statistics import crossed_mean_interval, mean_interval, share_interval
+from biasmap_fast.files import write_text
 from biasmap_fast.guidance import Guidance
 from biasmap_fast.testbed.classify import PLAUSIBLE, Classifier
 from training.train import weight_hashes
@@ -104,10 +104,10 @@ def plan_of(form: str) -> AuditPlan:
 def guidance_of(pipe: Any, cell: Cell, profession: str, seeds: Sequence[int]) -> Guidance:
     pairs = plan_of(cell.form).pairs(profession)
     prompts = list(
-        dict.fromkeys(p for pair in pairs for p in (pair.semantic_prompt, pair.demographic_prompt))
+        dict.fromkeys(p for pair in pairs for p in (pair.profession_prompt, pair.word_prompt))
     )
     energy = bm.Energy(
-        pairs=[(profession, pair.demographic) for pair in pairs],
+        pairs=[(profession, pair.word) for pair in pairs],
         scale=cell.scale,
         clip=None,
         layers=cell.layers,
@@ -127,7 +127,7 @@ def prompts_of(profession: str) -> dict[str, Any]:
         prompt.name: prompt
         for form in FORMS
         for pair in plan_of(form).pairs(profession)
-        for prompt in (pair.semantic_prompt, pair.demographic_prompt)
+        for prompt in (pair.profession_prompt, pair.word_prompt)
     }
 
 
@@ -141,9 +141,9 @@ def overlaps(maps: dict[str, Any], profession: str, prefix: str) -> dict[str, li
     found = {}
     for form in FORMS:
         for pair in plan_of(form).pairs(profession):
-            a = maps[pair.semantic_prompt.name][profession]
-            b = maps[pair.demographic_prompt.name][pair.demographic]
-            found[f"{prefix}_{form}_{pair.demographic}"] = bm.iou(a, b, fraction=0.3).tolist()
+            a = maps[pair.profession_prompt.name][profession]
+            b = maps[pair.word_prompt.name][pair.word]
+            found[f"{prefix}_{form}_{pair.word}"] = bm.iou(a, b, fraction=0.3).tolist()
     return found
 
 

@@ -262,7 +262,7 @@ def real(folder: Path, precision: float, known: Values) -> dict[str, Any]:
     ]
     return {
         "seconds_of_this_call": round(time.perf_counter() - began, 1),
-        **(result.summary["precision"] or {}),
+        **(result.summary.precision or {}),
         "compared_with_the_pool": len(apart),
         "largest_difference": max(apart),
     }

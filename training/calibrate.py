@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from biasmap_fast.files import write_text
 from biasmap_fast.testbed import World
 from biasmap_fast.testbed.classify import PLAUSIBLE, Classifier
 
@@ -197,18 +198,8 @@ def calibrate(
 ) -> dict[str, CalibratedWord]:
     """Moves the words of all professions, in place; a run that was killed continues.
 
-    Words do not depend on each other, nor on the number of processes: each has one thread.
-
-    Args:
-        pipe: The pipeline, float32 on the CPU.
-        world: What was planted.
-        pictures: Pictures per profession.
-        seed: Seed of the noise.
-        folder: Where finished words are kept, one file each.
-        processes: Processes that share the words, each with a copy of the pipeline.
-
-    Returns:
-        profession -> what was drawn and moved.
+    Words do not depend on each other, nor on the number of processes, each of which has one thread
+    and a copy of the pipeline. Finished words are kept in `folder`, one file each.
     """
     if pictures < _ROUNDS:
         raise ValueError(f"`pictures` must be at least {_ROUNDS}, got {pictures}")
@@ -250,9 +241,7 @@ class _Job:
             return noun, CalibratedWord(**kept["word"])
         word = calibrate_word(self.pipe, self.world, noun, pictures=self.pictures, seed=self.seed)
         done = {"key": key, "embedding": table[row].tolist(), "word": asdict(word)}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(done))
-        temporary.replace(path)
+        write_text(path, json.dumps(done))
         _LOG.info("%s: %s", noun, word)
         return noun, word
 

@@ -183,16 +183,9 @@ def moment_penalty(z: torch.Tensor) -> torch.Tensor:
 def train_autoencoder(
     settings: TrainSettings, pictures: torch.Tensor, folder: Path, stop_after: int | None = None
 ) -> tuple[Any, Stage]:
-    """Trains the autoencoder on pictures `[N, 64, 64, 3]` uint8.
+    """Trains the autoencoder on pictures `[N, 64, 64, 3]` uint8; checkpoints go to `folder`.
 
-    Args:
-        settings: The settings.
-        pictures: The pictures.
-        folder: Where the checkpoint goes.
-        stop_after: Take at most this many steps now (tests interrupt a run with it).
-
-    Returns:
-        The autoencoder with its latents' scale, and its stage.
+    `stop_after` takes at most that many steps now: tests interrupt a run with it.
     """
     torch.manual_seed(settings.seed)
     autoencoder = networks.build_autoencoder()
@@ -239,14 +232,7 @@ def train_unet(
 
     After the first stage alone the shares came out 1.15 times as far from one half as planted:
     where the network is not sure of what it has begun, the more frequent demographic wins.
-
-    Args:
-        settings: The settings.
-        world: The world.
-        persons: The N persons that the latents show.
-        latents: `[N, 4, 16, 16]` float32, scaled.
-        folder: Where the checkpoints go.
-        stop_after: Take at most this many steps of one stage now.
+    `latents`: `[N, 4, 16, 16]` of the N persons, scaled.
 
     Returns:
         UNet, text encoder, tokenizer, and the stages as far as they came.

@@ -38,16 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def write_pipeline(pipe: Any, folder: Path, words: Iterable[str]) -> dict[str, str]:
-    """Writes a pipeline folder with float16 weights.
-
-    Args:
-        pipe: The pipeline; its modules are converted in place.
-        folder: The folder.
-        words: The tokenizer's words; its vocabulary is written in the older form too.
-
-    Returns:
-        Weight file, relative to the folder -> its sha256.
-    """
+    """Writes a pipeline folder with float16 weights, converted in place; see `weight_hashes`."""
     with testbed.quiet_diffusers():
         pipe.to(torch.float16).save_pretrained(folder)
     # transformers takes the type of the file where diffusers takes float32: a plain
@@ -92,9 +83,6 @@ def train(
         folder: Where the pipeline goes.
         autoencoder: A trained autoencoder of the same world instead of a new one.
         stop_after: Take at most this many steps of each stage, then return None.
-
-    Returns:
-        The pipeline (float16), or None if `stop_after` cut the run short.
     """
     work = folder.with_name(folder.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
@@ -176,14 +164,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Pipeline folder to write.")],
     seed: Annotated[int, typer.Option(help="Seed of weights, population and noise.")] = 0,
     threads: Annotated[int, typer.Option(help="Cores, part of what is reproduced.")] = 1,
-    measure: Annotated[bool, typer.Option(help="Measure the model afterwards.")] = True,
 ) -> None:
-    """Trains a testbed model; a run that was killed continues where it was."""
+    """Trains a testbed model and measures it; a run that was killed continues where it was."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(threads)
     train(TrainSettings(seed=seed), out)
-    if measure:
-        evaluate_folder(out, threads=threads)
+    evaluate_folder(out, threads=threads)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,9 @@ def measures(marker_percent: float, region_percent: float) -> dict[str, Measure]
     def ranks(view: View) -> torch.Tensor:
         return view.ranks
 
+    root: Transform = lambda view: view.mass.sqrt()  # noqa: E731
+    values: Transform = lambda view: standard(view.values)  # noqa: E731
+    rank_values: Transform = lambda view: standard(view.ranks)  # noqa: E731
     found: dict[str, Measure] = {}
     for p in (50, 30, 20, 10, 5):
         found[f"IoU top {p} %"] = (top(p), top(p), _jaccard)
@@ -203,9 +206,9 @@ def measures(marker_percent: float, region_percent: float) -> dict[str, Measure]
         found[f"rank under top {p} %"] = (top(p), ranks, _per_first)
         found[f"rank under soft {p} %"] = (soft(p), ranks, _per_first)
     found["rank under mass"] = (lambda view: view.mass, ranks, _plain)
-    found["rank correlation"] = (*[lambda view: standard(view.ranks)] * 2, _plain)
-    found["correlation"] = (*[lambda view: standard(view.values)] * 2, _plain)
-    found["Bhattacharyya"] = (*[lambda view: view.mass.sqrt()] * 2, _plain)
+    found["rank correlation"] = (rank_values, rank_values, _plain)
+    found["correlation"] = (values, values, _plain)
+    found["Bhattacharyya"] = (root, root, _plain)
     found[PLANTED] = (top(marker_percent), top(region_percent), _jaccard)
     return found
 

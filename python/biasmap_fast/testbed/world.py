@@ -151,11 +151,7 @@ class World:
         return rows + (self.geometry.head_y + dy), columns + (SIZE // 2 + dx)
 
     def render(self, person: Person) -> NDArray[np.uint8]:
-        """Draws a person: [64, 64, 3] uint8, RGB.
-
-        Raises:
-            ValueError: If an attribute is outside this world.
-        """
+        """Draws a person, [64, 64, 3] uint8; ValueError if an attribute is not of this world."""
         masks = self.masks(person)
         woman = person.demographic == self.words[1]
         skin, hair, coat = (
