@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -204,7 +204,7 @@ class AttributionMaps:
                 f"{os.fspath(path)} is not a complete safetensors file: {error}"
             ) from error
         del described["format"]
-        immutable = {
+        immutable: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in described.items()
         }
