@@ -151,12 +151,12 @@ def overlap_results(rows: dict[str, Any], scale: float) -> dict[str, Any]:
         for row in rows.values()
     ]
     size = effects[0]["gender"].shape
-    axes = (torch.arange(n) - (n - 1) / 2 for n in size[1:])
-    distance = sum(a.square() for a in torch.meshgrid(*axes, indexing="ij"))
+    down, across = (torch.arange(n) - (n - 1) / 2 for n in size[1:])
+    distance = down[:, None].square() + across.square()
     blob = torch.exp(-distance / (2 * (size[1] / 16 * 3) ** 2)).expand(size)
     sums = torch.stack([maps["gender"].mean(0) for maps in effects])
     others = (sums.sum(0) - sums) / (len(sums) - 1)
-    kinds = {
+    kinds: dict[str, Any] = {
         "effect maps": lambda i: effects[i]["gender"],
         "centre blob": lambda i: blob,
         "mean map of the others": lambda i: others[i].expand(size),
