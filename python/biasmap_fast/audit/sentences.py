@@ -183,9 +183,7 @@ def first_screen(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
             + (f" ({_listed(names)})" if 0 < len(names) < 6 else "")
             for word, names in surely_above(axis, plan, summary).items()
         ]
-        texts.append(
-            f"Of these {total} professions, overlap beyond chance{beside}: {_listed(counts)}."
-        )
+        texts.append(f"Of {total} professions, overlap beyond chance{beside}: {_listed(counts)}.")
     return texts
 
 
