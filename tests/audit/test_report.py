@@ -103,11 +103,11 @@ def test_first_screen_in_words(first_edition, summary):
     plan = first_edition["plan"]
     verdict, often, where_, which = sentences.first_screen("gender", plan, summary)
     assert verdict == (
-        "Verdict for professions like these: overlap with gender beyond chance and beyond control "
+        "Verdict for professions like these: overlap with gender beyond chance and control "
         "words is not shown for “man” and “woman”."
     )
     assert often.startswith("How often: the classifier reads “woman” in 0 % (architect) to 20 % (")
-    assert "only shares of 100 % and more, or of 0 % and less" in often
+    assert "only shares from 100 % up or 0 % down can be told from it" in often
     assert where_ == (
         "Where: averaged over 4 professions, 24 % of the region that draws the profession lies in "
         "the region that draws “man” and 11 % in the region that draws “woman” (chance 10 %)."
