@@ -89,12 +89,12 @@ def test_other_shapes_and_options_are_refused(testbed_folder, pipe, draw):
     pipe.unet = bm.load_engine(testbed_folder)
     with (
         pytest.raises(errors.EngineError, match="no gradient graph for latents of 16 x 24"),
-        bm.guide(pipe, DOCTOR),
+        bm.guide(pipe, DOCTOR, bm.Energy(scale=1.0)),
     ):
         draw(pipe, width=96)
     with (
         pytest.raises(errors.EngineError, match="fraction 0.2.*there are: 16 x 16 with frac"),
-        bm.guide(pipe, DOCTOR, bm.Energy(fraction=0.2)),
+        bm.guide(pipe, DOCTOR, bm.Energy(scale=1.0, fraction=0.2)),
     ):
         draw(pipe)
     with pytest.raises(ValueError, match="accumulate=True needs the torch UNet"):
@@ -113,6 +113,6 @@ def test_other_shapes_and_options_are_refused(testbed_folder, pipe, draw):
     text = "a photo of a doctor and man and a photo of a nurse and woman"
     with (
         pytest.raises(errors.ShapeError, match="must have attribution_tokens of 16, got 17"),
-        bm.guide(pipe, AttributionPrompt(text, ("doctor", "man"))),
+        bm.guide(pipe, AttributionPrompt(text, ("doctor", "man")), bm.Energy(scale=1.0)),
     ):
         draw(pipe)

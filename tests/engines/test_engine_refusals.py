@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast import AttributionPrompt, engines
+from biasmap_fast import AttributionPrompt
 from biasmap_fast.engines import Gradient, Range, Shapes, errors, session
 
 DOCTOR = AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
@@ -145,5 +145,3 @@ def test_bounds():
         Range(4, 2, 8)
     with pytest.raises(ValueError, match="no multiple of 8 lies between"):
         Shapes(height=Range(9, 10, 11)).on_grid(8)
-    for shapes in engines.PRESETS.values():
-        assert Shapes.from_json(shapes.to_json()) == shapes

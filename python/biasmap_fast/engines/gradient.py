@@ -103,6 +103,27 @@ def traced(energy: EnergyGraph, example: Sequence[torch.Tensor]) -> Any:
     return module.eval()
 
 
+def fold(model: Any) -> None:
+    """Folds constants; on a gradient graph the exporter's own rewriting takes minutes longer."""
+    from onnx_ir.passes import common as passes
+    from onnxscript.optimizer import fold_constants
+
+    common: Any = passes
+    common.InlinePass()(model)
+    fold_constants(model, onnx_shape_inference=False)
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        step(model)
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Operator -> decomposition; the table of core decompositions has operators ONNX lacks."""
     from torch._decomp import get_decompositions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from ..files import sha256, sha256_file, write_file
 from .errors import EngineError, ManifestError, WrongModelError
 from .graph import Convolutions, Layer, Maps
 from .shapes import Dtype, Shapes, Tensor
@@ -182,21 +182,11 @@ def check_file(folder: Path, name: str, sha256: str) -> None:
     path = folder / name
     if not path.is_file():
         raise ManifestError(f"{folder} lacks {name}, which its manifest names: copy it whole")
-    if file_hash(path) != sha256:
+    if sha256_file(path) != sha256:
         raise ManifestError(
             f"{path} is not the file that was exported: its SHA-256 differs; copy or export it "
             "again"
         )
-
-
-def write_file(path: Path, data: Any) -> None:
-    """Writes a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(memoryview(data))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def installed(package: str) -> str | None:
@@ -216,7 +206,7 @@ def plain_config(unet: Any) -> dict[str, Any]:
 
 def json_hash(values: Mapping[str, Any]) -> str:
     """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(values, sort_keys=True).encode())
 
 
 def weights_hash(unet: Any, dtype: torch.dtype) -> str:
@@ -227,9 +217,3 @@ def weights_hash(unet: Any, dtype: torch.dtype) -> str:
         flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,8 +21,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from .errors import EngineError, ExportError, MissingExtraError, ParityError
-from .gradient import EnergyGraph, Gradient, traced
+from ..files import sha256_file
+from .errors import EngineError, ExportError, ParityError
+from .gradient import EnergyGraph, Gradient, fold, traced
 from .graph import (
     AttributionGraph,
     Convolutions,
@@ -35,12 +36,11 @@ from .manifest import (
     GradientFile,
     GraphFile,
     Manifest,
-    file_hash,
     json_hash,
     plain_config,
     weights_hash,
 )
-from .session import OnnxSession
+from .session import OnnxSession, require_exporter
 from .shapes import PRESETS, Dtype, Shapes, Tensor, preset_of
 from .tensorrt import build, require, target_of
 from .winograd import use_winograd
@@ -151,7 +151,7 @@ class Export:
             )
         if self.out.exists():
             raise ExportError(f"{self.out} exists: give a new folder, or remove it first")
-        _require_onnx()
+        require_exporter()
         if self.format != "onnx":
             require(self.format)
             target_of(self.format, None)
@@ -298,9 +298,12 @@ class Export:
                 input_names=[tensor.name for tensor in graph.inputs],
                 output_names=[tensor.name for tensor in graph.outputs],
                 verbose=False,
+                optimize=isinstance(graph, AttributionGraph),
             )
         if translated is None:
             raise ExportError(f"translating {name} to ONNX gave nothing")
+        if isinstance(graph, EnergyGraph):
+            fold(translated.model)
         _tidy(translated, graph.inputs)
         say(f"write {name}")
         translated.save(path, external_data=True)
@@ -312,8 +315,8 @@ class Export:
             parity = {**self._parity(path, graph, calls), "shapes": [dict(s) for s in calls]}
         return GraphFile(
             file=path.name,
-            sha256=file_hash(path),
-            data_sha256=file_hash(path.with_name(f"{path.name}.data")),
+            sha256=sha256_file(path),
+            data_sha256=sha256_file(path.with_name(f"{path.name}.data")),
             opset=self.opset,
             inputs=graph.inputs,
             outputs=graph.outputs,
@@ -385,16 +388,6 @@ def _example_sizes(bounds: Shapes) -> dict[str, int]:
     return {
         name: min(max(wanted[name], size.low), size.high) for name, size in bounds.ranges.items()
     }
-
-
-def _require_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            f"exporting needs the extra `onnx` ({error}): pip install 'biasmap-fast[onnx]'"
-        ) from error
 
 
 @contextmanager

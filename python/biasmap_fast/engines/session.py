@@ -137,3 +137,14 @@ def require_runtime() -> Any:
             "'biasmap-fast[onnx-gpu]' for CUDA"
         ) from error
     return onnxruntime
+
+
+def require_exporter() -> None:
+    """Raises `MissingExtraError` if a package that exports is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"exporting needs the extra `onnx` ({error}): pip install 'biasmap-fast[onnx]'"
+        ) from error

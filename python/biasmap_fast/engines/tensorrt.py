@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from ..files import sha256_file, write_file, writing
 from .errors import DeviceError, EngineError, ExportError, ManifestError, MissingExtraError
-from .manifest import GraphFile, Library, Manifest, PlanFile, check_file, file_hash, write_file
+from .manifest import GraphFile, Library, Manifest, PlanFile, check_file
 from .session import empty_outputs
 from .shapes import Shapes
 
@@ -137,8 +138,9 @@ def build(folder: str | Path, library: Library = "tensorrt", *, index: int = 0) 
     for graph in manifest.graphs:
         file = f"{Path(graph.file).stem}.{label}.plan"
         bounds = None if graph.file in fixed else profile(graph, manifest.shapes)
-        write_file(path / file, _built(trt, path / graph.file, bounds))
-        sha256 = file_hash(path / file)
+        with writing(path / file) as partial:
+            partial.write_bytes(memoryview(_built(trt, path / graph.file, bounds)))
+        sha256 = sha256_file(path / file)
         plans.append(PlanFile(file, sha256, graph.file, library, trt.__version__, target))
     kept = [plan for plan in manifest.plans if plan.file not in {new.file for new in plans}]
     manifest = replace(manifest, plans=(*kept, *plans))
@@ -262,7 +264,7 @@ class PlanSession:
             return
         self._known.add(sizes)
         try:
-            write_file(self._cache_file, self._cache.serialize())
+            write_file(self._cache_file, bytes(self._cache.serialize()))
         except OSError as error:  # a folder that cannot be written is compiled for again
             logger.warning("the compiled kernels cannot be kept in %s: %s", self._cache_file, error)
 
