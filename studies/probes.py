@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ import torch
 from scipy import stats
 
 import biasmap_fast as bm
+from biasmap_fast.presets import with_article
 from biasmap_fast.testbed.palette import COAT_WORDS
-from biasmap_fast.testbed.world import article
 
 STEPS = 25
 CALLS = (1, 2, 4)  # denoiser calls after which shares are read
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def prompts(profession: str, words: tuple[str, str]) -> tuple[str, dict[str, str]]:
-    text = f"a photo of {article(profession)} {profession}"
+    text = f"a photo of {with_article(profession)}"
     return text, {word: f"{text} and {word}" for word in words}
 
 
@@ -152,11 +153,12 @@ def overlap_results(rows: dict[str, Any], scale: float) -> dict[str, Any]:
     ]
     size = effects[0]["gender"].shape
     axes = (torch.arange(n) - (n - 1) / 2 for n in size[1:])
-    distance = sum(a.square() for a in torch.meshgrid(*axes, indexing="ij"))
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    distance = y.square() + x.square()
     blob = torch.exp(-distance / (2 * (size[1] / 16 * 3) ** 2)).expand(size)
     sums = torch.stack([maps["gender"].mean(0) for maps in effects])
     others = (sums.sum(0) - sums) / (len(sums) - 1)
-    kinds = {
+    kinds: dict[str, Callable[[int], torch.Tensor]] = {
         "effect maps": lambda i: effects[i]["gender"],
         "centre blob": lambda i: blob,
         "mean map of the others": lambda i: others[i].expand(size),

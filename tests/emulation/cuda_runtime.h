@@ -41,7 +41,7 @@ namespace emulation {
     std::abort();
 }
 
-enum class Wait { kNothing, kXor, kUp, kIndex, kBallot, kWarp, kBlock, kBlockOr, kDone };
+enum class Wait { kNothing, kXor, kIndex, kBallot, kBlock, kDone };
 
 struct Thread {
     ucontext_t context;
@@ -96,7 +96,7 @@ struct Block {
     bool release_warp(unsigned first) {
         Thread *lanes = &threads[first];
         const Wait wait = lanes[0].wait;
-        if (wait == Wait::kBlock || wait == Wait::kBlockOr || wait == Wait::kDone)
+        if (wait == Wait::kBlock || wait == Wait::kDone)
             return false;
         uint64_t ballot = 0;
         for (unsigned lane = 0; lane < 32; ++lane) {
@@ -109,8 +109,6 @@ struct Block {
             int source = lane;
             if (wait == Wait::kXor)
                 source = lane ^ other;
-            else if (wait == Wait::kUp)
-                source = lane >= other ? lane - other : lane;
             else if (wait == Wait::kIndex)
                 source = other & 31;
             lanes[lane].result = wait == Wait::kBallot ? ballot : lanes[source].value;
@@ -126,15 +124,9 @@ struct Block {
     }
 
     void release_block() {
-        const Wait wait = threads[0].wait;
-        uint64_t any = 0;
-        for (unsigned i = 0; i < count; ++i) {
-            if (threads[i].wait != wait)
-                fail("the threads of a block are at different points");
-            any |= threads[i].value;
-        }
         for (unsigned i = 0; i < count; ++i)
-            threads[i].result = any;
+            if (threads[i].wait != threads[0].wait)
+                fail("the threads of a block are at different points");
     }
 
     void launch(unsigned size) {
@@ -190,15 +182,8 @@ inline bool usable = true;
 } // namespace emulation
 
 inline void __syncthreads() { emulation::Block::get().meet(emulation::Wait::kBlock, 0, 0); }
-inline int __syncthreads_or(int any) {
-    return emulation::Block::get().meet(emulation::Wait::kBlockOr, any != 0, 0) != 0;
-}
-inline void __syncwarp() { emulation::Block::get().meet(emulation::Wait::kWarp, 0, 0); }
 template <typename T> T __shfl_xor_sync(unsigned mask, T value, int lanes) {
     return emulation::shuffle(mask, emulation::Wait::kXor, value, lanes);
-}
-template <typename T> T __shfl_up_sync(unsigned mask, T value, int lanes) {
-    return emulation::shuffle(mask, emulation::Wait::kUp, value, lanes);
 }
 template <typename T> T __shfl_sync(unsigned mask, T value, int lane) {
     return emulation::shuffle(mask, emulation::Wait::kIndex, value, lane);
@@ -207,7 +192,6 @@ inline unsigned __ballot_sync(unsigned, bool is) {
     return static_cast<unsigned>(emulation::Block::get().meet(emulation::Wait::kBallot, is, 0));
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int atomicAdd(int *to, int value) {
     const int before = *to;
     *to += value;

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import biasmap_fast as bm
-from biasmap_fast.engines import Range, Shapes
+from biasmap_fast.engines import Gradient, Range, Shapes
 from biasmap_fast.engines import onnx as exporter
 from biasmap_fast.engines.graph import AttributionGraph, attributed_layers
 
-SHAPES = Shapes(batch=Range(1, 2, 63), height=Range(4, 16, 64), width=Range(4, 16, 64))
 # Height and width as constants: an export of half the time, for what does not depend on them.
 FIXED = Shapes(batch=Range(1, 2, 63), height=Range(16, 16, 16), width=Range(16, 16, 16))
 # A UNet of one level fewer: enough if only the writing is tested.
@@ -25,11 +24,6 @@ SMALL = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "mid_block_type": None,
 }
-
-
-@pytest.fixture(scope="session")
-def shapes():
-    return SHAPES
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +53,6 @@ def small_pipe(make_sd):
 
 
 @pytest.fixture(scope="session")
-def sd_folder(make_sd, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engines") / "sd"
-    bm.export_unet(make_sd(), folder, shapes=SHAPES)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def testbed_folder(tmp_path_factory):
     """The embedded model with a gradient graph, written by the README's line in its own process."""
     folder = tmp_path_factory.mktemp("engines") / "testbed"
@@ -88,6 +75,27 @@ def testbed_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def half_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines") / "half"
+    gradient = Gradient(16, 16, tokens=20, attribution_tokens=12, concepts=2)
+    pipe = bm.testbed.pipeline()
+    bm.export_unet(pipe, folder, dtype="float16", shapes=FIXED, gradients=[gradient])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def probabilities_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines") / "probabilities"
+    bm.export_unet(bm.testbed.pipeline(), folder, shapes=FIXED, maps="probabilities")
+    return folder
+
+
+@pytest.fixture
+def pipe():
+    return bm.testbed.pipeline()
+
+
+@pytest.fixture(scope="session")
 def program(make_sd, tmp_path_factory):
     """A UNet and its translation to ONNX, which takes most of an export's time."""
     unet = make_sd(unet_config=SMALL).unet
@@ -107,7 +115,7 @@ def program(make_sd, tmp_path_factory):
 @pytest.fixture(scope="session")
 def draw():
     def images(pipe, seeds=(1, 2), **options):
-        settings = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "np"}
+        settings = {"num_inference_steps": 3, "output_type": "np"}
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         prompts = ["a photo of a doctor"] * len(seeds)
         return pipe(prompts, generator=generators, **(settings | options)).images

@@ -12,22 +12,6 @@ from biasmap_fast.engines import errors
 
 DOCTOR = AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
 WOMAN = AttributionPrompt("a photo of a nurse and woman", ("nurse", "woman"))
-STEPS = {"num_inference_steps": 3, "output_type": "np"}
-
-
-@pytest.fixture
-def pipe():
-    return bm.testbed.pipeline()
-
-
-@pytest.fixture(scope="module")
-def draw():
-    def images(pipe, seeds=(1, 2), **options):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        prompts = ["a photo of a doctor"] * len(seeds)
-        return pipe(prompts, generator=generators, **(STEPS | options)).images
-
-    return images
 
 
 @pytest.mark.parametrize("prompts", [DOCTOR, [WOMAN, DOCTOR]])

@@ -14,42 +14,42 @@ from biasmap_fast.engines import Gradient, Range, Shapes, errors, session
 DOCTOR = AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
 
 
-def test_wrong_model(sd_folder, sd_pipe, make_sd, draw):
-    with pytest.raises(errors.WrongModelError, match="different: block_out_channels"):
-        bm.load_engine(sd_folder, unet=make_sd(unet_config={"block_out_channels": (8, 8, 8)}).unet)
+def test_wrong_model(testbed_folder, pipe, make_sd, draw):
+    with pytest.raises(errors.WrongModelError, match="different: .*block_out_channels"):
+        bm.load_engine(testbed_folder, unet=make_sd().unet)
     with torch.no_grad():
-        sd_pipe.unet.conv_in.bias[0] += 1e-3
+        pipe.unet.conv_in.bias[0] += 1e-3
     with pytest.raises(errors.WrongModelError, match="other weights"):
-        bm.load_engine(sd_folder, unet=sd_pipe.unet)
+        bm.load_engine(testbed_folder, unet=pipe.unet)
     wide = make_sd(text_width=48)
-    wide.unet = bm.load_engine(sd_folder)
+    wide.unet = bm.load_engine(testbed_folder)
     with (
-        pytest.raises(errors.WrongModelError, match="width 32, the pipeline's text.*gives 48"),
+        pytest.raises(errors.WrongModelError, match="width 64, the pipeline's text.*gives 48"),
         bm.attribute(wide, DOCTOR),
     ):
         pass
-    with pytest.raises(errors.ShapeError, match="must have 32 as size 2.*another kind of model"):
-        draw(wide)
+    with pytest.raises(errors.ShapeError, match="must have 64 as size 2.*another kind of model"):
+        draw(wide, height=32, width=32)
 
 
 @pytest.mark.parametrize(
     ("sample", "states", "message"),
     [
-        ((1, 4, 18, 16), (1, 5, 32), "height of 4 to 64 in steps of 4, got 18"),
-        ((1, 4, 16, 68), (1, 5, 32), "width of 4 to 64 in steps of 4, got 68"),
-        ((64, 4, 4, 4), (64, 5, 32), "batch of 1 to 63, got 64"),
-        ((2, 4, 16, 16), (1, 5, 32), "`encoder_hidden_states` must have the batch of `sample`"),
+        ((1, 4, 18, 16), (1, 5, 64), "height of 8 to 64 in steps of 4, got 18"),
+        ((1, 4, 16, 68), (1, 5, 64), "width of 8 to 64 in steps of 4, got 68"),
+        ((64, 4, 8, 8), (64, 5, 64), "batch of 1 to 63, got 64"),
+        ((2, 4, 16, 16), (1, 5, 64), "`encoder_hidden_states` must have the batch of `sample`"),
     ],
 )
-def test_shapes(sd_folder, sample, states, message):
-    engine = bm.load_engine(sd_folder)
+def test_shapes(testbed_folder, sample, states, message):
+    engine = bm.load_engine(testbed_folder)
     with pytest.raises(errors.ShapeError, match=message):
         engine(torch.zeros(sample), 1, torch.zeros(states))
 
 
-def test_inputs_that_no_engine_has(sd_folder):
-    engine = bm.load_engine(sd_folder)
-    given = torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 5, 32)
+def test_inputs_that_no_engine_has(testbed_folder):
+    engine = bm.load_engine(testbed_folder)
+    given = torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 5, 64)
     with pytest.raises(errors.EngineError, match="no input for `mid_block_additional_residual`"):
         engine(*given, mid_block_additional_residual=torch.zeros(1))
     with pytest.raises(errors.EngineError, match="no input for `cross_attention_kwargs`"):
@@ -58,28 +58,28 @@ def test_inputs_that_no_engine_has(sd_folder):
     assert torch.equal(found, engine(*given).sample)
 
 
-def test_devices(sd_folder, monkeypatch):
+def test_devices(testbed_folder, monkeypatch):
     if "onnxruntime" in session._DISTRIBUTIONS and not torch.cuda.is_available():
         with pytest.raises(errors.DeviceError, match="no CUDAExecutionProvider.*onnx-gpu"):
-            bm.load_engine(sd_folder, device="cuda")
+            bm.load_engine(testbed_folder, device="cuda")
     with pytest.raises(errors.DeviceError, match="run on cpu and cuda, got meta"):
-        bm.load_engine(sd_folder, device="meta")
-    engine = bm.load_engine(sd_folder)
+        bm.load_engine(testbed_folder, device="meta")
+    engine = bm.load_engine(testbed_folder)
     with pytest.raises(errors.EngineError, match="runs on cpu, got latents on meta"):
-        engine(torch.zeros(1, 4, 16, 16, device="meta"), 1, torch.zeros(1, 5, 32))
+        engine(torch.zeros(1, 4, 16, 16, device="meta"), 1, torch.zeros(1, 5, 64))
     with pytest.raises(ValueError, match="`backend` must be"):
-        bm.load_engine(sd_folder, backend="openvino")
+        bm.load_engine(testbed_folder, backend="openvino")
 
 
-def test_a_silent_fallback_is_an_error(sd_folder, monkeypatch):
+def test_a_silent_fallback_is_an_error(testbed_folder, monkeypatch):
     """As onnxruntime-gpu behaves without a GPU: CUDA is listed, the session runs on the CPU."""
     import onnxruntime
 
     class Fallen:
-        def __init__(*args, **kwargs):
+        def __init__(self, *args, **kwargs):
             pass
 
-        def get_providers():
+        def get_providers(self):
             return ["CPUExecutionProvider"]
 
     listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -87,21 +87,21 @@ def test_a_silent_fallback_is_an_error(sd_folder, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     with pytest.raises(errors.DeviceError, match="cannot use cuda:0: it offers CPUExecutio"):
-        bm.load_engine(sd_folder, device="cuda")
+        bm.load_engine(testbed_folder, device="cuda")
 
 
-def test_two_runtimes(sd_folder, monkeypatch):
-    monkeypatch.setattr(session, "_is_installed", lambda name: "directml" not in name)
+def test_two_runtimes(testbed_folder, monkeypatch):
+    monkeypatch.setattr(session, "installed", lambda name: "1.0" * ("directml" not in name))
     with pytest.raises(errors.EngineError, match="onnxruntime and onnxruntime-gpu.*both inst"):
-        bm.load_engine(sd_folder)
+        bm.load_engine(testbed_folder)
 
 
-def test_missing_extras(sd_folder, sd_pipe, tmp_path, monkeypatch):
+def test_missing_extras(testbed_folder, sd_pipe, tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(errors.MissingExtraError, match=r"biasmap-fast\[onnx\]"):
-        bm.load_engine(sd_folder)
+        bm.load_engine(testbed_folder)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"extra `onnx`.*biasmap-fast\[onnx\]"):
         bm.export_unet(sd_pipe, tmp_path / "e")

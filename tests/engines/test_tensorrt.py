@@ -15,8 +15,9 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import engines
-from biasmap_fast.engines import Gradient, errors, tensorrt
+from biasmap_fast.engines import errors, tensorrt
 from biasmap_fast.engines.manifest import Manifest
+from biasmap_fast.engines.onnx import Export
 
 DATA = Path(__file__).parent / "data"
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -28,19 +29,17 @@ def rtx():
     return tensorrt.require("tensorrt-rtx")
 
 
-@pytest.fixture
-def folder(testbed_folder, tmp_path):
-    return shutil.copytree(testbed_folder, tmp_path / "engine")
-
-
 @pytest.fixture(scope="module")
-def half_folder(tmp_path_factory, fixed):
-    folder = tmp_path_factory.mktemp("half") / "e"
-    gradient = Gradient(16, 16, tokens=20, attribution_tokens=12, concepts=2)
-    bm.export_unet(
-        bm.testbed.pipeline(), folder, dtype="float16", shapes=fixed, gradients=[gradient]
-    )
+def built(rtx, testbed_folder, tmp_path_factory):
+    """The embedded model's engine with its plans."""
+    folder = shutil.copytree(testbed_folder, tmp_path_factory.mktemp("built") / "engine")
+    tensorrt.build(folder, "tensorrt-rtx")
     return folder
+
+
+@pytest.fixture
+def folder(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "engine")
 
 
 def check_plans(rtx, folder, manifest):
@@ -58,22 +57,26 @@ def check_plans(rtx, folder, manifest):
         assert not diagnostics & int(rtx.EngineInvalidityDiagnostics.VERSION_MISMATCH)
 
 
-def test_rtx_builds_reduced_maps_and_gradient_in_float32(rtx, folder):
+def test_rtx_builds_reduced_maps_and_gradient_in_float32(rtx, built):
+    check_plans(rtx, built, Manifest.read(built))
+
+
+@pytest.mark.parametrize("name", ["half", "probabilities"])
+def test_rtx_builds_other_graphs(rtx, request, tmp_path, name):
+    """Reduced maps and gradient in float16, probabilities in float32."""
+    folder = shutil.copytree(request.getfixturevalue(f"{name}_folder"), tmp_path / "engine")
     check_plans(rtx, folder, tensorrt.build(folder, "tensorrt-rtx"))
 
 
-def test_rtx_builds_reduced_maps_and_gradient_in_float16(rtx, half_folder):
-    check_plans(rtx, half_folder, tensorrt.build(half_folder, "tensorrt-rtx"))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_rtx_builds_probabilities(rtx, tmp_path, fixed, dtype):
-    """The export builds the plan itself; opset 23's Attention is not in the graph."""
+def test_an_export_builds_the_plan(rtx, pipe, tmp_path, fixed):
+    """Of probabilities in float16; at opset 23, whose Attention must not be in the graph."""
+    folder = tmp_path / "e"
     manifest = bm.export_unet(
-        bm.testbed.pipeline(), tmp_path / "e", format="tensorrt-rtx", dtype=dtype, shapes=fixed,
-        maps="probabilities", opset=23,
+        pipe, folder, format="tensorrt-rtx", dtype="float16", shapes=fixed, maps="probabilities",
+        opset=23,
     )  # fmt: skip
-    check_plans(rtx, tmp_path / "e", manifest)
+    check_plans(rtx, folder, manifest)
+    assert Export(pipe, tmp_path / "none", "tensorrt-rtx", "float32", opset=23).plain
 
 
 def test_a_refused_graph_is_named_with_its_node_and_reason(rtx, folder):
@@ -133,7 +136,7 @@ class TestDevices:
 
     def test_a_plan_of_the_other_library_is_never_loaded(self, rtx, gpu, folder, monkeypatch):
         gpu((8, 9))
-        manifest = tensorrt.build(folder, "tensorrt-rtx")
+        manifest = Manifest.read(folder)
         module = types.ModuleType("tensorrt")
         module.__version__ = "10.9.0"
         monkeypatch.setitem(sys.modules, "tensorrt", module)
@@ -151,7 +154,7 @@ class TestDevices:
 
     def test_a_changed_plan_is_refused(self, rtx, gpu, folder):
         gpu((8, 9))
-        plan = folder / tensorrt.build(folder, "tensorrt-rtx").plans[0].file
+        plan = folder / Manifest.read(folder).plans[0].file
         data = bytearray(plan.read_bytes())
         data[len(data) // 2] ^= 1
         plan.write_bytes(data)

@@ -21,7 +21,15 @@ SMALL = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "mid_block_type": None,
 }
-SHAPES = Shapes(batch=Range(1, 2, 8), height=Range(4, 64, 64), width=Range(4, 64, 64))
+SHAPES = Shapes(
+    batch=Range(1, 2, 8),
+    height=Range(4, 64, 64),
+    width=Range(4, 64, 64),
+    tokens=Range(9, 9, 9),
+    prompts=Range(2, 2, 2),
+    attribution_tokens=Range(7, 7, 7),
+    concepts=Range(2, 2, 2),
+)
 
 
 @pytest.mark.parametrize("tile", [2, 4])

@@ -116,8 +116,8 @@ class AuditPlan(PlanSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        self._check_preset()
-        self._check_rounds()
+        _check_preset(self)
+        _check_rounds(self)
         self._check_conditions()
         for name, guided in (
             ("branch 'uncond'", self.branch == "uncond"),
@@ -137,45 +137,6 @@ class AuditPlan(PlanSettings):
                         for concept in prompt.concepts:
                             texts.check_once(prompt.text, concept)
         return self
-
-    def _check_preset(self) -> None:
-        if self.preset != "paper":
-            return
-        for name, value in _PAPER.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"preset 'paper' means {name}={value!r}, got {getattr(self, name)!r}; "
-                    "leave it out or use preset 'default'"
-                )
-        if GUIDED in self.conditions:
-            raise ValueError(
-                "preset 'paper' measures; its energy (per-row masks of 20 iterations) is not "
-                "one that guides. Use preset 'default' for the condition 'guided'"
-            )
-
-    def _check_rounds(self) -> None:
-        if self.precision is None:
-            if self.max_seeds is not None:
-                raise ValueError(
-                    f"`max_seeds` belongs to a precision, got {self.max_seeds} and no precision: "
-                    "`seeds` alone says how many"
-                )
-            return
-        if len(self.seeds) < _FIRST_ROUND:
-            raise ValueError(
-                "seeds: with a precision they are the first round, and the spread is judged by "
-                f"them: expected at least {_FIRST_ROUND}, got {len(self.seeds)}"
-            )
-        if self.max_seeds is None or self.max_seeds < len(self.seeds):
-            raise ValueError(
-                f"max_seeds: expected at least the first round's {len(self.seeds)}, got "
-                f"{self.max_seeds}"
-            )
-        if (last := max(self.seeds) + self.max_seeds - len(self.seeds)) >= 2**63:
-            raise ValueError(
-                "max_seeds: seeds must lie between 0 and 2**63 - 1, the last round would end at "
-                f"{last}"
-            )
 
     def _check_conditions(self) -> None:
         if self.energy is not None and self.energy.pairs is not None:
@@ -391,3 +352,43 @@ def _fill_rounds(settings: dict[str, Any]) -> None:
         settings["seeds"] = tuple(range(max(20, about)))
     if settings.get("max_seeds") is None and hasattr(settings["seeds"], "__len__"):
         settings["max_seeds"] = max(20 * about, len(settings["seeds"]))
+
+
+def _check_preset(plan: AuditPlan) -> None:
+    if plan.preset != "paper":
+        return
+    for name, value in _PAPER.items():
+        if getattr(plan, name) != value:
+            raise ValueError(
+                f"preset 'paper' means {name}={value!r}, got {getattr(plan, name)!r}; "
+                "leave it out or use preset 'default'"
+            )
+    if GUIDED in plan.conditions:
+        raise ValueError(
+            "preset 'paper' measures; its energy (per-row masks of 20 iterations) is not "
+            "one that guides. Use preset 'default' for the condition 'guided'"
+        )
+
+
+def _check_rounds(plan: AuditPlan) -> None:
+    if plan.precision is None:
+        if plan.max_seeds is not None:
+            raise ValueError(
+                f"`max_seeds` belongs to a precision, got {plan.max_seeds} and no precision: "
+                "`seeds` alone says how many"
+            )
+        return
+    if len(plan.seeds) < _FIRST_ROUND:
+        raise ValueError(
+            "seeds: with a precision they are the first round, and the spread is judged by "
+            f"them: expected at least {_FIRST_ROUND}, got {len(plan.seeds)}"
+        )
+    if plan.max_seeds is None or plan.max_seeds < len(plan.seeds):
+        raise ValueError(
+            f"max_seeds: expected at least the first round's {len(plan.seeds)}, got "
+            f"{plan.max_seeds}"
+        )
+    if (last := max(plan.seeds) + plan.max_seeds - len(plan.seeds)) >= 2**63:
+        raise ValueError(
+            f"max_seeds: seeds must lie between 0 and 2**63 - 1, the last round would end at {last}"
+        )
