@@ -91,7 +91,7 @@ def test_other_shapes_and_options_are_refused(testbed_folder, pipe, draw):
         pytest.raises(errors.EngineError, match="no gradient graph for latents of 16 x 24"),
         bm.guide(pipe, DOCTOR, bm.Energy(scale=1.0)),
     ):
-        draw(pipe, width=96)
+        draw(pipe, height=64, width=96)
     with (
         pytest.raises(errors.EngineError, match="fraction 0.2.*there are: 16 x 16 with frac"),
         bm.guide(pipe, DOCTOR, bm.Energy(scale=1.0, fraction=0.2)),

@@ -7,7 +7,7 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import AttributionPrompt
-from biasmap_fast.engines import errors
+from biasmap_fast.engines import errors, session
 from biasmap_fast.engines import onnx as exporter
 from biasmap_fast.engines.graph import prepared
 
@@ -223,3 +223,25 @@ def test_bfloat16(pipe, graph_of, assert_near):
     assert pipe.unet.dtype == torch.float32
     for values, right in zip((noise, maps), expected, strict=True):
         assert_near(values.float(), right, 1e-1)
+
+
+def test_a_back_end_is_a_class_with_one_method(testbed_folder, pipe, graph_of, draw, monkeypatch):
+    """Plain torch as a back end: the pictures are those of the UNet, and maps come with them."""
+
+    class TorchSession:
+        def __init__(self, folder, manifest, graph, device):
+            self.names = [tensor.name for tensor in graph.inputs]
+            self.outputs = [tensor.name for tensor in graph.outputs]
+
+        def run(self, inputs, sizes):
+            with torch.no_grad():
+                outputs = reference(*(inputs[name] for name in self.names))
+            return dict(zip(self.outputs, outputs, strict=True))
+
+    expected = draw(pipe)
+    reference = graph_of(pipe.unet.requires_grad_(False))
+    monkeypatch.setitem(session.BACKENDS, "torch", TorchSession)
+    pipe.unet = bm.load_engine(testbed_folder, backend="torch", unet=pipe.unet)
+    with bm.attribute(pipe, DOCTOR) as recorder:
+        assert (draw(pipe) == expected).all()
+    assert recorder.maps().concepts == DOCTOR.concepts

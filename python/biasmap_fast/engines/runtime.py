@@ -16,7 +16,7 @@ import torch
 
 from .errors import EngineError, ShapeError, WrongModelError
 from .manifest import GraphFile, Manifest
-from .session import Backend, Session, open_session
+from .session import Session, open_session
 from .shapes import Range, check_sizes
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def load_engine(
     folder: str | Path,
     *,
     device: str | torch.device = "cpu",
-    backend: Backend = "onnxruntime",
+    backend: str = "onnxruntime",
     unet: Any = None,
 ) -> EngineUNet:
     """Loads an engine folder as a UNet for any diffusers pipeline.
@@ -94,7 +94,7 @@ class EngineUNet(torch.nn.Module):
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, device: torch.device, backend: Backend
+        self, folder: Path, manifest: Manifest, device: torch.device, backend: str
     ) -> None:
         from diffusers.configuration_utils import FrozenDict
 

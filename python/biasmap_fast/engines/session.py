@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 
 from .errors import DeviceError, EngineError, MissingExtraError
-from .manifest import GraphFile, Manifest, installed
+from .manifest import GraphFile, Library, Manifest, installed
 from .shapes import Tensor, output_shape
-
-Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
 # All of them install the same folder `onnxruntime`, and pip lets them overwrite each other.
 _DISTRIBUTIONS = (
@@ -37,16 +36,12 @@ class Session(Protocol):
 
 
 def open_session(
-    backend: Backend, folder: Path, manifest: Manifest, graph: GraphFile, device: torch.device
+    backend: str, folder: Path, manifest: Manifest, graph: GraphFile, device: torch.device
 ) -> Session:
     """Makes a graph of an engine folder ready to run."""
-    if backend == "onnxruntime":
-        return OnnxSession(folder / graph.file, device, graph.outputs)
-    if backend not in get_args(Backend):
-        raise ValueError(f"`backend` must be one of {list(get_args(Backend))}, got {backend!r}")
-    from .tensorrt import PlanSession
-
-    return PlanSession(folder, manifest, graph, device, backend)
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {list(BACKENDS)}, got {backend!r}")
+    return BACKENDS[backend](folder, manifest, graph, device)
 
 
 def empty_outputs(
@@ -148,3 +143,25 @@ def require_exporter() -> None:
         raise MissingExtraError(
             f"exporting needs the extra `onnx` ({error}): pip install 'biasmap-fast[onnx]'"
         ) from error
+
+
+def _onnxruntime(
+    folder: Path, manifest: Manifest, graph: GraphFile, device: torch.device
+) -> Session:
+    return OnnxSession(folder / graph.file, device, graph.outputs)
+
+
+def _plan(
+    folder: Path, manifest: Manifest, graph: GraphFile, device: torch.device, *, library: Library
+) -> Session:
+    from .tensorrt import PlanSession
+
+    return PlanSession(folder, manifest, graph, device, library)
+
+
+# name -> what makes a graph of a folder ready on a device
+BACKENDS: dict[str, Callable[[Path, Manifest, GraphFile, torch.device], Session]] = {
+    "onnxruntime": _onnxruntime,
+    "tensorrt": partial(_plan, library="tensorrt"),
+    "tensorrt-rtx": partial(_plan, library="tensorrt-rtx"),
+}
