@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import options
+from . import console, options
 from .allocator import keep_freed_memory
 from .audit.settings import PlanSettings
 from .energy import Energy
@@ -171,10 +168,10 @@ def audit(
 
     Example: biasmap audit --model testbed --seeds 20 --out runs/first
     """
-    with _clear_errors(verbose):
+    with console.clear_errors(verbose):
         from .audit import run_audit
         from .audit.report import summary_json
-        from .audit.sentences import console
+        from .audit.sentences import console as said
 
         if "seeds" in settings:
             settings["seeds"] = options.seeds(settings["seeds"])
@@ -188,7 +185,7 @@ def audit(
             settings["energy"] = {"scale": scale}
         if not controls:
             settings["controls"] = None
-        plan = _plan(settings, config)
+        plan = console.plan(settings, config)
         result = run_audit(
             plan,
             out,
@@ -201,7 +198,7 @@ def audit(
         if as_json:
             typer.echo(summary_json(result.summary), nl=False)
             return
-        for line in console(plan, result.summary):
+        for line in said(plan, result.summary):
             typer.echo(line)
         typer.echo(f"Report: {result.report}")
 
@@ -226,12 +223,12 @@ def scan(
 
     Example: biasmap scan --model testbed --professions doctor,judge --out runs/scan
     """
-    with _clear_errors(verbose):
+    with console.clear_errors(verbose):
         from . import scan as scanning
         from .audit.plan import AuditPlan
         from .pipelines import load_pipeline
 
-        plan = _checked(AuditPlan, settings)
+        plan = console.checked(AuditPlan, settings)
         pipe = load_pipeline(
             plan.model, revision=plan.revision, dtype=plan.dtype, device=plan.device
         )
@@ -263,7 +260,7 @@ def report(
 
     Works on unfinished runs too: the report then says how much is missing.
     """
-    with _clear_errors(verbose):
+    with console.clear_errors(verbose):
         from .audit import render, validate
         from .audit.report import summary_json
 
@@ -305,7 +302,7 @@ def maps(
     Example: biasmap maps --prompt "A photo of the face of a doctor" --attribution-prompt
     "A photo of the face of a doctor and woman" --concept doctor --concept woman
     """
-    with _clear_errors(verbose):
+    with console.clear_errors(verbose):
         import torch
 
         from . import attribute
@@ -315,7 +312,7 @@ def maps(
 
         chance_iou(fraction)  # refuses what is no fraction before anything is drawn
         check_free(out, "maps.safetensors", overwrite=overwrite)
-        pipe, arguments = _pipeline(settings)
+        pipe, arguments = console.pipeline(settings)
         attributed = AttributionPrompt(attribution_prompt or prompt, tuple(concept))
         layers = settings.get("layers")
         with attribute(pipe, attributed, branch=arguments.pop("branch"), layers=layers) as recorder:
@@ -365,7 +362,7 @@ def generate(
     Example: biasmap generate --prompt "A photo of the face of a doctor" --attribution-prompt
     "A photo of the face of a doctor and woman" --concept doctor --concept woman --scale 100
     """
-    with _clear_errors(verbose):
+    with console.clear_errors(verbose):
         from . import generate as drawing
         from .concepts import AttributionPrompt
 
@@ -375,13 +372,13 @@ def generate(
             energy["pairs"] = [options.pair(text) for text in pair]
         text = attribution_prompt or prompt
         drawing.check_free(out, "generate.json", overwrite=overwrite)
-        pipe, arguments = _pipeline(settings)
+        pipe, arguments = console.pipeline(settings)
         drawn = drawing.generate(
             pipe,
             prompt,
             AttributionPrompt(text, tuple(concept)),
             seeds=options.seeds(seeds),
-            energy=_checked(Energy, energy),
+            energy=console.checked(Energy, energy),
             batch_size=settings.get("batch_size", 8),
             progress=True,
             **arguments,
@@ -462,10 +459,10 @@ def export(
 
     Example: biasmap export --model testbed --out engines/testbed
     """
-    with _clear_errors(verbose, "nothing was left under the folder's name"):
+    with console.clear_errors(verbose, "nothing was left under the folder's name"):
         from .engines.command import run_export
 
-        pipe, _ = _pipeline({**settings, "device": "cpu"})
+        pipe, _ = console.pipeline({**settings, "device": "cpu"})
         result = run_export(
             pipe,
             out,
@@ -482,7 +479,7 @@ def export(
             dry_run=dry_run,
             say=(lambda text: typer.echo(f"biasmap: {text}", err=True)) if progress else None,
         )
-        _print(result, as_json)
+        console.show(result, as_json)
 
 
 @app.command()
@@ -490,7 +487,7 @@ def env(as_json: Json = False) -> None:
     """Print versions, devices and what was compiled: put this into a bug report."""
     from .environment import describe
 
-    _print(describe(), as_json)
+    console.show(describe(), as_json)
 
 
 def main() -> None:
@@ -500,79 +497,3 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
     app()
-
-
-def _print(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(values, indent=1))
-        return
-    for name, value in values.items():
-        if not isinstance(value, dict):
-            shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
-            typer.echo(f"{name}: {shown}")
-            continue
-        typer.echo(f"{name}:")
-        for key, entry in value.items():
-            typer.echo(f"  {key}: {'not installed' if entry is None else entry}")
-
-
-def _plan(settings: dict[str, Any], config: Path | None) -> Any:
-    from .audit.plan import AuditPlan, read_settings
-
-    stored = {} if config is None else read_settings(config)
-    if "energy" in settings:  # --scale alone leaves the file's other settings of it as they are
-        settings["energy"] = {**(stored.get("energy") or {}), **settings["energy"]}
-    return _checked(AuditPlan, {**stored, **settings})
-
-
-def _checked(model: Any, settings: dict[str, Any]) -> Any:
-    """Returns the settings as a model; what is wrong with them in one line."""
-    from pydantic import ValidationError
-
-    from .audit.plan import explain
-
-    try:
-        return model(**settings)
-    except ValidationError as error:
-        raise ValueError(explain(error)) from error
-
-
-def _pipeline(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the pipeline that settings name, and its arguments and those of attribution."""
-    from .audit.plan import AuditPlan
-    from .pipelines import load_pipeline
-
-    plan = _checked(AuditPlan, settings)
-    pipe = load_pipeline(plan.model, revision=plan.revision, dtype=plan.dtype, device=plan.device)
-    return pipe, {
-        "branch": plan.branch,
-        "num_inference_steps": plan.steps,
-        "guidance_scale": plan.guidance_scale,
-    }
-
-
-@contextmanager
-def _clear_errors(
-    verbose: bool, interrupted: str = "the same command goes on where it stopped"
-) -> Iterator[None]:
-    """Errors that a user can mend become one line on stderr and exit status 1."""
-    # What libraries have to say is theirs, short of a warning: an export's would be 500 lines.
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="biasmap: %(message)s")
-    logging.getLogger("biasmap_fast").setLevel(logging.DEBUG if verbose else logging.INFO)
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"biasmap: interrupted; {interrupted}", err=True)
-        raise typer.Exit(130) from None
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not type(error).__module__.startswith(
-            "biasmap_fast"
-        ):
-            raise
-        logger.debug("traceback", exc_info=True)
-        typer.echo(f"biasmap: error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -364,8 +364,8 @@ def test_only_the_package_reports_what_it_does():
     """In a process of its own: pytest's has handlers of its own."""
     script = """
 import logging
-from biasmap_fast.cli import _clear_errors
-with _clear_errors(verbose=False):
+from biasmap_fast.console import clear_errors
+with clear_errors(verbose=False):
     logging.getLogger("onnxscript.optimizer").info("no word")
     logging.getLogger("onnxscript.optimizer").warning("a warning")
     logging.getLogger("biasmap_fast.audit").info("a step")

@@ -60,7 +60,7 @@ def test_readme_commands_exist():
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     help_text = subprocess.run(
-        [sys.executable, "-m", "biasmap_fast.cli", "audit", "--help"],
+        [sys.executable, "-m", "biasmap_fast", "audit", "--help"],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
