@@ -27,6 +27,7 @@ import torch
 
 import biasmap_fast as bm
 from biasmap_fast import _C
+from biasmap_fast.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -384,9 +385,7 @@ def environment(threads: int, gpu: str | None = None) -> dict[str, Any]:
 def write(record: dict[str, Any], target: Path) -> Path:
     """Writes JSON, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(target)
+    write_text(target, json.dumps(record, indent=1) + "\n")
     return target
 
 

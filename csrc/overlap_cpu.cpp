@@ -119,20 +119,10 @@ BIASMAP_CLONES Mass mask_mass(const float *x, int64_t n, SoftMap s) {
     return total;
 }
 
-// Writes the mask m and returns sum(m (1 - m)).
-BIASMAP_CLONES double write_mask(const float *x, int64_t n, SoftMap s, float *mask) {
-    double total = 0.0;
-    for (int64_t start = 0; start < n; start += kBlock) {
-        const int64_t end = std::min(n, start + kBlock);
-        float weights = 0.0f;
-#pragma omp simd reduction(+ : weights)
-        for (int64_t i = start; i < end; ++i) {
-            mask[i] = soft_mask(x[i], s);
-            weights += soft_weight(mask[i]);
-        }
-        total += weights;
-    }
-    return total;
+BIASMAP_CLONES void write_mask(const float *x, int64_t n, SoftMap s, float *mask) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+        mask[i] = soft_mask(x[i], s);
 }
 
 struct PairSums {
@@ -289,10 +279,12 @@ void soft_iou_cpu(const SoftIouParams &p) {
         std::vector<double> weights(static_cast<size_t>(p.concepts));
         std::fill_n(means, p.concepts * p.concepts, 0.0f);
         for (int64_t k = 0; k < p.concepts; ++k)
-            if (used[static_cast<size_t>(k)])
-                weights[static_cast<size_t>(k)] =
-                    write_mask(maps + (b * p.concepts + k) * p.pixels, p.pixels,
-                               p.state[b * p.concepts + k], masks + k * p.pixels);
+            if (used[static_cast<size_t>(k)]) {
+                float *mask = masks + k * p.pixels;
+                write_mask(maps + (b * p.concepts + k) * p.pixels, p.pixels,
+                           p.state[b * p.concepts + k], mask);
+                weights[static_cast<size_t>(k)] = weighted_sums(mask, mask, p.pixels).weight;
+            }
         for (int64_t i = 0; i < p.pairs.count; ++i) {
             const int64_t first = p.pairs.data[2 * i], second = p.pairs.data[2 * i + 1];
             const PairSums sums =

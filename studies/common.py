@@ -70,7 +70,7 @@ def labels_of(result: AuditResult) -> Labels:
     labels: Labels = {profession: {} for profession in result.plan.professions}
     for row in result.pictures.to_dict("records"):
         # Parquet gives a map as pairs, and none as None or NaN
-        read = dict(row["labels"]) if isinstance(row["labels"], list) else {}
+        read = dict(row["labels"]) if isinstance(row["labels"], (dict, list)) else {}
         if (word := read.get("gender")) is not None:
             labels[row["profession"]][row["seed"]] = word == WORD
     return labels

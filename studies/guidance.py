@@ -255,75 +255,76 @@ MEASURES = {
     "true overlap": ("true_overlap",),
     "plausibility": ("plausibility",),
 }
-# the same IoU on a scale where chance is 0; its change in percent of a small number says little
-CORRECTED = {f"corrected {measure}": measure for measure in MEASURES if measure.startswith("IoU")}
 
 
 def matrix(
     cell: dict[str, dict[str, Any]], names: Sequence[str], professions: Sequence[str], seeds: int
 ) -> np.ndarray[Any, Any]:
     """``[professions, seeds]``, the mean of the named columns; NaN where one is missing."""
-    return np.array(
-        [
-            np.mean([np.array(cell[p][n][:seeds], dtype=np.float64) for n in names], axis=0)
-            for p in professions
-        ]
-    )
+    columns = [[np.array(cell[p][n][:seeds], dtype=np.float64) for n in names] for p in professions]
+    return np.array([np.mean(column, axis=0) for column in columns])
 
 
-def summarise(found: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def compared(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """A measure of a cell against the plain pictures of the same seeds."""
+    change, plain = crossed_mean_interval(after - before, lowest=-1.0), float(np.nanmean(before))
+    return {
+        "plain": plain,
+        "value": float(np.nanmean(after)),
+        "change": change.to_dict(),
+        "relative": None if change.value is None else change.value / plain,
+        # no measure can fall by more than all of it
+        "relative_low": None if change.low is None else max(-1.0, change.low / plain),
+        "relative_high": None if change.high is None else change.high / plain,
+    }
+
+
+def summarise(cells: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Every cell against the plain pictures of the same seeds."""
     truth = bm.testbed.truth()
     everyone = [row.profession for row in truth]
     overlapping = [row.profession for row in truth if row.level > 0]
     rows = []
-    for name, cell in found.items():
+    for name, cell in cells.items():
         seeds = CELLS[name].seeds
-        row: dict[str, Any] = {"cell": name, **asdict(CELLS[name]), "measures": {}}
+        measures = {}
         for measure, columns in MEASURES.items():
             # where the marker is off the region nothing can fall
             professions = overlapping if measure == "true overlap" else everyone
-            before = matrix(found["plain"], columns, professions, seeds)
-            after = matrix(cell, columns, professions, seeds)
-            change = crossed_mean_interval(after - before, lowest=-1.0)
-            base = float(np.nanmean(before))
-            row["measures"][measure] = {
-                "plain": base,
-                "value": float(np.nanmean(after)),
-                "change": change.to_dict(),
-                "relative": None if change.value is None else change.value / base,
-                # no measure can fall by more than all of it
-                "relative_low": None if change.low is None else max(-1.0, change.low / base),
-                "relative_high": None if change.high is None else change.high / base,
-            }
-        for measure, of in CORRECTED.items():
-            row["measures"][measure] = corrected(row["measures"][of])
+            sides = (matrix(of, columns, professions, seeds) for of in (cells["plain"], cell))
+            measures[measure] = compared(*sides)
+            if measure.startswith("IoU"):
+                # where chance is 0; its change in percent of a small number says little
+                measures[f"corrected {measure}"] = corrected(measures[measure])
         right = [x for p in everyone for x in cell[p]["right"]]
-        row["profession_right"] = share_interval(sum(right), len(right)).to_dict()
-        row["no_marker_pixels"] = sum(x == 0 for p in everyone for x in cell[p]["marker_pixels"])
-        words = {p: [w for w in cell[p]["word"] if w is not None] for p in everyone}
-        shares = [np.mean([w == WORDS[1] for w in ws]) if ws else np.nan for ws in words.values()]
-        plain = [
-            np.mean([word == WORDS[1] for word in found["plain"][p]["word"][:seeds]])
-            for p in everyone
-        ]
-        changes = [float(a - b) for a, b in zip(shares, plain, strict=True) if np.isfinite(a)]
+        changes = []
+        for p in everyone:
+            words = [word for word in cell[p]["word"] if word is not None]
+            plain = [word == WORDS[1] for word in cells["plain"][p]["word"][:seeds]]
+            if words:
+                share = np.mean([word == WORDS[1] for word in words])
+                changes.append(float(share - np.mean(plain)))
         method = {"method": "Student t over professions"}
-        row["share_woman_change"] = mean_interval(changes, lowest=-1.0).to_dict() | method
-        rows.append(row)
+        rows.append(
+            {
+                "cell": name,
+                **asdict(CELLS[name]),
+                "measures": measures,
+                "profession_right": share_interval(sum(right), len(right)).to_dict(),
+                "no_marker_pixels": sum(x == 0 for p in everyone for x in cell[p]["marker_pixels"]),
+                "share_woman_change": mean_interval(changes, lowest=-1.0).to_dict() | method,
+            }
+        )
     return rows
 
 
 def corrected(iou: dict[str, Any]) -> dict[str, Any]:
     """A measured IoU's figures on the corrected scale, which is linear in the IoU."""
-    fraction = 0.3
-    slope = 1.0 / (1.0 - bm.chance_iou(fraction))
-    change = iou["change"] | {
-        end: None if iou["change"][end] is None else slope * iou["change"][end]
-        for end in ("value", "low", "high")
-    }
-    values = {end: bm.corrected(iou[end], bm.chance_iou(fraction)) for end in ("plain", "value")}
-    return {**values, "change": change}
+    chance = bm.chance_iou(0.3)
+    ends = {end: iou["change"][end] for end in ("value", "low", "high")}
+    scaled = {end: None if x is None else x / (1.0 - chance) for end, x in ends.items()}
+    values = {end: bm.corrected(iou[end], chance) for end in ("plain", "value")}
+    return {**values, "change": iou["change"] | scaled}
 
 
 def report(folder: Path) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +151,12 @@ def overlap_results(rows: dict[str, Any], scale: float) -> dict[str, Any]:
         for row in rows.values()
     ]
     size = effects[0]["gender"].shape
-    axes = (torch.arange(n) - (n - 1) / 2 for n in size[1:])
-    y, x = torch.meshgrid(*axes, indexing="ij")
-    distance = y.square() + x.square()
+    down, across = (torch.arange(n) - (n - 1) / 2 for n in size[1:])
+    distance = down[:, None].square() + across.square()
     blob = torch.exp(-distance / (2 * (size[1] / 16 * 3) ** 2)).expand(size)
     sums = torch.stack([maps["gender"].mean(0) for maps in effects])
     others = (sums.sum(0) - sums) / (len(sums) - 1)
-    kinds: dict[str, Callable[[int], torch.Tensor]] = {
+    kinds: dict[str, Any] = {
         "effect maps": lambda i: effects[i]["gender"],
         "centre blob": lambda i: blob,
         "mean map of the others": lambda i: others[i].expand(size),

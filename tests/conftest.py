@@ -10,6 +10,23 @@ import torch
 # The models here are tiny: a second thread only costs time, above all on a busy machine.
 torch.set_num_threads(1)
 
+# Tests over about three seconds, without their parameters; `make test-fast` leaves them out.
+SLOW = {
+    "tests/benchmarks/test_run.py::test_peaks_come_from_processes_of_their_own",
+    "tests/testbed/test_pipeline.py::test_model_draws_professions",
+    "tests/training/test_calibration.py::test_a_word_that_loses_its_profession_is_put_halfway_back",
+    "tests/training/test_calibration.py::test_calibration_finds_the_planted_share",
+    "tests/training/test_calibration.py::test_interrupted_calibration_ends_with_the_same_words",
+    "tests/training/test_calibration.py::test_words_in_pieces_and_unreadable_pictures_are_refused",
+    "tests/training/test_training.py::test_interrupted_training_ends_with_the_same_weights",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.partition("[")[0] in SLOW:
+            item.add_marker("slow")
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):

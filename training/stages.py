@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from biasmap_fast.files import writing
 from biasmap_fast.testbed import Person, World, WorldConfig
 
 from . import networks
@@ -101,13 +102,11 @@ class Stage:
         _LOG.info("%s: continuing after step %d", self.name, len(self.losses))
 
     def save(self) -> None:
-        """Writes the checkpoint under a temporary name and renames it: never half a file."""
         names = ("digest", "average", "losses", "seconds")
         state = {name: getattr(self, name) for name in names}
         state |= {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict()}
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.path)
+        with writing(self.path) as partial:
+            torch.save(state, partial)
 
     def step(self, loss: torch.Tensor, rate: float) -> None:
         """One optimiser step at a learning rate, and its share in the average of the weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .attribution import AttributionCache, Branch, attribute
 from .concepts import AttributionPrompt
 from .energy import Energy
+from .files import write_text, writing
 from .guidance import guide
 from .ledger import LedgerRow, write_csv
 from .maps import AttributionMaps
@@ -198,8 +199,8 @@ def write_generated(
         maps.save(written[-1])
     written.append(out / "ledger.csv")
     write_csv(drawn.ledger, written[-1])
-    text = json.dumps({**settings, "overlaps": drawn.overlaps()}, indent=1) + "\n"
-    written.append(_replacing(out / "generate.json", lambda path: path.write_text(text)))
+    written.append(out / "generate.json")
+    write_text(written[-1], json.dumps({**settings, "overlaps": drawn.overlaps()}, indent=1) + "\n")
     return written
 
 
@@ -262,11 +263,6 @@ def _sheet(rows: Sequence[Sequence[Image]], titles: Sequence[str]) -> Image:
 
 
 def _save(path: Path, image: Any) -> Path:
-    return _replacing(path, lambda partial: image.save(partial, format="PNG"))
-
-
-def _replacing(path: Path, write: Callable[[Path], Any]) -> Path:
-    partial = path.with_name(f".{path.name}.tmp")
-    write(partial)
-    partial.replace(path)
+    with writing(path) as partial:
+        image.save(partial, format="PNG")
     return path

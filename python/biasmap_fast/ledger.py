@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .files import writing
+
 NO_SCALE = "scale is 0"
 NO_SIGNAL = "no signal left at this timestep (alpha_bar is 0)"
 NOT_FINITE = "gradient is not finite"
@@ -23,18 +25,18 @@ class LedgerRow:
 
     Attributes:
         call: UNet call of the run, from 0.
-        timestep: the call's timestep.
-        image: index in the batch.
-        energy: weighted mean of the pairs' SoftIoU; NaN where it was not computed.
-        pairs: the image's concept pairs.
+        timestep: Timestep of the call.
+        image: Index in the batch.
+        energy: Weighted mean of the pairs' SoftIoU; NaN if it was not computed.
+        pairs: The image's concept pairs.
         soft_iou: SoftIoU of each pair.
-        iou: hard IoU of each pair, of masks that keep the same fraction of the pixels.
-        gradient_norm: L2 norm of dE/dz_t before clipping, the largest of the inner steps; NaN where
-            no gradient was taken.
-        clip_factor: what the gradient was multiplied with, 1 if it was not clipped; the smallest of
-            the inner steps.
-        applied: whether the prediction was changed.
-        reason: why not, empty if it was.
+        iou: Hard IoU of each pair, of masks that keep the same fraction of the pixels.
+        gradient_norm: L2 norm of dE/dz_t before clipping, the largest of the inner steps; NaN if no
+            gradient was taken.
+        clip_factor: Factor of the gradient, 1 if it was not clipped; the smallest of the inner
+            steps.
+        applied: Whether the prediction was changed.
+        reason: Why it was not; empty if it was.
     """
 
     call: int
@@ -65,11 +67,7 @@ class Entry:
     factor: torch.Tensor  # [B]; 0 where the gradient is not applied
 
     def rows(self, *, scaled: bool) -> list[LedgerRow]:
-        """The entry read, one row an image.
-
-        Args:
-            scaled: whether the energy's scale is other than 0.
-        """
+        """One row per image; ``scaled`` says whether the energy's scale is other than 0."""
         columns = zip(
             self.pairs,
             self.soft_iou.tolist(),
@@ -108,39 +106,26 @@ class Entry:
 
 
 def check_skipped(rows: Sequence[LedgerRow]) -> None:
-    """Refuses a run in which more than half of an image's guided calls were skipped.
-
-    Raises:
-        RuntimeError: naming the image, the counts and the first reason.
-    """
+    """Refuses a run in which more than half of an image's guided calls were skipped."""
     rows = [row for row in rows if row.reason != NO_SCALE]
     for image in sorted({row.image for row in rows}):
-        own = [row for row in rows if row.image == image]
-        skipped = [row.reason for row in own if not row.applied]
-        if 2 * len(skipped) > len(own):
+        of_image = [row for row in rows if row.image == image]
+        skipped = [row.reason for row in of_image if not row.applied]
+        if 2 * len(skipped) > len(of_image):
             raise RuntimeError(
-                f"guidance of image {image} was skipped in {len(skipped)} of {len(own)} calls "
+                f"guidance of image {image} was skipped in {len(skipped)} of {len(of_image)} calls "
                 f"({skipped[0]}): the picture is hardly a guided one. See `ledger`, or pass "
                 "strict=False"
             )
 
 
 def write_csv(rows: Sequence[LedgerRow], path: str | Path) -> None:
-    """Writes rows as CSV, whole or not at all; an image's pairs and their values have ";" between.
-
-    Example:
-        >>> pairs = (("doctor", "man"), ("doctor", "woman"))
-        >>> row = LedgerRow(0, 961.0, 0, 0.4, pairs, (0.3, 0.5), (0.2, 0.4), 0.1, 1.0, True, "")
-        >>> write_csv([row], "ledger.csv")  # doctest: +SKIP
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    """Writes rows as CSV, complete or not at all; ";" stands between an image's pairs."""
+    names = [field.name for field in fields(LedgerRow)]
+    with writing(Path(path)) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(LedgerRow)])
-        for row in rows:
-            writer.writerow([_cell(getattr(row, field.name)) for field in fields(LedgerRow)])
-    partial.replace(path)
+        writer.writerow(names)
+        writer.writerows([_cell(getattr(row, name)) for name in names] for row in rows)
 
 
 def _cell(value: Any) -> Any:

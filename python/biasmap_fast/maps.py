@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .files import write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,14 +29,14 @@ class AttributionMaps:
     Attributes:
         values: ``[B, K, H, W]`` float32: the sum over heads, layers and UNet calls of attention
             probability, so a pixel's value lies between 0 and heads * layers * calls.
-        concepts: the K concepts, in the order of ``values``.
-        prompt: the attribution prompt's text.
-        branch: the guidance branch whose queries were used.
-        layers: names of the layers summed over.
-        by: what ``parts`` keeps apart.
-        parts: name -> ``[B, K, H, W]``; the parts sum to ``values``. Empty for ``by="total"``.
-        images: which images of those drawn the B are, where each had prompts of its own; ``None``
-            where they are all.
+        concepts: The K concepts, in the order of ``values``.
+        prompt: The attribution prompt's text.
+        branch: The guidance branch whose queries were used.
+        layers: Names of the layers summed over.
+        by: What ``parts`` keeps apart.
+        parts: Name -> ``[B, K, H, W]``; the parts sum to ``values``. Empty for ``by="total"``.
+        images: The images of those drawn that the B are, if each had its own prompts; ``None`` if
+            they are all.
 
     Example:
         >>> maps = AttributionMaps(torch.rand(3, 2, 8, 8), ("doctor", "gender"))
@@ -67,28 +69,24 @@ class AttributionMaps:
         return self.values.shape[0]
 
     def __getitem__(self, concept: str) -> torch.Tensor:
-        """The maps of one concept: ``[B, H, W]``.
-
-        Raises:
-            KeyError: there is no such concept; the message lists those there are.
-        """
+        """The maps of one concept: ``[B, H, W]``."""
         return self.values[:, self.index(concept)]
 
     def index(self, concept: str) -> int:
-        """Where a concept stands in the second dimension of ``values`` and of every part.
+        """Index of a concept in the second dimension of ``values`` and of every part.
 
         Raises:
-            KeyError: there is no such concept; the message lists those there are.
+            KeyError: There is no such concept; the message lists those there are.
         """
         if concept not in self.concepts:
             raise KeyError(f"no concept {concept!r}; there are {list(self.concepts)}")
         return self.concepts.index(concept)
 
     def row(self, image: int) -> int:
-        """Where an image of those drawn stands in the first dimension.
+        """Index of an image of those drawn in the first dimension.
 
         Raises:
-            KeyError: the prompt was not measured on it; the message lists the images it was.
+            KeyError: The prompt was not measured on it; the message lists the images it was.
         """
         if self.images is None:
             return image
@@ -128,20 +126,20 @@ class AttributionMaps:
         """Heat maps over pictures.
 
         Args:
-            image: one picture, or all B of them, as Pillow has them (``output_type="pil"``).
-            concept: whose map to show.
-            index: which of the B maps belongs to the one picture; needed if B > 1.
-            strength: opacity of the hottest colour, 0 to 1; cooler ones are more transparent.
-            value_range: map values of the coldest and hottest colour; default each map's own
+            image: One picture, or all B of them, as Pillow has them (``output_type="pil"``).
+            concept: The concept whose map is shown.
+            index: Which of the B maps belongs to the one picture; needed if B > 1.
+            strength: Opacity of the hottest colour, 0 to 1; cooler ones are more transparent.
+            value_range: Map values of the coldest and hottest colour. If not given, each map's
                 minimum and maximum, so brightness cannot be compared between pictures.
 
         Returns:
             A picture of the given one's size for one picture, a list for several.
 
         Raises:
-            KeyError: no such concept.
-            TypeError: a picture is none of Pillow's.
-            ValueError: the number of pictures is not B, no map has the index, or a map holds NaN.
+            KeyError: No such concept.
+            TypeError: Not a picture of Pillow.
+            ValueError: The number of pictures is not B, no map has the index, or a map holds NaN.
         """
         if not 0.0 <= strength <= 1.0:
             raise ValueError(f"`strength` must be between 0 and 1, got {strength}")
@@ -161,47 +159,32 @@ class AttributionMaps:
 
     def to(self, device: torch.device | str) -> AttributionMaps:
         """The same maps on another device."""
-        parts = {name: part.to(device) for name, part in self.parts.items()}
-        return self._with(self.values.to(device), parts)
+        return self._map(lambda maps: maps.to(device))
 
     def resize(self, size: int | tuple[int, int]) -> AttributionMaps:
         """The same maps, bilinearly resized to ``size`` (an int for a square)."""
         target = (size, size) if isinstance(size, int) else size
-        parts = {name: resize(part, target) for name, part in self.parts.items()}
-        return self._with(resize(self.values, target), parts)
+        return self._map(lambda maps: resize(maps, target))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, whole or not at all."""
+        """Writes one safetensors file, complete or not at all."""
         from safetensors.torch import save
 
-        described = {
-            "format": _FORMAT,
-            "concepts": list(self.concepts),
-            "prompt": self.prompt,
-            "branch": self.branch,
-            "layers": list(self.layers),
-            "by": self.by,
-            "parts": list(self.parts),
-            "images": self.images,
-        }
+        names = ("concepts", "prompt", "branch", "layers", "by", "images")
+        described = {name: getattr(self, name) for name in names}
+        described |= {"format": _FORMAT, "parts": list(self.parts)}
         tensors = {f"parts/{i}": part for i, part in enumerate(self.parts.values())}
         tensors["values"] = self.values
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            partial.write_bytes(save(contiguous, metadata={"biasmap_fast": json.dumps(described)}))
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_file(Path(path), save(contiguous, metadata={"biasmap_fast": json.dumps(described)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttributionMaps:
         """Reads what `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no safetensors file of attribution maps.
+            FileNotFoundError: There is no such file.
+            ValueError: The file is no safetensors file of attribution maps.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -213,31 +196,28 @@ class AttributionMaps:
                         f"{os.fspath(path)} holds no attribution maps: expected the format "
                         f"{_FORMAT!r}, got {described.get('format')!r}"
                     )
-                names, images = described["parts"], described.get("images")
+                names = described.pop("parts")
                 parts = {name: file.get_tensor(f"parts/{i}") for i, name in enumerate(names)}
                 values = file.get_tensor("values")
         except SafetensorError as error:
             raise ValueError(
-                f"{os.fspath(path)} is not a whole safetensors file: {error}"
+                f"{os.fspath(path)} is not a complete safetensors file: {error}"
             ) from error
-        return cls(
-            values=values,
-            concepts=tuple(described["concepts"]),
-            prompt=described["prompt"],
-            branch=described["branch"],
-            layers=tuple(described["layers"]),
-            by=described["by"],
-            parts=parts,
-            images=None if images is None else tuple(images),
-        )
+        del described["format"]
+        immutable: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in described.items()
+        }
+        return cls(values=values, parts=parts, **immutable)
 
     def _by(self, by: str) -> Mapping[str, torch.Tensor]:
         if self.by != by:
             raise ValueError(f"these maps were recorded by={self.by!r}; record with by={by!r}")
         return self.parts
 
-    def _with(self, values: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> AttributionMaps:
-        return replace(self, values=values, parts=parts)
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> AttributionMaps:
+        parts = {name: change(part) for name, part in self.parts.items()}
+        return replace(self, values=change(self.values), parts=parts)
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

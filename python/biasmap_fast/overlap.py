@@ -78,8 +78,7 @@ def pairwise_iou(maps: torch.Tensor, *, fraction: float = 0.3) -> torch.Tensor:
         ``[B, K, K]``, symmetric; 1 on the diagonal, or 0 if that map's mask is empty.
 
     Raises:
-        TypeError: Not a tensor of floats.
-        ValueError: Wrong shape, a value that is not finite, or ``fraction`` out of range.
+        ValueError: Another shape; otherwise as `iou`.
 
     Example:
         >>> maps = torch.arange(8.0).reshape(1, 2, 2, 2)
@@ -140,8 +139,8 @@ def soft_iou(
     entire map. Unchanged when a map is shifted or scaled by a positive number.
 
     Args:
-        a: First maps, ``[B, H, W]`` or ``[H, W]``.
-        b: Second maps, of the same shape, dtype and device.
+        a: First maps, as for `iou`.
+        b: Second maps.
         fraction: Fraction of the pixels in a mask, in (0, 1).
         temperature: Width of the masks' edges in units of each map's range, at least 1e-6.
 
@@ -149,7 +148,6 @@ def soft_iou(
         ``[B]`` or a scalar, differentiable in both maps.
 
     Raises:
-        TypeError: As `iou`.
         ValueError: As `iou`, or ``temperature`` is out of range.
 
     Example:
@@ -189,9 +187,7 @@ def soft_topk(
         Like ``x``, float32 (float64 for float64). If x is constant: ``fraction``, gradient 0.
 
     Raises:
-        TypeError: Not a tensor of floats.
-        ValueError: Another ``dim``, no values along it, a value that is not finite, or a setting
-            out of range.
+        ValueError: Another ``dim``, no values along it, or as `soft_iou`.
 
     Example:
         >>> mask = soft_topk(torch.linspace(0, 1, 100).reshape(10, 10), dim=(-2, -1))
@@ -220,8 +216,8 @@ def containment(
     first. A constant first map has an empty mask and gives 0.
 
     Args:
-        a: First maps, ``[B, H, W]`` or ``[H, W]``.
-        b: Second maps, of the same shape, dtype and device.
+        a: First maps, as for `iou`.
+        b: Second maps.
         fractions: Fraction of the pixels in ``a``'s mask and in ``b``'s, each in (0, 1]. Take masks
             about as large as the regions that the concepts fill.
 
@@ -229,7 +225,6 @@ def containment(
         ``[B]`` or a scalar; no gradient.
 
     Raises:
-        TypeError: As `iou`.
         ValueError: As `iou`, or not two fractions.
 
     Example:
@@ -262,8 +257,8 @@ def soft_containment(
     """Differentiable `containment` of two maps' soft top-k masks: ``sum(ab) / sum a``.
 
     Args:
-        a: First maps, ``[B, H, W]`` or ``[H, W]``.
-        b: Second maps, of the same shape, dtype and device.
+        a: First maps, as for `iou`.
+        b: Second maps.
         fractions: Fraction of the pixels in ``a``'s mask and in ``b``'s, each in (0, 1).
         temperature: Width of the masks' edges in units of each map's range, at least 1e-6.
 
@@ -271,7 +266,6 @@ def soft_containment(
         ``[B]`` or a scalar, differentiable in both maps.
 
     Raises:
-        TypeError: As `iou`.
         ValueError: As `containment`, or ``temperature`` is out of range.
 
     Example:

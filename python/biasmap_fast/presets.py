@@ -83,7 +83,7 @@ PROFESSIONS = {
     ),
 }
 
-# The words of the published scripts: two ends an axis. That is what they measure, not all there is.
+# The words of the published scripts: two per axis. That is what they measure, not all there is.
 AXES = {
     "gender": Axis("gender", ("man", "woman")),
     "race": Axis("race", ("white person", "African-american person")),
@@ -126,13 +126,13 @@ def with_article(noun: str) -> str:
     """The noun with the indefinite article that its first sound wants.
 
     Args:
-        noun: a singular noun or noun phrase without an article.
+        noun: A singular noun or noun phrase without an article.
 
     Returns:
         "a" or "an", and the noun as given.
 
     Raises:
-        ValueError: there is no word in it.
+        ValueError: There is no word in it.
 
     Example:
         >>> with_article("architect"), with_article("university teacher")
@@ -166,15 +166,15 @@ def paper_soft_topk(
 
     Args:
         x: ``[..., H, W]``, floating; computed in its dtype.
-        fraction: share of each row in the mask.
-        gamma: entropic regularisation, in units of ``x`` squared.
-        iterations: how many.
+        fraction: Fraction of each row in the mask.
+        gamma: Entropic regularisation, in units of ``x`` squared.
+        iterations: Number of iterations.
 
     Returns:
         Like ``x``, differentiable through every iteration.
 
     Raises:
-        ValueError: ``x`` has no rows, or ``fraction`` of a row is no whole pixel or the whole row.
+        ValueError: ``x`` has no rows, or ``fraction`` of a row is less than a pixel, or all of it.
 
     Example:
         >>> import torch
@@ -210,12 +210,7 @@ def paper_soft_iou(
 ) -> torch.Tensor:
     """SoftIoU of the published masks, with the 1e-8 of its denominator.
 
-    Args:
-        a: ``[..., H, W]``.
-        b: like ``a``.
-        fraction: see `paper_soft_topk`.
-        gamma: see `paper_soft_topk`.
-        iterations: see `paper_soft_topk`.
+    Takes maps ``[..., H, W]`` and the settings of `paper_soft_topk`.
 
     Returns:
         ``[...]``, differentiable.

@@ -30,7 +30,7 @@ class CrossAttention:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers whose maps it gives: itself. Parts of an engine have several."""
+        """The layers whose maps it gives: itself. An engine's part may have several."""
         return (self.name,)
 
     @property
@@ -41,15 +41,7 @@ class CrossAttention:
     def resolution(
         self, query: torch.Tensor, sizes: Mapping[int, tuple[int, int]]
     ) -> tuple[int, int]:
-        """Height and width behind the queries ``[rows, n, heads * d]``.
-
-        Args:
-            query: what ``to_q`` returned.
-            sizes: `resolutions` of the latents.
-
-        Raises:
-            RuntimeError: n is none of them.
-        """
+        """Height and width behind queries ``[rows, n, heads * d]``; sizes as of `resolutions`."""
         if query.shape[1] not in sizes:
             raise RuntimeError(
                 f"layer {self.name} saw {query.shape[1]} queries; the latents, halved, have "
@@ -63,14 +55,9 @@ class CrossAttention:
         return split_heads(query, self.heads)
 
     def keys(self, states: torch.Tensor) -> torch.Tensor:
-        """Attribution keys of encoded text.
+        """Attribution keys ``[P, heads, T', d]`` of hidden states ``[P, T', D]``.
 
-        Args:
-            states: ``[P, T', D]`` hidden states of attribution prompts.
-
-        Returns:
-            ``[P, heads, T', d]``, float32 for half-precision weights, already times the layer's
-            scale 1 / sqrt(d).
+        float32 for half-precision weights, already times the layer's scale 1 / sqrt(d).
         """
         if self.module.norm_cross is not None:
             states = self.module.norm_encoder_hidden_states(states)
@@ -89,12 +76,12 @@ def cross_attention_layers(pipe: Any, selection: Sequence[str] | None) -> list[C
     """The layers that ``selection`` names, in the UNet's order.
 
     Args:
-        pipe: a diffusers pipeline with a UNet.
-        selection: names or dotted prefixes of names; None for all of the down and up blocks.
+        pipe: A diffusers pipeline with a UNet.
+        selection: Names or dotted prefixes of names; None for all of the down and up blocks.
 
     Raises:
-        TypeError: the pipeline has no UNet with cross-attention.
-        ValueError: a name matches nothing, or a selected layer cannot be attributed.
+        TypeError: The pipeline has no UNet with cross-attention.
+        ValueError: A name matches nothing, or a selected layer cannot be attributed.
     """
     unet = getattr(pipe, "unet", None)
     if unet is None:
@@ -161,11 +148,10 @@ def _unsupported(module: Any) -> str | None:
 
 
 def guider_of(pipe: Any) -> Any | None:
-    """The guider of a modular pipeline, which calls the UNet once for each branch; else None.
+    """The guider of a modular pipeline, which calls the UNet once per branch; else None.
 
-    Raises:
-        ValueError: a guider of another kind than classifier-free guidance: others call the
-            conditional branch more than once, or project what is added to it.
+    Guiders of other kinds than classifier-free guidance are refused: they call the conditional
+    branch more than once, or project what is added to it.
     """
     guider = getattr(pipe, "guider", None)
     if guider is None:
@@ -184,17 +170,14 @@ _EDITING = ("cond", "picture", "uncond")
 
 
 def batch_layout(pipe: Any, chunks: int | None = None) -> tuple[str, ...]:
-    """What the copies of the latents are that the pipeline puts into one UNet batch, in order.
+    """The copies of the latents in the UNet batch: "uncond", "cond" and others, in order.
 
     Args:
-        pipe: a diffusers pipeline.
-        chunks: how many there are, where the caller knows; the unconditional one is first.
-
-    Returns:
-        Of ``"uncond"``, ``"cond"``, and other names for the rest.
+        pipe: A diffusers pipeline.
+        chunks: Number of copies, if the caller knows; the unconditional one is first.
 
     Raises:
-        ValueError: the pipeline does not say.
+        ValueError: The pipeline does not say.
     """
     edits = any(kind.__name__.endswith("InstructPix2PixPipeline") for kind in type(pipe).__mro__)
     if edits and chunks == 3:
@@ -222,14 +205,9 @@ def is_perturbed(pipe: Any) -> bool:
 
 
 def check_text(pipe: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuses a UNet call whose text states are not made as those of attribution prompts are.
+    """Refuses a UNet call whose text states are made in another way than attribution prompts'.
 
-    Args:
-        pipe: the pipeline that draws.
-        kwargs: of the UNet call.
-
-    Raises:
-        ValueError: it skips layers of the text encoder, or scales a LoRA for this call alone.
+    That is one that skips layers of the text encoder, or scales a LoRA for this call alone.
     """
     if skipped := getattr(pipe, "clip_skip", None):
         raise ValueError(
@@ -252,13 +230,13 @@ def branch_rows(
     """Rows of the branch in a UNet batch.
 
     Args:
-        sample: the latents, without the channels that a UNet of editing is given beside them.
-        layout: `batch_layout`.
+        sample: The latents, without the channels that a UNet of editing is given beside them.
+        layout: `batch_layout` of the pipeline.
         branch: ``"cond"`` or ``"uncond"``.
-        separate: whether this UNet call is one of the branch alone.
+        separate: Whether this UNet call is one of the branch alone.
 
     Raises:
-        ValueError: the batch is not laid out so, or has no such branch; not ``[B, C, H, W]``.
+        ValueError: The batch has another layout or no such branch; not ``[B, C, H, W]``.
     """
     if sample.ndim != 4:
         raise ValueError(
@@ -286,11 +264,11 @@ def branch_rows(
 
 def resolutions(height: int, width: int) -> dict[int, tuple[int, int]]:
     """Number of queries -> (h, w), for the latents' size halved, rounded up, down to one pixel."""
-    found = {height * width: (height, width)}
+    sizes = {height * width: (height, width)}
     while height > 1 or width > 1:
         height, width = (height + 1) // 2, (width + 1) // 2
-        found.setdefault(height * width, (height, width))
-    return found
+        sizes.setdefault(height * width, (height, width))
+    return sizes
 
 
 @contextmanager
@@ -303,25 +281,22 @@ def present_rows(rows: Sequence[int]) -> Iterator[None]:
         _PRESENT.reset(token)
 
 
-def as_slice(places: list[int]) -> slice | list[int]:
-    """Consecutive places as a slice, whose indexing copies nothing; others as they are."""
-    consecutive = all(place == places[0] + i for i, place in enumerate(places))
-    return slice(places[0], places[-1] + 1) if places and consecutive else places
+def as_slice(indices: list[int]) -> slice | list[int]:
+    """Consecutive indices as a slice, whose indexing copies nothing; others as they are."""
+    consecutive = all(index == indices[0] + i for i, index in enumerate(indices))
+    return slice(indices[0], indices[-1] + 1) if indices and consecutive else indices
 
 
 def rows_here(wanted: slice, batch: int, seen: int) -> tuple[tuple[int, int], ...]:
-    """Where the wanted rows of a batch are in the forward pass now running.
+    """Positions of wanted rows in the forward pass now running, each with that in ``wanted``.
 
     Args:
-        wanted: rows of the pipeline's batch.
-        batch: its size.
-        seen: rows that a layer shows.
-
-    Returns:
-        Of each, its position in the running pass and its position within ``wanted``.
+        wanted: Rows of the pipeline's batch.
+        batch: Size of that batch.
+        seen: Number of rows that a layer shows.
 
     Raises:
-        RuntimeError: the layer shows another number of rows than the pass has.
+        RuntimeError: The layer shows another number of rows than the pass has.
     """
     present = _PRESENT.get()
     count = batch if present is None else len(present)

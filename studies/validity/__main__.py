@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 import biasmap_fast as bm
+from biasmap_fast.files import writing
 
 from ..common import RESULTS, ROOT, write
 from .collect import collect, load
@@ -41,17 +42,16 @@ def prepare(runs: Path, group: str, indices: tuple[int, ...]) -> None:
             collect(model, out, SEEDS)
         if not (out / "scores.parquet").is_file():
             LOG.info("scoring %s", model)
-            pq.write_table(score_model(*load(out)), out / "scores.tmp", compression="zstd")
-            (out / "scores.tmp").rename(out / "scores.parquet")
+            with writing(out / "scores.parquet") as partial:
+                pq.write_table(score_model(*load(out)), partial, compression="zstd")
 
 
 def report(runs: Path) -> None:
     """Results and figure, from the scores that are there; the choice needs the choosing group."""
     record = summarise(runs)
     write(RESULTS / "validity.json", 1, record)
-    partial = RESULTS / "validity.tmp"
-    pq.write_table(everything(runs), partial, compression="zstd")
-    partial.replace(RESULTS / "validity.parquet")
+    with writing(RESULTS / "validity.parquet") as partial:
+        pq.write_table(everything(runs), partial, compression="zstd")
     plot(runs, record, FIGURE)
 
 

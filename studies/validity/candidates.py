@@ -80,12 +80,8 @@ def pair_of_maps(
 ) -> Pair:
     """The maps of a profession and a demographic word, each ``[P, S, 256]``.
 
-    Args:
-        layers: what `layer_maps` returned.
-        concepts: the names of its K axis.
-        maps: how the maps are made.
-        word: "man" or "woman".
-        noun: "control" puts a word that draws nothing in the profession's place.
+    ``concepts`` names the K axis of ``layers``; "control" as ``noun`` puts a word that draws
+    nothing in the profession's place.
     """
     norm = NORMS.index(maps.norm)
     third = STEPS.index(maps.steps) - 1
@@ -185,9 +181,7 @@ def measures(marker_percent: float, region_percent: float) -> dict[str, Measure]
     def soft(percent: float) -> Transform:
         return lambda view: view.soft(percent)
 
-    def ranks(view: View) -> torch.Tensor:
-        return view.ranks
-
+    ranks: Transform = lambda view: view.ranks  # noqa: E731
     root: Transform = lambda view: view.mass.sqrt()  # noqa: E731
     values: Transform = lambda view: standard(view.values)  # noqa: E731
     rank_values: Transform = lambda view: standard(view.ranks)  # noqa: E731

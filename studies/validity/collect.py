@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from biasmap_fast.concepts import AttributionPrompt, encode, tokenize_all
+from biasmap_fast.files import write_text, writing
 from biasmap_fast.testbed import PLAUSIBLE, World, pipeline
 from biasmap_fast.testbed.classify import Classifier
 from biasmap_fast.unet import cross_attention_layers
@@ -155,8 +156,8 @@ def collect(model: Path, out: Path, seeds: Sequence[int]) -> None:
                 }
             )
     out.mkdir(parents=True, exist_ok=True)
-    save_file({name: torch.stack(parts) for name, parts in sums.items()}, out / "maps.tmp")
-    (out / "maps.tmp").rename(out / "maps.safetensors")
+    with writing(out / "maps.safetensors") as partial:
+        save_file({name: torch.stack(parts) for name, parts in sums.items()}, partial)
     summary = {
         "settings": record["settings"],
         "seconds": record["seconds"],
@@ -170,8 +171,7 @@ def collect(model: Path, out: Path, seeds: Sequence[int]) -> None:
         },
         "pictures": pictures,
     }
-    (out / "pictures.tmp").write_text(json.dumps(summary) + "\n")
-    (out / "pictures.tmp").rename(out / "pictures.json")
+    write_text(out / "pictures.json", json.dumps(summary) + "\n")
 
 
 def _word_aucs(

@@ -65,13 +65,9 @@ class Truth:
         return found
 
     def scores(self, values: Array) -> dict[str, Array]:
-        """Figures of candidates.
+        """Figure -> `[C]` of what C candidates say of every picture, `[C, P, S]`.
 
-        Args:
-            values: `[C, P, S]`, what C candidates say of every picture.
-
-        Returns:
-            Figure -> `[C]`; nan where no two professions can be told apart by it.
+        nan if no two professions can be told apart by the figure.
         """
         x = self.means(values)  # [C, U]
         wins = (np.sign(x[:, :, None] - x[:, None]) + 1) / 2  # [C, U, U], ties half

@@ -68,7 +68,7 @@ def test_load_refuses_other_files(maps, tmp_path):
         AttributionMaps.load(other)
     maps.save(other)
     other.write_bytes(other.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         AttributionMaps.load(other)
     with pytest.raises(FileNotFoundError):
         AttributionMaps.load(tmp_path / "none.safetensors")

@@ -216,7 +216,8 @@ def test_lora_and_another_checkpoint(make_plan, folder, pipe, make_sd, monkeypat
     with torch.no_grad():
         for name, weight in trained.unet.named_parameters():
             if "lora" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator))
+                # small ones: batches of one and three then differ by rounding alone
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 

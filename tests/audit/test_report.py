@@ -78,7 +78,8 @@ def test_every_file_has_the_same_figures(summary, page):
     parquet = pd.read_parquet(page / "figures.parquet")
     pd.testing.assert_frame_equal(parquet, summary.figures, check_dtype=False)
     csv = pd.read_csv(page / "figures.csv", dtype=dict.fromkeys(KEYS, str))
-    assert csv[KEYS].fillna("").equals(parquet[KEYS].astype(object))
+    assert csv[KEYS].fillna("").to_numpy().tolist() == parquet[KEYS].to_numpy().tolist()
+    assert csv["estimate"].to_numpy() == pytest.approx(parquet["estimate"], nan_ok=True)
     stated = json.loads((page / "summary.json").read_text())
     assert stated["schema_version"] == 5
     assert stated["run"] == summary.run
@@ -95,20 +96,18 @@ def test_the_page_opens_with_the_answers_and_the_planted_truth(first_edition, su
     assert not re.search(r">below<|below chance for|below the chance", text)
     for profession in first_edition["plan"].professions:
         assert text.count(profession) > 5
-    assert "not evidence of a cause" in text.replace("\n", " ").replace(
-        "It is not evidence", "not evidence"
-    )
+    assert "not evidence of a cause" in text
 
 
 def test_first_screen_in_words(first_edition, summary):
     plan = first_edition["plan"]
     verdict, often, where_, which = sentences.first_screen("gender", plan, summary)
     assert verdict == (
-        "Verdict for professions like these: overlap with gender beyond chance and beyond control "
+        "Verdict for professions like these: overlap with gender beyond chance and control "
         "words is not shown for “man” and “woman”."
     )
     assert often.startswith("How often: the classifier reads “woman” in 0 % (architect) to 20 % (")
-    assert "only shares of 100 % and more, or of 0 % and less" in often
+    assert "only shares from 100 % up or 0 % down can be told from it" in often
     assert where_ == (
         "Where: averaged over 4 professions, 24 % of the region that draws the profession lies in "
         "the region that draws “man” and 11 % in the region that draws “woman” (chance 10 %)."

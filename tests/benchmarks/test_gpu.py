@@ -25,7 +25,6 @@ def test_a_native_op_that_fails_is_a_row_beside_torch(group):
     assert all(row.status.startswith("failed") and row.ours for row in rows[1:])
 
 
-@pytest.mark.slow
 def test_a_captured_unet_call_is_the_same_with_the_recorder(group, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "in_a_graph", lambda run, inputs: lambda: run(inputs[0]))
     entries = kernels.captured_unet(Settings(torch.device("cpu"), tmp_path), width=32, side=16)

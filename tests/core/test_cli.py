@@ -244,7 +244,7 @@ def test_flags_of_conditions_reach_the_plan(invoke, tmp_path):
     plan = run.load_audit(tmp_path / "run").plan
     assert plan.conditions == ("plain", "guided")
     assert (plan.energy.scale, plan.energy.inner_steps) == (30.0, 2)
-    assert "guided: IoU with “man” " in result.stdout
+    assert "guided: " in result.stdout.partition("gender: ")[2]
     refused = invoke(*audit(tmp_path / "other", "--scale", "30"))
     assert "`energy` belongs to the condition 'guided'" in refused.stderr
 

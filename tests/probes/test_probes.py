@@ -184,13 +184,13 @@ def test_beside_attribution(sd_pipe, outside):
 
 def test_beside_guidance(sd_pipe):
     """The guided picture is as it is without probes, which see predictions without guidance."""
-    with bm.guide(sd_pipe, WORD, scale=10.0):
+    with bm.guide(sd_pipe, WORD, bm.Energy(scale=10.0)):
         before = draw(sd_pipe)
     with bm.probe(sd_pipe, [ROLE, GENDER], calls=[0.0]) as plain:
         draw(sd_pipe)
     with (
         bm.probe(sd_pipe, [ROLE, GENDER], calls=[0.0]) as guided,
-        bm.guide(sd_pipe, WORD, scale=10.0),
+        bm.guide(sd_pipe, WORD, bm.Energy(scale=10.0)),
     ):
         assert torch.equal(before, draw(sd_pipe))
     close(guided.effects().values, plain.effects().values)

@@ -140,5 +140,5 @@ def test_words_in_pieces_and_unreadable_pictures_are_refused(movable, world, tmp
         calibrate.drawn_share(movable, Classifier(world), "judge", torch.randn(2, 4, 16, 16))
     quick.setattr(world, "markers", {"judge": world.markers["judge"]})
     with pytest.raises(ValueError, match="'judge': some of 3 pictures must be plausible"):
-        calibrate.calibrate(movable, world, pictures=24, seed=0, folder=tmp_path, processes=2)
+        calibrate.calibrate(movable, world, pictures=24, seed=0, folder=tmp_path)
     assert not list(tmp_path.iterdir())

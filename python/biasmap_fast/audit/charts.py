@@ -279,7 +279,7 @@ def _legend(axes: Axes) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=4,
+        ncols=3,
         borderaxespad=0.2,
         handletextpad=0.4,
         columnspacing=1.4,

@@ -262,8 +262,8 @@ class _Axis:
     def parts(self) -> list[dict[str, str]]:
         """Measures on parts of the maps: blocks, calls, layers, branches."""
         rows = where(self._rows[self._rows["part"] != ""], scope="overall")
-        split = rows["part"].str.partition(":")
-        rows = rows.assign(kind=split[0], name=split[2])
+        split = [part.partition(":") for part in rows["part"]]
+        rows = rows.assign(kind=[kind for kind, *_ in split], name=[name for *_, name in split])
         shown = []
         for (kind, measure, setting), own in rows.groupby(["kind", "measure", "setting"]):
             label = f"{sentences.measure_name(measure)} ({setting}) of each {kind}, {self.name}"
@@ -304,7 +304,7 @@ def _condition(
         )
         changes.append({"svg": svg if len(own) else "", "strips": axis.strips(name)})
     energy = summary.find(scope="run", condition=name, quantity="energy")
-    energy = energy.assign(call=energy["part"].str.partition(":")[2].astype(int))
+    energy = energy.assign(call=[int(part.partition(":")[2]) for part in energy["part"]])
     names = {"energy": "energy (mean SoftIoU)", "iou": "IoU of the same call's maps"}
     energy = energy.assign(word=energy["measure"].replace(names))
     ledger = [

@@ -161,7 +161,7 @@ def first_screen(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
     over = {word: _over_professions(axis, word, plan, summary) for word in plan.axes[axis]}
     if not any(over.values()):
         return ["Nothing was measured on this axis yet.", *_shares(axis, plan, summary)]
-    beside = " and beyond control words" if any(len(rows) > 1 for rows in over.values()) else ""
+    beside = " and control words" if any(len(rows) > 1 for rows in over.values()) else ""
     verdicts: dict[str, list[str]] = {}
     for word, rows in over.items():
         lows = [row["low"] for row in rows.values()]
@@ -183,9 +183,7 @@ def first_screen(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
             + (f" ({_listed(names)})" if 0 < len(names) < 6 else "")
             for word, names in surely_above(axis, plan, summary).items()
         ]
-        texts.append(
-            f"Of these {total} professions, overlap beyond chance{beside}: {_listed(counts)}."
-        )
+        texts.append(f"Of {total} professions, overlap beyond chance{beside}: {_listed(counts)}.")
     return texts
 
 
@@ -228,8 +226,10 @@ def _shares(axis: str, plan: AuditPlan, summary: Summary) -> list[str]:
             tells = "no share can be told from it"
             if counts:
                 least_told, most_told = 100 * counts[0], 100 - 100 * counts[0]
-                tells = f"only shares of {least_told:.0f} % and more, or of {most_told:.0f} % and "
-                tells += "less, can be told from it"
+                tells = (
+                    f"only shares from {least_told:.0f} % up or {most_told:.0f} % down can be told"
+                )
+                tells += " from it"
             text += f" {apart} of {len(own)} surely differ from one half; with {n} pictures per "
             text += f"profession {tells}."
         texts.append(text)
