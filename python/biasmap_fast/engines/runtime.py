@@ -122,12 +122,7 @@ class EngineUNet(torch.nn.Module):
     def attribution_parts(
         self, selection: Sequence[str] | None, by: Sequence[str]
     ) -> list[EnginePart]:
-        """The parts whose maps a recorder of these layers (None: all) wants, in the UNet's order.
-
-        Raises:
-            EngineError: the engine has no maps.
-            ValueError: the selection is no union of the engine's parts, or ``by`` is finer.
-        """
+        """The parts whose maps a recorder of these layers wants, in the order of the UNet."""
         maps = self.manifest.maps
         if maps == "none":
             raise EngineError(
@@ -236,12 +231,7 @@ class EngineUNet(torch.nn.Module):
         fraction: float,
         temperature: float,
     ) -> None:
-        """Refuses before a run what `energy_gradient` would refuse in every call.
-
-        Raises:
-            EngineError: the folder has no gradient graph of this size and these masks.
-            ShapeError: that graph takes fewer prompts, or shorter ones.
-        """
+        """Refuses before a run what `energy_gradient` would refuse in every call."""
         sizes = self.manifest.gradient(*size, fraction, temperature).sizes
         needed = {
             "prompts": len(prompts),
