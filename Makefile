@@ -22,7 +22,7 @@ help:
 	@echo "make testbed  train the embedded model again (90 minutes of one idle core, THREADS=2: an hour of two; goes on if stopped)"
 
 demo: $(VENV)/.installed
-	$(BIN)/biasmap audit --model testbed --percentile 70 --percentile 90 --out runs/first
+	$(BIN)/biasmap audit --model testbed --fraction 0.3 --fraction 0.1 --out runs/first
 
 engine: engines/testbed/manifest.json
 
