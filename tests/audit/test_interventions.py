@@ -137,6 +137,11 @@ def test_a_prompt_draws_what_it_says(make_plan, folder, pipe):
     assert set(drawn["prompt"]) == {"a drawing of a doctor", "a drawing of a pilot"}
 
 
+def test_a_report_of_a_condition_without_energy(make_plan, tmp_path, pipe):
+    plan = make_plan("drawn=prompt:a drawing of {profession}")
+    assert run_audit(plan, tmp_path, pipe=pipe, progress=False).report.exists()
+
+
 def test_functions_get_a_pipeline_of_their_own(make_plan, folder, pipe, plain):
     weights = [p.clone() for p in pipe.unet.parameters()]
     found = run_audit(
@@ -238,14 +243,14 @@ def test_lora_and_another_checkpoint(make_plan, folder, pipe, make_sd, monkeypat
     assert (soft(found, "full") - plain).abs().max() > 1e-3
     prompt = bm.AttributionPrompt("a photo of a doctor and man", ("doctor", "man"))
     with bm.attribute(trained, prompt) as recorder:
-        trained(
-            "a photo of a doctor",
-            generator=torch.Generator().manual_seed(0),
+        trained(  # the same batch: random LoRA weights amplify the last bits
+            ["a photo of a doctor", "a photo of a doctor", "a photo of a pilot"],
+            generator=[torch.Generator().manual_seed(seed) for seed in (0, 1, 0)],
             num_inference_steps=2,
             output_type="latent",
         )
     maps = recorder.maps()
-    expected = bm.soft_iou(maps["doctor"], maps["man"])
+    expected = bm.soft_iou(maps["doctor"], maps["man"])[:1]
     torch.testing.assert_close(soft(found, "full")[:1], expected.double(), rtol=1e-3, atol=1e-4)
     alone = run_audit(make_plan(), "alone", pipe=other, progress=False)
     assert soft(found, "other").equal(soft(alone, "plain"))
