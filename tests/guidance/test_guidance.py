@@ -50,11 +50,14 @@ def test_leaving_restores_the_unet(sd_pipe):
 
 
 def test_an_image_does_not_depend_on_its_neighbours(sd_pipe):
-    with bm.guide(sd_pipe, PROMPT) as together:
+    # at scale 100 the rounding of another batch size is amplified to .003 on some processors
+    energy = bm.Energy(scale=20.0)
+    with bm.guide(sd_pipe, PROMPT, energy) as together:
         batch = draw(sd_pipe, seeds=(1, 2, 3))
-    with bm.guide(sd_pipe, PROMPT) as alone:
+    with bm.guide(sd_pipe, PROMPT, energy) as alone:
         one = draw(sd_pipe, seeds=(2,))
     torch.testing.assert_close(one[0], batch[1], rtol=1e-3, atol=1e-3)
+    assert (one - draw(sd_pipe, seeds=(2,))).abs().max() > 0.02  # what guidance changes
     own = [row for row in together.ledger if row.image == 1]
     for found, expected in zip(own, alone.ledger, strict=True):
         assert found.energy == pytest.approx(expected.energy, rel=1e-3)
